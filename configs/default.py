@@ -1,0 +1,65 @@
+"""Every field, with its default: DDPM's network and training for CIFAR-10 (Ho et al. 2020), DDIM with 50 steps.
+
+The other configs are deltas on this one. Types and ranges are checked in `ddim_jax/config.py`.
+"""
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "default"               # names output folders, and the shipped weights where there are any
+
+    config.data = data = ConfigDict()
+    data.name = "digits"                  # digits | folder | npz
+    data.path = ""                        # the folder (with train/ and test/, or flat) or the .npz file
+    data.flip = False                     # mirror training images left to right at random
+
+    config.model = model = ConfigDict()
+    model.image_size = 32                 # height and width; divisible by 2^(len(channel_mult) - 1)
+    model.image_channels = 3
+    model.channels = 128                  # channels at full resolution
+    model.channel_mult = (1, 2, 2, 2)     # times this at each resolution, from full size down
+    model.num_res_blocks = 2              # on the way down at each resolution; one more on the way up
+    model.attention_resolutions = (16,)   # sizes with self-attention after every block
+    model.head_channels = 0               # channels of an attention head; 0: one head, as in DDPM
+    model.groups = 32                     # of GroupNorm
+    model.dropout = 0.1
+    model.num_classes = 0                 # above 0: class-conditional, the data must have labels
+    model.dtype = "float32"               # float32 | bfloat16: what convolutions compute in; parameters are float32
+    model.prediction = "eps"              # eps | x0 | v: what the network's output means
+
+    config.schedule = schedule = ConfigDict()
+    schedule.name = "linear"              # linear | scaled_linear | cosine | sigmoid | from_betas
+    schedule.num_steps = 1000             # T
+    schedule.beta_start = 1e-4            # of linear, scaled_linear, sigmoid
+    schedule.beta_end = 0.02
+    schedule.betas = ()                   # of from_betas: beta_1 .. beta_T
+
+    config.train = train = ConfigDict()
+    train.num_steps = 800_000
+    train.batch_size = 128                # over all devices
+    train.seed = 0
+    train.learning_rate = 2e-4            # Adam
+    train.warmup = 5000                   # steps over which the learning rate rises to that
+    train.clip_norm = 1.0                 # global norm of the gradient
+    train.ema_decay = 0.9999              # of the moving average that is sampled
+    train.gamma = "one"                   # weights of Eq. (5): one (the paper's) | x0 | v (plain error of that prediction)
+    train.log_every = 100                 # steps between lines of metrics.jsonl and TensorBoard
+    train.checkpoint_every = 5000         # a multiple of log_every
+    train.keep = 3                        # latest checkpoints that are kept
+    train.keep_every = 100_000            # and every one at a multiple of this, for ever; 0: none
+    train.grid_every = 10_000             # steps between sample grids in the workdir; 0: at the end alone
+
+    config.sample = sample = ConfigDict()
+    sample.sampler = "ddim"               # ddim | ddpm | ddpm_hat
+    sample.eta = 0.0                      # Eq. (16): 0 is DDIM, 1 is DDPM; of the sampler ddim
+    sample.steps = 50                     # S = dim(tau)
+    sample.tau = "uniform"                # uniform | quadratic | leading | trailing | linspace | official_uniform |
+                                          # official_quadratic, or the levels themselves: "1,10,100,1000"
+    sample.num_images = 64
+    sample.batch_size = 64                # does not change the images
+    sample.seed = 0                       # image i depends on (seed, i) alone
+    sample.clip_x0 = False                # keep the predicted x_0 in [-1, 1]; the paper does not
+    sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
+    sample.label = -1                     # class-conditional networks: the class; -1: image i has class i mod num_classes
+    return config

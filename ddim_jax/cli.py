@@ -1,0 +1,103 @@
+"""What the commands share: flags, and mistakes told in one line on stderr with exit code 2."""
+from __future__ import annotations
+
+import difflib
+import os
+import pathlib
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ddim_jax import config as config_lib
+from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.config import Config, ConfigError
+
+FLAGS = flags.FLAGS
+
+
+def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, tuple[Any, str]], config: bool = True) -> NoReturn:
+    """Runs main(options) and ends the process: exit code 0 if all went well, 2 for a mistake of the user's, 130 for Ctrl-C.
+
+    options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text. With config there is
+    --config too, and main finds the checked Config in `options.config` and its file's name in `options.config_file`.
+    """
+    for name, (default, text) in options.items():
+        (flags.DEFINE_bool if isinstance(default, bool) else flags.DEFINE_string)(name, default, text)
+    if config:
+        config_flags.DEFINE_config_file("config", None, "The config file; any field of it by --config.SECTION.FIELD=VALUE.")
+
+    def guarded(argv):
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.ERROR)      # Orbax reports every step of every save
+        try:
+            if len(argv) > 1:
+                raise ConfigError(f"unexpected argument {argv[1]!r}: options begin with --")
+            given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
+            if config:
+                given.config, given.config_file = _config(), config_flags.get_config_filename(FLAGS["config"])
+            main(given)
+        except (ConfigError, CheckpointError) as error:
+            fail(str(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            fail(f"{error.filename}: {error.strerror}")
+        except KeyboardInterrupt:
+            fail("interrupted; the same command goes on from what is done", code=130)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _config() -> Config:
+    if FLAGS.config is None:
+        raise ConfigError("--config is missing, for example --config configs/digits.py")
+    return config_lib.parse(FLAGS.config.to_dict())
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with its exceptions as one line each."""
+    try:
+        rest = FLAGS(argv)
+        if "config" in FLAGS and FLAGS.config is not None:
+            FLAGS.config.to_dict()                # a config file that could not be loaded says so when it is used
+        return rest
+    except flags.UnrecognizedFlagError as error:
+        close = difflib.get_close_matches(error.flagname, list(FLAGS), 1)
+        fail(f"unknown option --{error.flagname}" + (f" (did you mean --{close[0]}?)" if close else ""))
+    except flags.Error as error:
+        fail(str(error))
+    except (AttributeError, KeyError) as error:   # a field that the config does not have
+        fail(_unknown_field(argv) or f"the config file cannot be loaded: {type(error).__name__}: {error}")
+    except Exception as error:                    # whatever the user's config file raises
+        fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+    values = FLAGS["config"].value
+    if values is None:
+        return None
+    paths = [arg.lstrip("-").split("=")[0].removeprefix("config.") for arg in argv if arg.lstrip("-").startswith("config.")]
+    return next(filter(None, (config_lib.missing_field(values.to_dict(), path) for path in paths)), None)
+
+
+def writable_folder(path: str | os.PathLike) -> pathlib.Path:
+    """The folder, made if it is not there; ConfigError if nothing can be written into it."""
+    folder = pathlib.Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write to the folder {folder}: {error.strerror}") from error
+    return folder
+

@@ -1,0 +1,280 @@
+"""What a config may say, checked, and the objects that it names.
+
+`configs/*.py` are ml_collections files with the defaults and a comment for every field. They become the frozen dataclasses below
+at once: here stand the type and the range of each field, and a mistake is one line that names the field.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax import registry, trajectory
+from ddim_jax.data import DATASETS
+from ddim_jax.models.unet import UNet
+from ddim_jax.samplers import Sampler
+from ddim_jax.schedule import NoiseSchedule
+from ddim_jax.trajectory import Transitions
+
+
+class ConfigError(ValueError):
+    """A mistake of the user's, told in one line."""
+
+
+@contextlib.contextmanager
+def blame(field: str) -> Iterator[None]:
+    """Turns a ValueError into a ConfigError that begins with the field's name."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{field}: {error}") from error
+
+
+def _field(check: Callable[[Any], None] | None = None) -> Any:
+    return dataclasses.field(metadata={"check": check})
+
+
+def _at_least(low: float) -> Any:
+    def check(value):
+        if value < low:
+            raise ValueError(f"must be at least {low}, got {value}")
+    return _field(check)
+
+
+def _above_zero() -> Any:
+    def check(value):
+        if not value > 0:
+            raise ValueError(f"must be above 0, got {value}")
+    return _field(check)
+
+
+def _below_one() -> Any:
+    def check(value):
+        if not 0 <= value < 1:
+            raise ValueError(f"must be in [0, 1), got {value}")
+    return _field(check)
+
+
+def _one_of(table: Mapping[str, Any]) -> Any:
+    return _field(lambda value: registry.lookup(table, value))
+
+
+def _all_positive() -> Any:
+    def check(values):
+        if not values or min(values) < 1:
+            raise ValueError(f"must hold at least one number and none below 1, got {values}")
+    return _field(check)
+
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    name: str = _one_of(DATASETS)
+    path: str = _field()
+    flip: bool = _field()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    image_size: int = _at_least(1)
+    image_channels: int = _at_least(1)
+    channels: int = _at_least(4)
+    channel_mult: tuple[int, ...] = _all_positive()
+    num_res_blocks: int = _at_least(1)
+    attention_resolutions: tuple[int, ...] = _field()
+    head_channels: int = _at_least(0)
+    groups: int = _at_least(1)
+    dropout: float = _below_one()
+    num_classes: int = _at_least(0)
+    dtype: str = _one_of(DTYPES)
+    prediction: str = _one_of(registry.PREDICTIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    name: str = _one_of(registry.SCHEDULES)
+    num_steps: int = _at_least(1)
+    beta_start: float = _above_zero()
+    beta_end: float = _above_zero()
+    betas: tuple[float, ...] = _field()
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    seed: int = _at_least(0)
+    learning_rate: float = _above_zero()
+    warmup: int = _at_least(0)
+    clip_norm: float = _above_zero()
+    ema_decay: float = _below_one()
+    gamma: str = _one_of(registry.GAMMAS)
+    log_every: int = _at_least(1)
+    checkpoint_every: int = _at_least(1)
+    keep: int = _at_least(1)
+    keep_every: int = _at_least(0)
+    grid_every: int = _at_least(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    sampler: str = _one_of(registry.SAMPLERS)
+    eta: float = _at_least(0)
+    steps: int = _at_least(1)
+    tau: str = _field()
+    num_images: int = _at_least(1)
+    batch_size: int = _at_least(1)
+    seed: int = _at_least(0)
+    clip_x0: bool = _field()
+    ema: bool = _field()
+    label: int = _at_least(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = _field()
+    data: DataConfig = _field()
+    model: ModelConfig = _field()
+    schedule: ScheduleConfig = _field()
+    train: TrainConfig = _field()
+    sample: SampleConfig = _field()
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """The checked Config of nested dicts (a ConfigDict's `to_dict()`, or the JSON beside a checkpoint). Raises ConfigError."""
+    config = _parse(Config, values, "config")
+    train = config.train
+    if train.checkpoint_every % train.log_every:
+        raise ConfigError(f"config.train.checkpoint_every: must be a multiple of log_every ({train.log_every}), so that a resumed "
+                          f"run logs what an undisturbed one logs; got {train.checkpoint_every}")
+    if config.sample.eta and "eta" not in registry.accepts(registry.SAMPLERS[config.sample.sampler]):
+        raise ConfigError(f"config.sample.eta: the sampler {config.sample.sampler!r} has no eta, leave it at 0; got {config.sample.eta}")
+    if config.sample.label >= max(config.model.num_classes, 1) or (config.sample.label >= 0 and not config.model.num_classes):
+        raise ConfigError(f"config.sample.label: must be -1 (all in turn) or a class of the network, which has "
+                          f"{config.model.num_classes}; got {config.sample.label}")
+    return config
+
+
+def _parse(kind: type, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: must be a section of fields, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"{path} has no field {name!r}{_nearest(name, fields)}")
+    annotations = typing.get_type_hints(kind)
+    parsed = {}
+    for name, field in fields.items():
+        if name not in values:
+            raise ConfigError(f"{path}.{name} is missing")
+        where = f"{path}.{name}"
+        if dataclasses.is_dataclass(annotations[name]):
+            parsed[name] = _parse(annotations[name], values[name], where)
+        else:
+            with blame(where):
+                parsed[name] = _typed(annotations[name], values[name])
+                if field.metadata["check"]:
+                    field.metadata["check"](parsed[name])
+    return kind(**parsed)
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.GenericAlias):                 # tuple[x, ...]
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"must be a tuple, got {value!r}")
+        return tuple(_typed(typing.get_args(kind)[0], item) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"must be of type {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+    return value
+
+
+def _nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, names, 1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else f"; it has {', '.join(names)}"
+
+
+def missing_field(config: Mapping[str, Any], path: str) -> str | None:
+    """The line to print if the dotted path `section.field` is not in a config, None if it is."""
+    where = "config"
+    for name in path.split("."):
+        if not isinstance(config, Mapping) or name not in config:
+            return f"{where} has no field {name!r}" + (_nearest(name, list(config)) if isinstance(config, Mapping) else "")
+        config, where = config[name], f"{where}.{name}"
+    return None
+
+
+# What a run that continues must not change, and what a network must be sampled with as it was trained.
+RESUMED_WITH = ("model", "schedule", "data.name", "data.flip", *(f"train.{name}" for name in (
+    "batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")))
+SAMPLED_WITH = ("schedule", *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig)
+                              if field.name not in ("dropout", "dtype")))
+
+
+def check_same(config: Config, saved: Config, fields: tuple[str, ...], where: str) -> None:
+    """ConfigError, naming the first field of `fields` (dotted) in which the config differs from the one saved in `where`."""
+    for field in fields:
+        ours, theirs = config, saved
+        for name in field.split("."):
+            ours, theirs = getattr(ours, name), getattr(theirs, name)
+        if dataclasses.is_dataclass(ours):
+            check_same(config, saved, tuple(f"{field}.{inner.name}" for inner in dataclasses.fields(ours)), where)
+        elif ours != theirs:
+            raise ConfigError(f"config.{field} is {ours!r}, but {where} was made with {theirs!r}")
+
+
+def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
+    """The schedule that config.schedule names. Its factory gets those fields that its signature names."""
+    with blame("config.schedule"):
+        return registry.build(registry.lookup(registry.SCHEDULES, config.name), dataclasses.asdict(config))
+
+
+def network(config: ModelConfig) -> UNet:
+    """The U-Net that config.model describes; ConfigError if its sizes do not fit together."""
+    fields = dataclasses.asdict(config) | {"dtype": DTYPES[config.dtype], "head_channels": config.head_channels or None}
+    model = registry.build(UNet, fields)
+    with blame("config.model"):
+        model.check()
+    return model
+
+
+class Process(NamedTuple):
+    """A generative process, ready to run."""
+    sampler: Sampler
+    tau: np.ndarray              # (S+1,)
+    transitions: Transitions     # leaves (S,)
+
+
+def process(config: SampleConfig, schedule: NoiseSchedule) -> Process:
+    """Sampler, tau and transitions of config.sample; ConfigError if they do not fit together or the schedule.
+
+    config.tau is a name in registry.TAUS, or the levels themselves: "1,10,100,1000".
+    """
+    with blame("config.sample.tau"):
+        if config.tau.replace(",", "").replace(" ", "").lstrip("-").isdigit():
+            tau = trajectory.explicit(schedule.num_steps, [int(level) for level in config.tau.split(",") if level.strip()])
+        else:
+            build_tau = registry.lookup(registry.TAUS, config.tau)
+    if config.tau in registry.TAUS:
+        with blame("config.sample.steps"):
+            tau = build_tau(schedule.num_steps, config.steps)
+    transitions = trajectory.descend(schedule, tau)
+    with blame("config.sample.eta"):
+        sampler = registry.build(registry.SAMPLERS[config.sampler], dataclasses.asdict(config))
+        sampler.check(transitions)
+    return Process(sampler, tau, transitions)

@@ -1,0 +1,9 @@
+"""Real images by name: `load` gives a data set, `batches` the endless stream of uint8 batches that training reads.
+
+A data set is a random-access source: `len(source)` and `source[indices] -> Batch`. To add one, write a function
+`(path, split) -> Source` and put it into DATASETS.
+"""
+from ddim_jax.data.batches import batches
+from ddim_jax.data.sources import DATASETS, SPLITS, Batch, Source, load
+
+__all__ = ["DATASETS", "SPLITS", "Batch", "Source", "batches", "load"]

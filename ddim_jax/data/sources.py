@@ -1,0 +1,133 @@
+"""Data sets as random-access sources of uint8 images."""
+from __future__ import annotations
+
+import pathlib
+import warnings
+import zipfile
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+SPLITS = ("train", "test")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class Batch(NamedTuple):
+    images: np.ndarray             # (B, H, W, C) uint8
+    labels: np.ndarray | None      # (B,) int32, None where the data set has none
+
+
+class Source(Protocol):
+    image_shape: tuple[int, int, int]      # (H, W, C)
+    num_classes: int                       # 0 where there are no labels
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: np.ndarray) -> Batch: ...
+
+
+class ArraySource:
+    """Images in memory. images: (N, H, W, C) uint8. labels: (N,) ints from 0, or None."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
+        if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+            raise ValueError(f"images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}")
+        if labels is not None and labels.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images have labels of shape {labels.shape}")
+        self.images = images
+        self.labels = None if labels is None else labels.astype(np.int32)
+        self.image_shape = images.shape[1:]
+        self.num_classes = 0 if labels is None else int(labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        return Batch(self.images[indices], None if self.labels is None else self.labels[indices])
+
+
+class FolderSource:
+    """A folder of image files of one size, in subfolders or not, sorted by path; decoded when asked for. No labels."""
+    num_classes = 0
+
+    def __init__(self, folder: pathlib.Path):
+        self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.files:
+            raise ValueError(f"{folder} holds no image file ({', '.join(IMAGE_SUFFIXES)})")
+        self.image_shape = _decode(self.files[0], None).shape
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        return Batch(np.stack([_decode(self.files[i], self.image_shape) for i in indices]), None)
+
+
+def _decode(file: pathlib.Path, shape: tuple[int, int, int] | None) -> np.ndarray:
+    """An image as (H, W, 1 or 3); grey stays grey. ValueError, naming the file, if it is broken or not of that shape."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from error
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    if shape is not None and pixels.shape != shape:
+        raise ValueError(f"{file} is {'x'.join(map(str, pixels.shape))}, the first image of its folder {'x'.join(map(str, shape))}")
+    return pixels
+
+
+def digits(path: str, split: str) -> ArraySource:
+    """The 1,797 handwritten digits that scikit-learn carries, 8x8x1, their grey levels 0..16 spread over 0..255.
+
+    Every fifth image is the test split: 1,438 to train on, 359 held out. path is not used.
+    """
+    from sklearn.datasets import load_digits
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    chosen = (np.arange(len(images)) % 5 == 4) == (split == "test")
+    return ArraySource(images[chosen], labels[chosen])
+
+
+def folder(path: str, split: str) -> FolderSource:
+    """A folder of images: those in `path/train` or `path/test` where there is such a subfolder, else all of them."""
+    root = pathlib.Path(path)
+    if not path or not root.is_dir():
+        raise ValueError(f"data set 'folder' needs a folder in config.data.path, got {path!r}")
+    return FolderSource(root / split if (root / split).is_dir() else root)
+
+
+def npz(path: str, split: str) -> ArraySource:
+    """An .npz of uint8 images (N, H, W, C) or (N, H, W), and labels (N,) if it has them.
+
+    Images are `{split}_images`, else `images`, else `arr_0`; labels are `{split}_labels`, else `labels`, else `arr_1`.
+    """
+    if not path or not pathlib.Path(path).is_file():
+        raise ValueError(f"data set 'npz' needs a file in config.data.path, got {path!r}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            first = lambda names: next((file[name] for name in names if name in file), None)
+            images = first([f"{split}_images", "images", "arr_0"])
+            labels = first([f"{split}_labels", "labels", "arr_1"])
+            names = list(file)
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as an .npz: {error}") from error
+    if images is None:
+        raise ValueError(f"{path} holds none of {split}_images, images, arr_0; it holds {', '.join(names)}")
+    return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
+
+
+DATASETS = {       # (path, split) -> Source
+    "digits": digits,
+    "folder": folder,
+    "npz": npz,
+}
+
+
+def load(name: str, path: str = "", split: str = "train") -> Source:
+    """The data set called name. split: "train" or "test". ValueError where there is no such data."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return DATASETS[name](path, split)

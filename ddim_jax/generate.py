@@ -1,0 +1,62 @@
+"""Images by index: what `sample` writes, what `train` shows, what an experiment measures."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ddim_jax import samplers, schedule, sharding
+from ddim_jax.config import Config, Process, network, noise_schedule
+from ddim_jax.data.scaling import to_uint8
+from ddim_jax.gaussian import EpsFn, clip_x0
+from ddim_jax.models import adapter
+
+_to_uint8 = jax.jit(to_uint8)
+_image_keys = jax.jit(samplers.image_keys)
+_initial_noise = jax.jit(samplers.initial_noise, static_argnums=1)
+
+
+def image_shape(config: Config) -> tuple[int, int, int]:
+    return config.model.image_size, config.model.image_size, config.model.image_channels
+
+
+def labels_of(config: Config, index: np.ndarray) -> np.ndarray | None:
+    """The classes of images index (B,): config.sample.label, or in turn where it is -1; None for a network without classes."""
+    classes, label = config.model.num_classes, config.sample.label
+    if not classes:
+        return None
+    return (index % classes if label < 0 else np.full_like(index, label)).astype(np.int32)
+
+
+def eps_fn(config: Config, params: Any, labels: jax.Array | None = None) -> EpsFn:
+    """The network of config.model with these parameters, clipped where config.sample.clip_x0 says so."""
+    table = schedule.levels(noise_schedule(config.schedule))
+    said = adapter.eps_fn(network(config.model), params, table, config.model.prediction, labels)
+    return clip_x0(said, table) if config.sample.clip_x0 else said
+
+
+def start(config: Config, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys (B,) and x_T (B, H, W, C) of images index (B,); both depend on (config.sample.seed, index) alone."""
+    keys = _image_keys(jax.random.key(config.sample.seed), index)
+    return keys, _initial_noise(keys, image_shape(config))
+
+
+def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: int = 0) -> Iterator[np.ndarray]:
+    """Images first .. num_images - 1 of config.sample in batches of uint8 (b, H, W, C) on the host.
+
+    Every batch but the last has the same size, a multiple of the devices; what is drawn beyond num_images is dropped, so that one
+    program serves all. params: replicated over the mesh.
+    """
+    sample = config.sample
+    size = -(-min(sample.batch_size, sample.num_images) // mesh.size) * mesh.size
+    for begin in range(first, sample.num_images, size):
+        index = np.arange(begin, begin + size)
+        labels = jax.tree.map(partial(sharding.put_indices, mesh), labels_of(config, index))
+        keys, x = start(config, sharding.put_indices(mesh, index))
+        x = samplers.integrate(process.sampler, eps_fn(config, params, labels), process.transitions, x,
+                               keys if process.sampler.stochastic else None)
+        yield sharding.to_host(_to_uint8(x))[:sample.num_images - begin]

@@ -1,0 +1,73 @@
+"""Pictures and arrays on disk. All images are uint8 (H, W, C), C = 1 (grey) or 3; a file appears whole or not at all."""
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+TILE = 48      # images smaller than this are enlarged by a whole factor in pictures for people
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to write to, that takes the place of `path` when it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Images (N, H, W, C) as one picture, row by row on white. columns: default makes it about square."""
+    count, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    factor = max(1, TILE // height)
+    images = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    height, width = height * factor + gap, width * factor + gap
+    picture = np.full((rows * height + gap, columns * width + gap, channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * height + gap, i % columns * width + gap
+        picture[top:top + image.shape[0], left:left + image.shape[1]] = image
+    return picture
+
+
+def write_png(path: pathlib.Path, image: np.ndarray) -> None:
+    with replacing(path) as file:
+        _pil(image).save(file, format="PNG")
+
+
+def write_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
+    """An endless animation that rests on its last frame."""
+    durations = [milliseconds] * (len(frames) - 1) + [2000]
+    with replacing(path) as file:
+        _pil(frames[0]).save(file, format="GIF", save_all=True, append_images=[_pil(frame) for frame in frames[1:]],
+                             duration=durations, loop=0)
+
+
+def write_npz(path: pathlib.Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray | None = None) -> None:
+    """Images (N, H, W, C) as uint8 `arr_0`, and labels as `arr_1`: the layout that the ADM evaluation suite reads.
+
+    parts: consecutive pieces of the N images, so that they are never all in memory. shape: (N, H, W, C).
+    """
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for part in parts:
+                member.write(np.ascontiguousarray(part, np.uint8).data)
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels, allow_pickle=False)
+
+
+def _pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

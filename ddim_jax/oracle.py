@@ -1,0 +1,61 @@
+"""The optimal eps in closed form, for data whose distribution is known: exact tests and instant experiments.
+
+For data from a mixture of Gaussians, x_t is one as well, and `eps(x, t) = E[eps | x_t = x] = -sqrt(1 - alpha_bar_t) grad log q(x)`
+minimises Eq. (5). Each function returns an eps_fn (a `jax.tree_util.Partial`) for a NoiseSchedule.
+"""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from ddim_jax.gaussian import EpsFn
+from ddim_jax.schedule import Array, NoiseSchedule, level_at, levels
+
+
+def gaussian(noise_schedule: NoiseSchedule, mean: Array = 0.0, std: Array = 1.0) -> EpsFn:
+    """For data N(mean, diag(std^2)); mean and std broadcast against one sample (...).
+
+    `eps(x, t) = sqrt(1 - ab_t) (x - sqrt(ab_t) mean) / (ab_t std^2 + 1 - ab_t)`.
+    """
+    return Partial(_gaussian_eps, levels(noise_schedule), np.asarray(mean), np.asarray(std))
+
+
+def _gaussian_eps(table, mean, std, x, t):
+    level = level_at(table, t, x)
+    mean, std = (jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape[1:])[None] for value in (mean, std))
+    centred = x - jnp.sqrt(level.alpha_bar) * mean
+    return jnp.sqrt(level.one_minus_alpha_bar) * centred / (level.alpha_bar * std**2 + level.one_minus_alpha_bar)
+
+
+def mixture(noise_schedule: NoiseSchedule, means: Array, stds: Array, weights: Array | None = None) -> EpsFn:
+    """For data drawn from component k with probability weights[k], then from N(means[k], stds[k]^2 I).
+
+    means: (K, ...). stds: (K,), each at least 0; where one is 0, t must be at least 1. weights: (K,), default equal.
+    `eps(x, t) = sqrt(1 - ab_t) sum_k r_k (x - sqrt(ab_t) m_k) / v_k`, `v_k = ab_t s_k^2 + 1 - ab_t`, with the responsibilities
+    `r_k = softmax_k(log w_k - d/2 log v_k - |x - sqrt(ab_t) m_k|^2 / (2 v_k))`.
+    """
+    means, stds = np.asarray(means), np.asarray(stds)
+    weights = np.full(len(means), 1 / len(means)) if weights is None else np.asarray(weights) / np.sum(weights)
+    if not stds.shape == weights.shape == means.shape[:1]:
+        raise ValueError(f"means {means.shape}, stds {stds.shape} and weights {weights.shape} must agree in their first axis")
+    return Partial(_mixture_eps, levels(noise_schedule), means, stds, np.log(weights))
+
+
+def finite(noise_schedule: NoiseSchedule, data: Array) -> EpsFn:
+    """For data that is one of the given points (N, ...), each equally likely: what a network that memorises would learn. t >= 1."""
+    return mixture(noise_schedule, data, np.zeros(len(data)))
+
+
+def _mixture_eps(table, means, stds, log_weights, x, t):
+    means, stds, log_weights = (jnp.asarray(value, x.dtype) for value in (means, stds, log_weights))
+    flat, centres = x.reshape(len(x), -1), means.reshape(len(means), -1)
+    level = level_at(table, t, flat)                                                   # (), or (B, 1)
+    variance = level.alpha_bar * (stds**2)[None] + level.one_minus_alpha_bar           # (1 or B, K)
+    scaled = jnp.sqrt(level.alpha_bar)[..., None] * centres[None]                      # (1 or B, K, d)
+    distance = jnp.sum((flat[:, None] - scaled) ** 2, axis=-1)                         # (B, K)
+    logits = log_weights[None] - flat.shape[1] / 2 * jnp.log(variance) - distance / (2 * variance)
+    pull = jax.nn.softmax(logits, axis=-1) / variance                                  # r_k / v_k
+    centred = jnp.sum(pull, axis=1, keepdims=True) * flat - jnp.sum(pull[..., None] * scaled, axis=1)
+    return (jnp.sqrt(level.one_minus_alpha_bar) * centred).reshape(x.shape)

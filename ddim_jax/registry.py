@@ -1,0 +1,55 @@
+"""The names that configs use. A new schedule, tau or sampler is a function and an entry here; the property tests run over these."""
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ddim_jax import gaussian, losses, samplers, schedule, trajectory
+
+SCHEDULES = {      # (num_steps, and what the signature names) -> NoiseSchedule
+    "linear": schedule.linear,
+    "scaled_linear": schedule.scaled_linear,
+    "cosine": schedule.cosine,
+    "sigmoid": schedule.sigmoid,
+    "from_betas": schedule.from_betas,
+}
+
+TAUS = {           # (T, S) -> tau
+    "uniform": trajectory.uniform,
+    "quadratic": trajectory.quadratic,
+    "leading": trajectory.leading,
+    "trailing": trajectory.trailing,
+    "linspace": trajectory.linspace,
+    "official_uniform": trajectory.official_uniform,
+    "official_quadratic": trajectory.official_quadratic,
+}
+
+SAMPLERS = {       # (what the signature names) -> Sampler
+    "ddim": samplers.ddim,
+    "ddpm": samplers.ddpm,
+    "ddpm_hat": samplers.ddpm_hat,
+}
+
+PREDICTIONS = gaussian.PREDICTIONS
+GAMMAS = losses.GAMMAS
+
+
+def lookup(table: Mapping[str, Any], name: str) -> Any:
+    """The entry called name, or a ValueError with the names there are, the nearest first in mind."""
+    if name not in table:
+        nearest = difflib.get_close_matches(str(name), table, 1, cutoff=0.5)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(f"{name!r} is not one of {', '.join(table)}{hint}")
+    return table[name]
+
+
+def accepts(factory: Callable) -> set[str]:
+    """The parameters that a factory names: the fields of its config section that it will be given."""
+    return set(inspect.signature(factory).parameters)
+
+
+def build(factory: Callable, fields: Mapping[str, Any]) -> Any:
+    """factory(**those of the fields that its signature names)."""
+    return factory(**{name: value for name, value in fields.items() if name in accepts(factory)})

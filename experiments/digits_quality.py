@@ -1,0 +1,145 @@
+"""Table 1 of the paper for the digits: quality over eta and S, by a judge that never saw a sample.
+
+    python -m experiments.digits_quality --config configs/digits.py [--workdir DIR] --out DIR
+    python -m experiments.digits_quality --config configs/digits.py --out DIR --steps 1000 --etas 0,1,hat
+
+The judge is a classifier fitted on the real training images. Of every cell it tells the Fréchet distance to the training images in its
+feature space, the mean confidence in the class it sees, and the share of each class. Finished cells are kept in OUT/cells.json: a
+second command with the same OUT adds to the table, and an interrupted one goes on with the next cell.
+"""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+import types
+from typing import Any
+
+import numpy as np
+
+from ddim_jax import cli, data, generate, images, sharding, weights
+from ddim_jax import config as config_lib
+from ddim_jax.config import Config, ConfigError
+from ddim_jax.evaluation import digits_classifier, frechet
+
+PICTURED = 8
+
+OPTIONS = {
+    "workdir": (None, "Judge the latest checkpoint of this run, not the weights that ship with the package."),
+    "out": (None, "Folder of the results."),
+    "etas": ("0,0.2,0.5,1,hat", "The rows: values of eta, and hat for sigma-hat."),
+    "steps": ("5,10,20,50,100", "The columns: values of S."),
+    "images": ("1000", "Images for each cell."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    if options.out is None:
+        raise ConfigError("--out is missing: the folder of the results")
+    count = int(_numbers("images", options.images)[0])
+    etas = [eta if eta == "hat" else _numbers("etas", eta)[0] for eta in options.etas.split(",")]
+    cells = [cell_config(options.config, eta, int(steps), count) for steps in _numbers("steps", options.steps) for eta in etas]
+    for cell in cells:
+        config_lib.process(cell.sample, config_lib.noise_schedule(cell.schedule))       # all of them are legal, before any is drawn
+
+    out = cli.writable_folder(options.out)
+    mesh = sharding.data_mesh()
+    found = weights.find(options.config, options.workdir, mesh)
+    train, held_out = (data.load("digits", split=split) for split in data.SPLITS)
+    judge = digits_classifier.fit(train)
+    reference = frechet.moments(judge(train.images).features)
+    real = judge(held_out.images)
+    results = load(out / "cells.json", {
+        "weights": found.digest, "source": found.source, "seed": options.config.sample.seed, "tau": options.config.sample.tau,
+        "held_out": {"images": len(held_out), "accuracy": float((real.probabilities.argmax(1) == held_out.labels).mean()),
+                     **measure(real, reference, len(held_out))}})
+
+    for cell in cells:
+        name = f"{row_of(cell)}/{cell.sample.steps}"
+        if name in results["cells"] and results["cells"][name]["images"] == count:
+            continue
+        process = config_lib.process(cell.sample, config_lib.noise_schedule(cell.schedule))
+        drawn = np.concatenate(list(generate.batches(cell, process, found.params, mesh)))
+        results["cells"][name] = {"images": len(drawn), **measure(judge(drawn), reference, len(held_out))}
+        images.write_png(cli.writable_folder(out / "pictures") / f"{name.replace('/', '_')}.png", images.grid(drawn[:PICTURED], PICTURED))
+        print(f"eta {row_of(cell):>4}, S {cell.sample.steps:>4}: {results['cells'][name]['distance']:.3f}", flush=True)
+        write(out / "cells.json", json.dumps(results, indent=1))
+
+    write(out / "table.csv", table_csv(results["cells"]))
+    write(out / "table.md", table_markdown(results))
+    print(table_markdown(results), end="")
+    for path in ("cells.json", "table.csv", "table.md", "pictures"):
+        print(out / path)
+
+
+def cell_config(config: Config, eta: float | str, steps: int, count: int) -> Config:
+    sampler = {"sampler": "ddpm_hat", "eta": 0.0} if eta == "hat" else {"sampler": "ddim", "eta": eta}
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=steps, num_images=count, **sampler))
+
+
+def row_of(config: Config) -> str:
+    return "hat" if config.sample.sampler == "ddpm_hat" else f"{config.sample.eta:g}"
+
+
+def measure(judged: digits_classifier.Judgement, reference: frechet.Moments, fewer: int) -> dict[str, Any]:
+    """The numbers of a cell. distance_fewer is the distance of the first images alone, as many as are held out: with few images the
+    covariance is noisy and the distance too large, so that only equal numbers compare with the floor."""
+    classes = judged.probabilities.argmax(1)
+    return {"distance": frechet.distance(frechet.moments(judged.features), reference),
+            "distance_fewer": frechet.distance(frechet.moments(judged.features[:fewer]), reference),
+            "confidence": float(judged.probabilities.max(1).mean()),
+            "shares": (np.bincount(classes, minlength=judged.probabilities.shape[1]) / len(classes)).round(4).tolist()}
+
+
+def load(path: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The results so far; ConfigError if they are of other weights or another seed or tau."""
+    if not path.exists():
+        return {**header, "cells": {}}
+    results = json.loads(path.read_text())
+    for name in ("weights", "seed", "tau"):
+        if results[name] != header[name]:
+            raise ConfigError(f"{path} was made with {name} {results[name]}, this run has {header[name]}; give another --out")
+    return {**results, **header}
+
+
+def table_csv(cells: dict[str, Any]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["eta", "S", "images", "distance", "distance_fewer", "confidence", "smallest_share", "largest_share"])
+    for name, cell in cells.items():
+        writer.writerow([*name.split("/"), cell["images"], f"{cell['distance']:.4f}", f"{cell['distance_fewer']:.4f}",
+                         f"{cell['confidence']:.4f}", min(cell["shares"]), max(cell["shares"])])
+    return text.getvalue()
+
+
+def table_markdown(results: dict[str, Any]) -> str:
+    cells, real = results["cells"], results["held_out"]
+    columns = sorted({int(name.split("/")[1]) for name in cells})
+    rows = list(dict.fromkeys(name.split("/")[0] for name in cells))
+    lines = [f"| eta | {' | '.join(f'S = {steps}' for steps in columns)} |", f"|---|{'---|' * len(columns)}"]
+    for row in rows:
+        values = [cells.get(f"{row}/{steps}") for steps in columns]
+        shown = [f"{cell['distance']:.2f}" if cell else "" for cell in values]
+        lines.append("| " + " | ".join(["sigma-hat" if row == "hat" else row, *shown]) + " |")
+    lines.append("")
+    lines.append(f"Held-out real images ({real['images']}): distance {real['distance']:.2f}, mean confidence {real['confidence']:.3f}, "
+                 f"accuracy of the judge {real['accuracy']:.3f}.")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    with images.replacing(path) as file:
+        file.write(text.encode())
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--{option}: must be numbers, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)
