@@ -49,13 +49,16 @@ def finite(noise_schedule: NoiseSchedule, data: Array) -> EpsFn:
 
 
 def _mixture_eps(table, means, stds, log_weights, x, t):
+    if len(x) == 1:      # XLA drops an axis of length 1 and then adds up in another order: a second row keeps the bits of larger batches
+        twice = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
+        return jax.lax.optimization_barrier(_mixture_eps(table, means, stds, log_weights, twice, t))[:1]
     means, stds, log_weights = (jnp.asarray(value, x.dtype) for value in (means, stds, log_weights))
-    flat, centres = x.reshape(len(x), -1), means.reshape(len(means), -1)
-    level = level_at(table, t, flat)                                                   # (), or (B, 1)
-    variance = level.alpha_bar * (stds**2)[None] + level.one_minus_alpha_bar           # (1 or B, K)
-    scaled = jnp.sqrt(level.alpha_bar)[..., None] * centres[None]                      # (1 or B, K, d)
-    distance = jnp.sum((flat[:, None] - scaled) ** 2, axis=-1)                         # (B, K)
-    logits = log_weights[None] - flat.shape[1] / 2 * jnp.log(variance) - distance / (2 * variance)
-    pull = jax.nn.softmax(logits, axis=-1) / variance                                  # r_k / v_k
-    centred = jnp.sum(pull, axis=1, keepdims=True) * flat - jnp.sum(pull[..., None] * scaled, axis=1)
-    return (jnp.sqrt(level.one_minus_alpha_bar) * centred).reshape(x.shape)
+    flat, centres = x.reshape(len(x), 1, -1), means.reshape(1, len(means), -1)         # (B, 1, d), (1, K, d)
+    stds, log_weights = stds[None, :, None], log_weights[None, :, None]                # (1, K, 1)
+    level = level_at(table, t, flat)                                                   # () or (B, 1, 1)
+    variance = level.alpha_bar * stds**2 + level.one_minus_alpha_bar
+    centred = flat - jnp.sqrt(level.alpha_bar) * centres                               # (B, K, d)
+    distance = jnp.sum(centred**2, axis=-1, keepdims=True)                             # (B, K, 1)
+    logits = log_weights - flat.shape[-1] / 2 * jnp.log(variance) - distance / (2 * variance)
+    responsibility = jax.nn.softmax(logits, axis=1)
+    return (jnp.sqrt(level.one_minus_alpha_bar) * jnp.sum(responsibility * centred / variance, axis=1, keepdims=True)).reshape(x.shape)

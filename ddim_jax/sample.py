@@ -43,12 +43,11 @@ def main(options: types.SimpleNamespace) -> None:
     mesh = sharding.data_mesh()
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out or default_folder(config, options.workdir))
-    tell = print if jax.process_index() == 0 else (lambda *_: None)
 
     claim(out, fingerprint(config, process, found), options.overwrite)
     steps = len(process.tau) - 1
     asked = f" ({config.sample.steps} were asked for)" if config.sample.tau in config_lib.registry.TAUS and steps != config.sample.steps else ""
-    tell(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
+    print(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
 
     npz = draw_all(out, config, process, found.params, mesh)
     drawn = np.load(npz)["arr_0"]
@@ -61,7 +60,7 @@ def main(options: types.SimpleNamespace) -> None:
     if options.film:
         written += film(out, config, process, found.params)
     for path in written:
-        tell(path)
+        print(path)
 
 
 def default_folder(config: Config, workdir: str | None) -> pathlib.Path:

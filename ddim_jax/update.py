@@ -25,8 +25,8 @@ Update = Callable[[TrainState, Array, Array | None, Array], tuple[TrainState, Me
 
 
 def adam(learning_rate: float, warmup: int, clip_norm: float) -> optax.GradientTransformation:
-    """Adam with the learning rate rising linearly over `warmup` updates, on gradients clipped to a global norm."""
-    rate = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 0)) if warmup else learning_rate
+    """Adam with the learning rate rising linearly, update k <= warmup using `k / warmup` of it, on gradients clipped to a global norm."""
+    rate = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1) if warmup else learning_rate
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adam(rate))
 
 

@@ -1,6 +1,7 @@
 """The order of training images: a function of (seed, step), so that a resumed run continues where it was without any state."""
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,7 @@ from ddim_jax.data.sources import Batch, Source
 def order(length: int, seed: int, first: int, count: int) -> np.ndarray:
     """Indices at positions first .. first + count - 1 of the endless stream in which every epoch is a new permutation. (count,)"""
     epochs = range(first // length, (first + count - 1) // length + 1)
-    stream = np.concatenate([_rng(seed, 0, epoch).permutation(length) for epoch in epochs])
+    stream = np.concatenate([_permutation(length, seed, epoch) for epoch in epochs])
     return stream[first - epochs[0] * length:][:count]
 
 
@@ -34,6 +35,11 @@ def batches(source: Source, batch_size: int, seed: int, first_step: int = 0, fli
             batch = batch._replace(images=np.where(mirrored[:, None, None, None], batch.images[:, :, ::-1], batch.images))
         yield batch
         step += 1
+
+
+@functools.lru_cache(maxsize=2)      # a batch touches one epoch, or the seam of two
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return _rng(seed, 0, epoch).permutation(length)
 
 
 def _rng(seed: int, purpose: int, count: int) -> np.random.Generator:

@@ -1,0 +1,49 @@
+"""Eight virtual CPU devices, strict rank promotion, and one compilation cache for all that the tests start."""
+import getpass
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"ddim_jax_tests_{getpass.getuser()}"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ.update(JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def mesh():
+    """One device, whatever the machine has."""
+    return meshes()[0]
+
+
+def meshes():
+    """One device, and eight."""
+    return [jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:n]) for n in (1, 8)]
+
+
+def run(module, *args, devices=1, cwd=ROOT, **kwargs):
+    """`python -m module args` in a process of its own, from the root of the repository."""
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def start(module, *args, devices=1):
+    """The same, not waited for."""
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen([sys.executable, "-m", module, *map(str, args)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True)

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim_jax import images
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_holds_every_image_in_order(channels):
+    batch = RNG.integers(0, 256, (5, 64, 64, channels), dtype=np.uint8)
+    picture = images.grid(batch, columns=3, gap=2)
+    assert picture.shape == (2 * 66 + 2, 3 * 66 + 2, channels)
+    for i in range(5):
+        top, left = i // 3 * 66 + 2, i % 3 * 66 + 2
+        np.testing.assert_array_equal(picture[top:top + 64, left:left + 64], batch[i])
+    assert (picture[68:, 134:] == 255).all()
+
+
+def test_small_images_are_enlarged_by_a_whole_factor():
+    batch = RNG.integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    picture = images.grid(batch, gap=0)
+    assert picture.shape == (48, 48, 1)
+    np.testing.assert_array_equal(picture[::6, ::6], batch[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_and_npz_are_read_back_by_others(tmp_path, channels):
+    batch = RNG.integers(0, 256, (5, 4, 6, channels), dtype=np.uint8)
+    images.write_png(tmp_path / "a.png", batch[0])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")).reshape(4, 6, channels), batch[0])
+    images.write_npz(tmp_path / "a.npz", batch.shape, iter([batch[:2], batch[2:]]), np.arange(5))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0", "arr_1"] and file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], batch)
+        np.testing.assert_array_equal(file["arr_1"], np.arange(5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
+
+
+def test_a_gif_moves(tmp_path):
+    frames = [np.full((8, 8, 1), value, np.uint8) for value in (0, 100, 200)]
+    images.write_gif(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as file:
+        assert file.n_frames == 3 and file.info["loop"] == 0
+        file.seek(2)
+        assert abs(int(np.asarray(file.convert("L"))[0, 0]) - 200) < 3
+
+
+def test_what_fails_half_way_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), images.replacing(path) as file:
+        file.write(b"ne")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,96 @@
+"""Who may import whom: a module uses what stands in an earlier line, or in its own, never what stands later."""
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# module or package of ddim_jax -> (modules of ddim_jax that it may import, third-party packages that it may import)
+CORE = {"jax", "numpy"}
+ALLOWED = {
+    "schedule": (set(), CORE),
+    "gaussian": ({"schedule"}, CORE),
+    "losses": ({"schedule", "gaussian"}, CORE),
+    "trajectory": ({"schedule", "gaussian"}, CORE),
+    "samplers": ({"schedule", "gaussian", "trajectory"}, CORE),
+    "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
+    "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers"}, CORE),
+    "models": ({"schedule", "gaussian"}, CORE | {"flax"}),
+    "data": (set(), {"numpy", "PIL", "sklearn"}),
+    "images": (set(), {"numpy", "PIL"}),
+    "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
+    "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax"}),
+    "sharding": (set(), CORE),
+    "checkpoint": ({"train_state"}, CORE | {"orbax"}),
+    "pretrained": ({"images"}, {"numpy", "flax", "safetensors"}),
+    "evaluation": ({"data"}, CORE | {"flax", "optax"}),
+    "config": ({"registry", "trajectory", "samplers", "schedule", "data", "models"}, CORE),
+    "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
+    "generate": ({"config", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
+    "cli": ({"config", "checkpoint"}, {"absl", "ml_collections"}),
+}
+MAINS = {"train", "sample", "convert"}
+
+
+def imports(file):
+    """(modules of ddim_jax, other top-level packages) that a file imports anywhere."""
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "ddim_jax":
+            names = [f"ddim_jax.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        for name in names:
+            top, _, rest = name.partition(".")
+            (ours if top == "ddim_jax" else others).add(rest.split(".")[0] if top == "ddim_jax" else top)
+    return ours, others
+
+
+def files():
+    for file in sorted((ROOT / "ddim_jax").rglob("*.py")):
+        yield file.relative_to(ROOT / "ddim_jax").parts[0].removesuffix(".py"), file
+
+
+def test_the_table_knows_every_module():
+    assert {name for name, _ in files()} - {"__init__"} == set(ALLOWED) | MAINS
+
+
+@pytest.mark.parametrize("name, file", [pytest.param(name, file, id=str(file.relative_to(ROOT))) for name, file in files()])
+def test_imports_follow_the_arrows(name, file):
+    import sys
+    ours, others = imports(file)
+    others -= sys.stdlib_module_names
+    if name in MAINS or name == "__init__":
+        assert not others & {"configs", "experiments"}
+        assert not ours & MAINS
+        return
+    modules, packages = ALLOWED[name]
+    assert ours <= modules | {name}
+    assert others <= packages
+
+
+def test_the_arrows_have_no_cycle():
+    done = set()
+    for name, (modules, _) in sorted(ALLOWED.items(), key=lambda item: list(ALLOWED).index(item[0])):
+        assert modules <= done, f"{name} imports what stands after it"
+        done.add(name)
+
+
+def test_the_core_runs_with_jax_and_numpy_alone():
+    """In a process where every other package is missing."""
+    import subprocess
+    import sys
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"flax", "optax", "orbax", "absl", "ml_collections", "chex", "PIL", "tqdm", "sklearn", "safetensors"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+from ddim_jax import gaussian, losses, oracle, registry, samplers, schedule, trajectory
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

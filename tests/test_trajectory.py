@@ -1,0 +1,103 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddim_jax import registry, schedule, trajectory
+
+EXACT = [name for name in registry.TAUS if not name.startswith("official")]
+sizes = st.integers(1, 1200).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T)))
+
+
+@pytest.mark.parametrize("name", registry.TAUS)
+@given(size=sizes)
+def test_every_tau_ascends_from_zero_within_T(name, size):
+    T, S = size
+    tau = registry.TAUS[name](T, S)
+    assert tau[0] == 0 and (np.diff(tau) > 0).all() and tau[-1] <= T
+    if name in EXACT:
+        assert len(tau) == S + 1
+    if name in ("uniform", "quadratic", "trailing"):
+        assert tau[-1] == T
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("T", [1, 7, 1000])
+def test_all_steps_are_all_levels(name, T):
+    assert registry.TAUS[name](T, T).tolist() == list(range(T + 1))
+
+
+@given(size=sizes)
+def test_uniform_is_the_floor_of_exact_fractions(size):
+    T, S = size
+    assert trajectory.uniform(T, S).tolist() == [int(Fraction(T, S) * i) for i in range(S + 1)]
+
+
+def test_quadratic_where_the_parabola_is_steep_enough():
+    """c = 1000 / 20^2 = 2.5: floor(2.5 i^2) by hand."""
+    assert trajectory.quadratic(1000, 20)[:8].tolist() == [0, 2, 10, 22, 40, 62, 90, 122]
+    assert trajectory.quadratic(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
+    assert trajectory.quadratic(1000, 50)[:6].tolist() == [0, 1, 2, 3, 6, 10]       # c = 0.4 repeats 0 and then 1
+
+
+def test_the_spacings_of_diffusers():
+    """0-based time steps for T = 1000, S = 10, as its documentation lists them, one added."""
+    assert trajectory.leading(1000, 10).tolist() == [0, 1, 101, 201, 301, 401, 501, 601, 701, 801, 901]
+    assert trajectory.trailing(1000, 10).tolist() == list(range(0, 1001, 100))
+    assert trajectory.linspace(1000, 10).tolist() == [0, 1, 112, 223, 334, 445, 556, 667, 778, 889, 1000]
+
+
+def test_the_official_step_sets():
+    """Lengths recorded from the official code: `range(0, 1000, 1000 // S)` and the distinct entries of its quadratic list."""
+    assert len(trajectory.official_uniform(1000, 300)) - 1 == 334
+    assert trajectory.official_uniform(1000, 10).tolist() == [0, *range(1, 1000, 100)]
+    for S, repeated in [(10, 0), (20, 0), (50, 1), (100, 4), (1000, 312)]:
+        tau = trajectory.official_quadratic(1000, S)
+        assert len(tau) - 1 == S - repeated and tau[-1] in (800, 801)
+
+
+def test_S_of_300_gives_300_steps_to_T():
+    tau = trajectory.uniform(1000, 300)
+    assert len(tau) == 301 and tau[-1] == 1000
+
+
+@pytest.mark.parametrize("name", registry.TAUS)
+@pytest.mark.parametrize("S", [0, -1, 1001])
+def test_a_number_of_steps_outside_1_to_T_is_refused(name, S):
+    with pytest.raises(ValueError, match=rf"1\.\.1000, got {S}"):
+        registry.TAUS[name](1000, S)
+
+
+@pytest.mark.parametrize("levels, said", [([5, 3], "5 and then 3"), ([3, 3], "3 and then 3"), ([], "at least one"), ([1001], "1001"),
+                                          ([-1, 4], "0 and then -1"), ([1.5], "1.5"), ([0], "at least one")])
+def test_levels_that_do_not_ascend_are_refused(levels, said):
+    with pytest.raises(ValueError, match=said):
+        trajectory.explicit(1000, levels)
+
+
+def test_explicit_takes_any_ascending_levels():
+    assert trajectory.explicit(1000, [1, 7, 1000]).tolist() == trajectory.explicit(1000, [0, 1, 7, 1000]).tolist() == [0, 1, 7, 1000]
+
+
+def test_descend_and_ascend_are_the_same_pairs():
+    noise_schedule, tau = schedule.linear(), [0, 3, 10, 400]
+    down, up = trajectory.descend(noise_schedule, tau), trajectory.ascend(noise_schedule, tau)
+    assert list(zip(down.t, down.s, strict=True)) == [(400, 10), (10, 3), (3, 0)]
+    assert list(zip(up.t, up.s, strict=True)) == [(0, 3), (3, 10), (10, 400)]
+    assert down.alpha_bar_s[-1] == 1 and down.one_minus_alpha_bar_s[-1] == 0 and down.posterior_variance[-1] == 0
+    assert (up.posterior_variance == 0).all() and (up.beta == 0).all()
+
+
+@given(st.integers(2, 1000))
+def test_what_cancels_agrees_with_exact_arithmetic(t):
+    """beta and the posterior variance of t -> t - 1 from the betas, as exact fractions."""
+    betas = [Fraction(float(beta)) for beta in np.linspace(1e-4, 0.02, 1000)]
+    keep = Fraction(1)
+    for beta in betas[:t - 1]:
+        keep *= (1 - beta).limit_denominator(10**18)
+    down = trajectory.descend(schedule.linear(), [0, t - 1, t])
+    exact = (1 - keep) / (1 - keep * (1 - betas[t - 1])) * betas[t - 1]
+    assert float(down.beta[0]) == pytest.approx(float(betas[t - 1]), rel=1e-11)
+    assert float(down.posterior_variance[0]) == pytest.approx(float(exact), rel=1e-11)

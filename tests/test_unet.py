@@ -1,0 +1,152 @@
+import importlib
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddim_jax import config as config_lib
+from ddim_jax import samplers, schedule, train_state, trajectory
+from ddim_jax.models import adapter
+from ddim_jax.models.unet import Attention, GroupNorm, UNet, sinusoid
+
+CONFIGS = sorted(file.stem for file in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if file.stem != "__init__")
+TINY = UNet(image_size=8, image_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), groups=4)
+
+
+def random_params(model, seed=0):
+    """Not the initial ones: there the network's output is 0."""
+    like = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
+    leaves, tree = jax.tree.flatten(like)
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)), jnp.float32)
+                           + (leaf.ndim == 1) for leaf in leaves])
+
+
+def test_the_cifar10_network_has_the_published_number_of_parameters():
+    like = jax.eval_shape(lambda key: train_state.init_params(UNet(), key), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(like)) == 35_746_307
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_its_network(name):
+    values = importlib.import_module(f"configs.{name}").get_config().to_dict()
+    config = config_lib.parse(values)
+    assert config.name == name
+    model = config_lib.network(config.model)
+    config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    size = (2, config.model.image_size, config.model.image_size, config.model.image_channels)
+    params = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
+    out = jax.eval_shape(lambda params, x: model.apply({"params": params}, x, jnp.zeros(2)), params, jnp.zeros(size))
+    assert out.shape == size and out.dtype == jnp.float32
+    expected = {"cifar10": 35_746_307, "lsun_bedroom256": 113_673_219, "lsun_church256": 113_673_219}     # diffusers' ddpm-*: its counts
+    if name in expected:
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected[name]
+
+
+def test_sinusoid_is_sin_before_cos_at_ten_thousand_to_the_power(x64):
+    time = np.array([0, 1, 10, 999])
+    out = np.asarray(sinusoid(jnp.asarray(time, jnp.float64), 8))
+    for i, power in enumerate([0, 1 / 3, 2 / 3, 1]):
+        np.testing.assert_allclose(out[:, i], np.sin(time / 10000**power), atol=1e-12)
+        np.testing.assert_allclose(out[:, 4 + i], np.cos(time / 10000**power), atol=1e-12)
+
+
+def test_group_norm_is_flax_s():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 4, 12)) * 3 + 7
+    ours, theirs = GroupNorm(4), nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False)
+    params = {"scale": jnp.linspace(-1, 2, 12), "bias": jnp.linspace(3, -1, 12)}
+    np.testing.assert_allclose(ours.apply({"params": params}, x), theirs.apply({"params": params}, x), rtol=1e-4, atol=2e-5)
+
+
+def test_attention_by_hand():
+    """softmax(q k / sqrt(c)) v for each head, with loops."""
+    module = Attention(groups=2, head_channels=4, dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, 3, 3, 8))
+    params = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), module.init(jax.random.key(1), x)["params"])
+    out = np.asarray(module.apply({"params": params}, x))
+    h = np.asarray(GroupNorm(2).apply({"params": params["norm"]}, x)).reshape(2, 9, 8)
+    q, k, v = (h @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"]) for name in ("query", "key", "value"))
+    mixed = np.zeros((2, 9, 8))
+    for b in range(2):
+        for head in (slice(0, 4), slice(4, 8)):
+            for i in range(9):
+                weights = np.exp(q[b, i, head] @ k[b, :, head].T / 2)
+                mixed[b, i, head] = weights @ v[b, :, head] / weights.sum()
+    expected = np.asarray(x) + (mixed @ np.asarray(params["out"]["kernel"]) + np.asarray(params["out"]["bias"])).reshape(x.shape)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_halving_pads_right_and_bottom():
+    """The stride-2 convolution at (i, j) sees rows 2i .. 2i+2 and columns 2j .. 2j+2 of its input, zeros beyond the end."""
+    params = random_params(TINY)
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 1))
+    _, kept = TINY.apply({"params": params}, x, jnp.zeros(1), capture_intermediates=True, mutable=["intermediates"])
+    kept = kept["intermediates"]
+    before, after = np.asarray(kept["down_0_block_0"]["__call__"][0])[0], np.asarray(kept["down_0_halve"]["__call__"][0])[0]
+    kernel, bias = np.asarray(params["down_0_halve"]["kernel"]), np.asarray(params["down_0_halve"]["bias"])
+    padded = np.zeros((9, 9, 8))
+    padded[:8, :8] = before
+    for i, j in [(0, 0), (1, 2), (3, 3)]:
+        np.testing.assert_allclose(after[i, j], np.einsum("hwi,hwio->o", padded[2 * i:2 * i + 3, 2 * j:2 * j + 3], kernel) + bias,
+                                   rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_computes_near_float32_with_float32_parameters():
+    params, x = random_params(TINY), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    exact = TINY.apply({"params": params}, x, jnp.full(2, 10))
+    low = TINY.clone(dtype=jnp.bfloat16)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(low.init(jax.random.key(0), x, jnp.zeros(2))))
+    rough = low.apply({"params": params}, x, jnp.full(2, 10))
+    assert rough.dtype == jnp.float32
+    assert 1e-4 < float(jnp.abs(rough - exact).max() / jnp.abs(exact).max()) < 0.05
+
+
+def test_classes_and_time_matter_and_are_required():
+    model = TINY.clone(num_classes=3)
+    params, x = random_params(model), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
+    run = lambda time, labels: model.apply({"params": params}, x, jnp.full(2, time), labels)
+    assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(5, jnp.asarray([0, 2]))).max(axis=(1, 2, 3))[0] == 0
+    assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(5, jnp.asarray([0, 2]))).max(axis=(1, 2, 3))[1] > 1e-3
+    assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(6, jnp.asarray([0, 1]))).min(axis=(1, 2, 3)).max() >= 0
+    assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(500, jnp.asarray([0, 1]))).max() > 1e-3
+    with pytest.raises(ValueError, match="num_classes 3"):
+        run(5, None)
+    with pytest.raises(ValueError, match="num_classes 0"):
+        TINY.apply({"params": random_params(TINY)}, x, jnp.zeros(2), jnp.asarray([0, 1]))
+
+
+@pytest.mark.parametrize("sizes, said", [(dict(image_size=10, channel_mult=(1, 2, 2)), "image_size 10 cannot be halved 2 times"),
+                                         (dict(image_size=2, channel_mult=(1, 1, 1)), "multiple of 4"),
+                                         (dict(attention_resolutions=(5,)), r"5, but the network's sizes are \[8, 4\]"),
+                                         (dict(groups=3), "groups 3 does not divide"), (dict(head_channels=5), "head_channels 5"),
+                                         (dict(channels=7, groups=7), "channels must be even")])
+def test_sizes_that_do_not_fit_are_refused(sizes, said):
+    with pytest.raises(ValueError, match=said):
+        TINY.clone(**sizes).check()
+
+
+def test_the_adapter_tells_time_from_zero():
+    """Level t is time t - 1; level 0, where encoding starts, is told as the lowest."""
+    class Echo(nn.Module):
+        def __call__(self, x, time, labels=None, train=False):
+            return jnp.broadcast_to(time.astype(jnp.float32)[:, None], x.shape)
+
+    table = schedule.levels(schedule.linear())
+    eps_fn = adapter.eps_fn(Echo(), {}, table)
+    x = jnp.zeros((3, 2))
+    assert eps_fn(x, jnp.asarray([1, 500, 1000]))[:, 0].tolist() == [0, 499, 999]
+    assert eps_fn(x, 0)[0, 0] == 0 and eps_fn(x, 1000)[0, 0] == 999
+
+
+def test_a_network_of_the_same_shape_compiles_nothing_new():
+    transitions = trajectory.descend(schedule.linear(), [0, 10, 1000])
+    table = schedule.levels(schedule.linear())
+    x = jnp.ones((2, 8, 8, 1))
+    run = lambda seed: samplers.integrate(samplers.ddim(), adapter.eps_fn(TINY.clone(), random_params(TINY, seed), table), transitions, x)
+    first = run(0)
+    size = samplers._scan._cache_size()
+    assert jnp.abs(run(1) - first).max() > 0
+    assert samplers._scan._cache_size() == size

@@ -1,0 +1,107 @@
+"""Training as mathematics: the update, and where its arrays live."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import meshes
+
+from ddim_jax import data, losses, schedule, sharding, train_state, update
+from ddim_jax.data.scaling import to_unit
+from ddim_jax.models.unet import UNet
+
+MODEL = UNet(image_size=8, image_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), groups=4, dropout=0.1)
+TABLE = schedule.levels(schedule.linear(100))
+KEY = jax.random.key(5)
+
+
+def train(mesh, steps, model=MODEL, optimizer=None, state=None, first=0, **options):
+    options = {"prediction": "eps", "gamma": "one", "ema_decay": 0.9, **options}
+    optimizer = optimizer or update.adam(1e-2, 5, 1.0)
+    everywhere = sharding.replicated(mesh)
+    if state is None:
+        state = jax.jit(lambda key: train_state.init(model, optimizer, key), out_shardings=everywhere)(jax.random.key(0))
+    step = jax.jit(update.build(model, optimizer, TABLE, **options), out_shardings=everywhere)
+    metrics = []
+    for _, batch in zip(range(steps), data.batches(data.load("digits"), 16, seed=0, first_step=first), strict=False):
+        batch = sharding.put_batch(mesh, batch)
+        state, said = step(state, batch.images, batch.labels if model.num_classes else None, KEY)
+        metrics.append(jax.device_get(said))
+    return state, metrics
+
+
+def test_eight_devices_train_as_one():
+    (one, first), (eight, second) = (train(mesh, 20) for mesh in meshes())
+    np.testing.assert_allclose([m.loss for m in first], [m.loss for m in second], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.ema_params), jax.tree.leaves(eight.ema_params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    assert len(jax.tree.leaves(eight.params)[0].sharding.device_set) == 8
+
+
+def test_going_on_is_the_same_as_never_stopping(mesh):
+    whole, _ = train(mesh, 10)
+    half, _ = train(mesh, 5)
+    again, _ = train(mesh, 5, state=jax.device_get(half), first=5)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_step_by_hand(mesh):
+    """The loss of the batch at the drawn t and eps, the clipped gradient, plain descent and the moving average."""
+    model = MODEL.clone(dropout=0.0)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(0.5))
+    start = train_state.init(model, optimizer, jax.random.key(0))
+    start = start._replace(params=jax.tree.map(lambda leaf: leaf + 0.05, start.params))
+    state, [metrics] = train(mesh, 1, model, optimizer, start, ema_decay=0.75)
+
+    from ddim_jax.models import adapter
+    images = to_unit(next(data.batches(data.load("digits"), 16, seed=0)).images)
+    t_key, eps_key, _ = jax.random.split(jax.random.fold_in(KEY, 0), 3)
+    t, eps = jax.random.randint(t_key, (16,), 1, 101), jax.random.normal(eps_key, images.shape)
+    loss = lambda params: losses.l_gamma(adapter.eps_fn(model, params, TABLE), TABLE, images, t, eps).mean()
+    value, grads = jax.value_and_grad(loss)(start.params)
+    norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))
+    assert metrics.loss == pytest.approx(float(value), rel=1e-5) and metrics.grad_norm == pytest.approx(norm, rel=1e-4) and norm > 0.01
+    for new, ema, old, grad in zip(*(jax.tree.leaves(tree) for tree in (state.params, state.ema_params, start.params, grads)), strict=True):
+        np.testing.assert_allclose(new, old - 0.5 * 0.01 / norm * grad, rtol=1e-4, atol=1e-6)
+    before = train_state.init(model, optimizer, jax.random.key(0)).params
+    for ema, average, new in zip(*(jax.tree.leaves(tree) for tree in (state.ema_params, before, state.params)), strict=True):
+        np.testing.assert_allclose(ema, 0.75 * average + 0.25 * new, rtol=1e-5, atol=1e-7)
+    assert int(state.step) == 1
+
+
+def test_the_learning_rate_warms_up_and_stays():
+    """On a constant gradient Adam moves by the learning rate: k / warmup of it in update k, then all of it."""
+    optimizer = update.adam(0.1, 4, 1e9)
+    x = jnp.zeros(1)
+    state, moves = optimizer.init(x), []
+    for _ in range(6):
+        step, state = optimizer.update(jnp.ones(1), state)
+        moves.append(-float(step[0]))
+    np.testing.assert_allclose(moves, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-4)
+    for warmup in (0, 1):
+        optimizer = update.adam(0.1, warmup, 1e9)
+        assert -float(optimizer.update(jnp.ones(1), optimizer.init(x))[0][0]) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_dropout_acts_in_training_and_differs_by_step(mesh):
+    frozen = optax.set_to_zero()
+    start = train_state.init(MODEL, frozen, jax.random.key(0))
+    start = start._replace(params=jax.tree.map(lambda leaf: leaf + 0.05, start.params))
+    losses_of = lambda model: train(mesh, 1, model, frozen, start)[1][0].loss
+    assert losses_of(MODEL) != losses_of(MODEL.clone(dropout=0.0))
+    assert losses_of(MODEL) == losses_of(MODEL)
+
+
+@pytest.mark.parametrize("prediction, gamma", [("eps", "one"), ("x0", "x0"), ("v", "v")])
+def test_every_prediction_learns_the_digits(mesh, prediction, gamma):
+    """60 small steps take a clear piece off the first loss."""
+    model = MODEL.clone(dropout=0.0)
+    _, metrics = train(mesh, 60, model, prediction=prediction, gamma=gamma)
+    values = [float(m.loss) for m in metrics]
+    assert np.mean(values[-10:]) < 0.75 * np.mean(values[:5])
+
+
+def test_a_class_conditional_network_trains(mesh):
+    _, metrics = train(mesh, 3, MODEL.clone(num_classes=10))
+    assert np.isfinite([m.loss for m in metrics]).all()
