@@ -79,13 +79,16 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:                                  # damage shows as many kinds of exception
-            raise CheckpointError(f"{self._folder / str(step)} cannot be read: {str(error).splitlines()[0][:300]}") from error
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self._folder / str(step)} cannot be read: {(str(error) or repr(error)).splitlines()[0][:300]}")
 
     def _check_shapes(self, step: int, item: str, like: Any) -> None:
         try:
             saved = self._manager.item_metadata(step)[item].tree
         except Exception as error:
-            raise CheckpointError(f"{self._folder / str(step)} cannot be read: {str(error).splitlines()[0][:300]}") from error
+            raise self._unreadable(step, error) from error
         check_same_shapes(saved, like, str(self._folder / str(step)))
 
 

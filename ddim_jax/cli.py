@@ -4,6 +4,7 @@ from __future__ import annotations
 import difflib
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import types
@@ -31,6 +32,8 @@ def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, t
     if config:
         config_flags.DEFINE_config_file("config", None, "The config file; any field of it by --config.SECTION.FIELD=VALUE.")
 
+    sys.unraisablehook = _unraisable
+
     def guarded(argv):
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.ERROR)      # Orbax reports every step of every save
@@ -51,6 +54,12 @@ def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, t
             fail("interrupted; the same command goes on from what is done", code=130)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _unraisable(event: Any) -> None:
+    """Python's own, but for what tensorstore's threads say hundreds of times when one read of a damaged checkpoint has failed."""
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -77,17 +86,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         fail(str(error))
     except (AttributeError, KeyError) as error:   # a field that the config does not have
-        fail(_unknown_field(argv) or f"the config file cannot be loaded: {type(error).__name__}: {error}")
+        fail(_unknown_field(argv, error) or f"the config file cannot be loaded: {type(error).__name__}: {error}")
     except Exception as error:                    # whatever the user's config file raises
+        if "No such file" in str(error):
+            fail(f"there is no config file {config_flags.get_config_filename(FLAGS['config'])}")
         fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
 
 
-def _unknown_field(argv: list[str]) -> str | None:
-    values = FLAGS["config"].value
-    if values is None:
-        return None
-    paths = [arg.lstrip("-").split("=")[0].removeprefix("config.") for arg in argv if arg.lstrip("-").startswith("config.")]
-    return next(filter(None, (config_lib.missing_field(values.to_dict(), path) for path in paths)), None)
+def _unknown_field(argv: list[str], error: Exception) -> str | None:
+    """What ml_collections says of a field that is not there, with the section that the user wrote it into."""
+    said = str(error).replace("\\", "")
+    name, nearest = re.search(r"'(\w+)'", said), re.search(r'Did you mean "(\w+)"', said)
+    for path in (arg.lstrip("-").split("=")[0].split(".") for arg in argv):
+        if name and path[0] == "config" and name[1] in path[1:]:
+            section = ".".join(path[:path.index(name[1])])
+            return f"{section} has no field {name[1]!r}" + (f" (did you mean {nearest[1]!r}?)" if nearest else "")
+    return None
 
 
 def writable_folder(path: str | os.PathLike) -> pathlib.Path:

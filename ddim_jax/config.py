@@ -209,16 +209,6 @@ def _nearest(name: str, names) -> str:
     return f" (did you mean {close[0]!r}?)" if close else f"; it has {', '.join(names)}"
 
 
-def missing_field(config: Mapping[str, Any], path: str) -> str | None:
-    """The line to print if the dotted path `section.field` is not in a config, None if it is."""
-    where = "config"
-    for name in path.split("."):
-        if not isinstance(config, Mapping) or name not in config:
-            return f"{where} has no field {name!r}" + (_nearest(name, list(config)) if isinstance(config, Mapping) else "")
-        config, where = config[name], f"{where}.{name}"
-    return None
-
-
 # What a run that continues must not change, and what a network must be sampled with as it was trained.
 RESUMED_WITH = ("model", "schedule", "data.name", "data.flip", *(f"train.{name}" for name in (
     "batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")))

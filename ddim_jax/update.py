@@ -53,6 +53,6 @@ def build(model: nn.Module, optimizer: optax.GradientTransformation, table: Leve
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, steps)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        return TrainState(state.step + 1, params, ema_params, opt_state), Metrics(loss, optax.global_norm(grads))
+        return TrainState(state.step + 1, params, ema_params, opt_state), Metrics(loss, optax.tree.norm(grads))
 
     return update

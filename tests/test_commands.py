@@ -90,9 +90,10 @@ def test_a_longer_run_is_a_shorter_one_continued(trained, tmp_path):
     workdir = tmp_path / "run"
     ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.num_steps=7"))       # 7: between two checkpoints
     ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir))
-    assert leaves(workdir)[0] == 20
-    for name, leaf in leaves(trained)[1].items():
-        np.testing.assert_array_equal(leaves(workdir)[1][name], leaf, err_msg=name)
+    (step, ours), (_, theirs) = leaves(workdir), leaves(trained)
+    assert step == 20
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
 def test_a_finished_run_is_left_alone(trained, tmp_path):
@@ -109,7 +110,7 @@ def test_a_run_is_not_continued_with_another_config_or_network(trained, tmp_path
     said = error_line(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.batch_size=32"))
     assert "config.train.batch_size is 32" in said and "16" in said
     said = error_line(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.model.channels=16"))
-    assert "of another network" in said and "(3, 3, 1, 8)" in said and "(3, 3, 1, 16)" in said
+    assert "of another network: conv_in/bias has shape (8,), config.model expects (16,)" in said
     assert_same_run(trained, workdir)
 
 
@@ -226,7 +227,7 @@ def test_weights_in_one_file_are_those_of_the_run(trained, tmp_path):
     ("train", (*SMOKE, "--workdir", "README.md/x"), "cannot write to the folder README.md/x"),
     ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.data.name=digit"), "did you mean 'digits'?"),
     ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.model.image_size=9"), "image_size 9 cannot be halved 1 times"),
-    ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.model.image_size=16"), "the network takes 16x16x1, the images of data set 'digits' are 8x8x1"),
+    ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.model.image_size=16", "--config.model.attention_resolutions=8,"), "the network takes 16x16x1, the images of data set 'digits' are 8x8x1"),
     ("train", ("--config", "configs/cifar10.py", "--workdir", "/tmp/never"), "data set 'npz' needs a file in config.data.path, got ''"),
     ("convert", ("--from", "/nowhere", "--to", "x.safetensors"), "/nowhere holds no checkpoints"),
 ])
@@ -252,7 +253,8 @@ def test_an_empty_and_a_damaged_checkpoint_are_named(trained, tmp_path):
     assert "holds no complete checkpoint" in error_line(run("ddim_jax.sample", *SMOKE, "--workdir", tmp_path / "empty"))
     shutil.copytree(trained, tmp_path / "damaged")
     shutil.rmtree(tmp_path / "damaged" / "checkpoints" / "20" / "ema_params" / "d")
-    assert "checkpoints/20 cannot be read" in error_line(run("ddim_jax.sample", *SMOKE, "--workdir", tmp_path / "damaged"))
+    for command in ("ddim_jax.sample", "ddim_jax.train"):
+        assert "checkpoints/20 cannot be read" in error_line(run(command, *SMOKE, "--workdir", tmp_path / "damaged"))
 
 
 # --- what the README promises ---------------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def test_the_commands_and_files_that_the_texts_name_are_there():
         for module in re.findall(r"python -m ((?:ddim_jax|experiments|benchmarks)\.\w+)", words):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), (text, module)
         for path in re.findall(r"(?:configs|ddim_jax|experiments|docs|tests|benchmarks)/[\w/]+\.\w+", words):
-            assert (ROOT / path).exists(), (text, path)
+            assert "NAME" in path or (ROOT / path).exists(), (text, path)
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert blocks

@@ -31,11 +31,14 @@ def train(mesh, steps, model=MODEL, optimizer=None, state=None, first=0, **optio
 
 
 def test_eight_devices_train_as_one():
-    (one, first), (eight, second) = (train(mesh, 20) for mesh in meshes())
-    np.testing.assert_allclose([m.loss for m in first], [m.loss for m in second], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(one.ema_params), jax.tree.leaves(eight.ema_params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
-    assert len(jax.tree.leaves(eight.params)[0].sharding.device_set) == 8
+    """The loss curve under Adam; the parameters under plain descent, because Adam turns the rounding error of a gradient that is 0, such
+    as that of the attention's key bias, into steps of full size."""
+    one, eight = meshes()
+    np.testing.assert_allclose(*([m.loss for m in train(mesh, 20)[1]] for mesh in (one, eight)), rtol=1e-5)
+    states = [train(mesh, 10, optimizer=optax.sgd(0.1))[0] for mesh in (one, eight)]
+    for a, b in zip(*(jax.tree.leaves(state.ema_params) for state in states), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert len(jax.tree.leaves(states[1].params)[0].sharding.device_set) == 8
 
 
 def test_going_on_is_the_same_as_never_stopping(mesh):

@@ -1,0 +1,56 @@
+"""What sampling costs to compile and to hold in memory, at S = 10 and at S = 1000.
+
+    python -m benchmarks.sampling --config configs/digits.py
+
+Compile time and peak memory must not depend on S: the steps are one `lax.scan`. The persistent compilation cache is not used.
+"""
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+import types
+
+import jax
+import numpy as np
+
+from ddim_jax import cli, generate, samplers, schedule, train_state
+from ddim_jax import config as config_lib
+
+REPEATS = 5
+OPTIONS = {"steps": ("10,1000", "The values of S.")}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = options.config
+    device = jax.devices()[0]
+    print(f"{config.name}, batch {config.sample.batch_size}, {device.device_kind} ({platform.machine()}), jax {jax.__version__}\n")
+    params = jax.jit(lambda key: train_state.init_params(config_lib.network(config.model), key))(jax.random.key(0))
+    noise_schedule: schedule.NoiseSchedule = config_lib.noise_schedule(config.schedule)
+    rows = {int(steps): measure(config, int(steps), params, noise_schedule) for steps in options.steps.split(",")}
+    print("| S | compile, s (median of 5, min..max) | temporary memory, MB | arguments, MB | output, MB |\n|---|---|---|---|---|")
+    for steps, (times, memory) in rows.items():
+        print(f"| {steps} | {statistics.median(times):.2f} ({min(times):.2f}..{max(times):.2f}) | {memory.temp_size_in_bytes / 1e6:.3f} | "
+              f"{memory.argument_size_in_bytes / 1e6:.3f} | {memory.output_size_in_bytes / 1e6:.3f} |")
+
+
+def measure(config, steps, params, noise_schedule):
+    process = config_lib.process(dataclasses.replace(config.sample, steps=steps), noise_schedule)
+    index = np.arange(config.sample.batch_size)
+    keys, x = generate.start(config, jax.numpy.asarray(index))
+    eps_fn = generate.eps_fn(config, params, generate.labels_of(config, index))
+    transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
+    times = []
+    for _ in range(REPEATS):
+        lowered = samplers._scan.lower(process.sampler, eps_fn, transitions, x, keys if process.sampler.stochastic else None, keep=False)
+        begin = time.perf_counter()
+        compiled = lowered.compile()
+        times.append(time.perf_counter() - begin)
+        jax.clear_caches()
+    return times, compiled.memory_analysis()
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)
