@@ -2,8 +2,10 @@
 
     python -m benchmarks.sampling --config configs/digits.py
 
-Compile time and peak memory must not depend on S: the steps are one `lax.scan`. The persistent compilation cache is not used.
+Compile time and peak memory must not depend on S: the steps are one `lax.scan`. The persistent compilation
+cache is not used.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -26,14 +28,23 @@ def main(options: types.SimpleNamespace) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     config = options.config
     device = jax.devices()[0]
-    print(f"{config.name}, batch {config.sample.batch_size}, {device.device_kind} ({platform.machine()}), jax {jax.__version__}\n")
+    print(
+        f"{config.name}, batch {config.sample.batch_size}, {device.device_kind} ({platform.machine()}), "
+        f"jax {jax.__version__}\n"
+    )
     params = jax.jit(lambda key: train_state.init_params(config_lib.network(config.model), key))(jax.random.key(0))
     noise_schedule: schedule.NoiseSchedule = config_lib.noise_schedule(config.schedule)
     rows = {int(steps): measure(config, int(steps), params, noise_schedule) for steps in options.steps.split(",")}
-    print("| S | compile, s (median of 5, min..max) | temporary memory, MB | arguments, MB | output, MB |\n|---|---|---|---|---|")
+    print(
+        "| S | compile, s (median of 5, min..max) | temporary memory, MB | arguments, MB | output, MB |\n"
+        "|---|---|---|---|---|"
+    )
     for steps, (times, memory) in rows.items():
-        print(f"| {steps} | {statistics.median(times):.2f} ({min(times):.2f}..{max(times):.2f}) | {memory.temp_size_in_bytes / 1e6:.3f} | "
-              f"{memory.argument_size_in_bytes / 1e6:.3f} | {memory.output_size_in_bytes / 1e6:.3f} |")
+        print(
+            f"| {steps} | {statistics.median(times):.2f} ({min(times):.2f}..{max(times):.2f}) | "
+            f"{memory.temp_size_in_bytes / 1e6:.3f} | "
+            f"{memory.argument_size_in_bytes / 1e6:.3f} | {memory.output_size_in_bytes / 1e6:.3f} |"
+        )
 
 
 def measure(config, steps, params, noise_schedule):
@@ -44,7 +55,9 @@ def measure(config, steps, params, noise_schedule):
     transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
     times = []
     for _ in range(REPEATS):
-        lowered = samplers._scan.lower(process.sampler, eps_fn, transitions, x, keys if process.sampler.stochastic else None, keep=False)
+        lowered = samplers._scan.lower(
+            process.sampler, eps_fn, transitions, x, keys if process.sampler.stochastic else None, keep=False
+        )
         begin = time.perf_counter()
         compiled = lowered.compile()
         times.append(time.perf_counter() - begin)

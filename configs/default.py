@@ -43,7 +43,7 @@ def get_config() -> ConfigDict:
     train.warmup = 5000                   # steps over which the learning rate rises to that
     train.clip_norm = 1.0                 # global norm of the gradient
     train.ema_decay = 0.9999              # of the moving average that is sampled
-    train.gamma = "one"                   # weights of Eq. (5): one (the paper's) | x0 | v (plain error of that prediction)
+    train.gamma = "one"                   # weights of Eq. (5): one (the paper's) | x0 | v (plain error of these)
     train.log_every = 100                 # steps between lines of metrics.jsonl and TensorBoard
     train.checkpoint_every = 5000         # a multiple of log_every
     train.keep = 3                        # latest checkpoints that are kept
@@ -61,5 +61,5 @@ def get_config() -> ConfigDict:
     sample.seed = 0                       # image i depends on (seed, i) alone
     sample.clip_x0 = False                # keep the predicted x_0 in [-1, 1]; the paper does not
     sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
-    sample.label = -1                     # class-conditional networks: the class; -1: image i has class i mod num_classes
+    sample.label = -1                     # the class, for class-conditional networks; -1: image i has class i mod n
     return config

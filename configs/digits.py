@@ -1,4 +1,5 @@
-"""Handwritten digits, 8x8: the data set that scikit-learn carries, a network of 0.7 M parameters, minutes on two CPU cores.
+"""Handwritten digits, 8x8: the data set that scikit-learn carries, a network of 0.7 M parameters, minutes on
+two CPU cores.
 
     python -m ddim_jax.sample --config configs/digits.py                       # the weights that ship with the package
     python -m ddim_jax.train  --config configs/digits.py --workdir runs/digits

@@ -1,4 +1,5 @@
-"""A network that learns nothing in seconds: every part of training and sampling, for tests and for trying a new machine.
+"""A network that learns nothing in seconds: every part of training and sampling, for tests and for trying a
+new machine.
 
     python -m ddim_jax.train --config configs/smoke.py --workdir runs/smoke
 """

@@ -1,8 +1,10 @@
-"""Checkpoints of training, by Orbax: asynchronous, a folder per step in WORKDIR/checkpoints, the config beside the arrays.
+"""Checkpoints of training, by Orbax: asynchronous, a folder per step in WORKDIR/checkpoints, the config
+beside the arrays.
 
-The items of a step are `params`, `ema_params`, `optimizer` (the step and the optimizer's state) and `config` (JSON), so that sampling
-reads the one it needs.
+The items of a step are `params`, `ema_params`, `optimizer` (the step and the optimizer's state) and `config`
+(JSON), so that sampling reads the one it needs.
 """
+
 from __future__ import annotations
 
 import pathlib
@@ -32,10 +34,13 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             policies = [LatestN(keep)] + ([EveryNSteps(keep_every)] if keep_every else [])
-            options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
+            )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("params", "ema_params", "optimizer")}
-        self._manager = ocp.CheckpointManager(self._folder, options=options,
-                                              item_handlers=handlers | {"config": ocp.JsonCheckpointHandler()})
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, item_handlers=handlers | {"config": ocp.JsonCheckpointHandler()}
+        )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -55,9 +60,15 @@ class Checkpoints:
 
     def save(self, state: TrainState, config: dict[str, Any]) -> None:
         """Writes a step in the background. config: JSON values."""
-        self._manager.save(int(state.step), args=ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params), ema_params=ocp.args.StandardSave(state.ema_params),
-            optimizer=ocp.args.StandardSave(_optimizer(state)), config=ocp.args.JsonSave(config)))
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema_params=ocp.args.StandardSave(state.ema_params),
+                optimizer=ocp.args.StandardSave(_optimizer(state)),
+                config=ocp.args.JsonSave(config),
+            ),
+        )
 
     def config(self, step: int) -> dict[str, Any]:
         return self._restore(step, config=ocp.args.JsonRestore())["config"]
@@ -78,11 +89,13 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:                                  # damage shows as many kinds of exception
+        except Exception as error:  # damage shows as many kinds of exception
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> CheckpointError:
-        return CheckpointError(f"{self._folder / str(step)} cannot be read: {(str(error) or repr(error)).splitlines()[0][:300]}")
+        return CheckpointError(
+            f"{self._folder / str(step)} cannot be read: {(str(error) or repr(error)).splitlines()[0][:300]}"
+        )
 
     def _check_shapes(self, step: int, item: str, like: Any) -> None:
         try:
@@ -93,21 +106,31 @@ class Checkpoints:
 
 
 def check_same_shapes(saved: Any, expected: Any, where: str) -> None:
-    """CheckpointError, naming the first leaf that differs, unless the two trees have the same leaves of the same shapes."""
+    """CheckpointError, naming the first leaf that differs, unless the two trees have the same leaves of the same
+    shapes.
+    """
     there, here = _shapes(saved), _shapes(expected)
     for name in here:
         if name not in there:
-            raise CheckpointError(f"{where} is of another network: it has no {name}, which config.model expects with shape {here[name]}")
+            raise CheckpointError(
+                f"{where} is of another network: it has no {name}, which config.model expects with shape {here[name]}"
+            )
         if there[name] != here[name]:
-            raise CheckpointError(f"{where} is of another network: {name} has shape {there[name]}, config.model expects {here[name]}")
+            raise CheckpointError(
+                f"{where} is of another network: {name} has shape {there[name]}, config.model expects {here[name]}"
+            )
     for name in there:
         if name not in here:
-            raise CheckpointError(f"{where} is of another network: it has {name} with shape {there[name]}, which config.model does not")
+            raise CheckpointError(
+                f"{where} is of another network: it has {name} with shape {there[name]}, which config.model does not"
+            )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:

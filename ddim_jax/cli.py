@@ -1,4 +1,5 @@
 """What the commands share: flags, and mistakes told in one line on stderr with exit code 2."""
+
 from __future__ import annotations
 
 import difflib
@@ -21,22 +22,30 @@ from ddim_jax.config import Config, ConfigError
 FLAGS = flags.FLAGS
 
 
-def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, tuple[Any, str]], config: bool = True) -> NoReturn:
-    """Runs main(options) and ends the process: exit code 0 if all went well, 2 for a mistake of the user's, 130 for Ctrl-C.
+def start(
+    main: Callable[[types.SimpleNamespace], None], options: Mapping[str, tuple[Any, str]], config: bool = True
+) -> NoReturn:
+    """Runs main(options) and ends the process: exit code 0 if all went well, 2 for a mistake of the user's, 130
+    for Ctrl-C.
 
-    options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text. With config there is
-    --config too, and main finds the checked Config in `options.config` and its file's name in `options.config_file`.
+    options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text.
+    With config there is --config too, and main finds the checked Config in `options.config` and its file's name
+    in `options.config_file`.
     """
     for name, (default, text) in options.items():
         (flags.DEFINE_bool if isinstance(default, bool) else flags.DEFINE_string)(name, default, text)
     if config:
-        config_flags.DEFINE_config_file("config", None, "The config file; any field of it by --config.SECTION.FIELD=VALUE.")
+        config_flags.DEFINE_config_file(
+            "config", None, "The config file; any field of it by --config.SECTION.FIELD=VALUE."
+        )
 
+    for name in [*options, *(["config"] if config else [])]:
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # what --help lists
     sys.unraisablehook = _unraisable
 
     def guarded(argv):
         if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.ERROR)      # Orbax reports every step of every save
+            logging.set_verbosity(logging.ERROR)  # Orbax reports every step of every save
         try:
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}: options begin with --")
@@ -57,7 +66,9 @@ def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, t
 
 
 def _unraisable(event: Any) -> None:
-    """Python's own, but for what tensorstore's threads say hundreds of times when one read of a damaged checkpoint has failed."""
+    """Python's own, but for what tensorstore's threads say hundreds of times when one read of a damaged
+    checkpoint has failed.
+    """
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
 
@@ -78,16 +89,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
         if "config" in FLAGS and FLAGS.config is not None:
-            FLAGS.config.to_dict()                # a config file that could not be loaded says so when it is used
+            FLAGS.config.to_dict()  # a config file that could not be loaded says so when it is used
         return rest
     except flags.UnrecognizedFlagError as error:
         close = difflib.get_close_matches(error.flagname, list(FLAGS), 1)
         fail(f"unknown option --{error.flagname}" + (f" (did you mean --{close[0]}?)" if close else ""))
     except flags.Error as error:
         fail(str(error))
-    except (AttributeError, KeyError) as error:   # a field that the config does not have
+    except (AttributeError, KeyError) as error:  # a field that the config does not have
         fail(_unknown_field(argv, error) or f"the config file cannot be loaded: {type(error).__name__}: {error}")
-    except Exception as error:                    # whatever the user's config file raises
+    except Exception as error:  # whatever the user's config file raises
         if "No such file" in str(error):
             fail(f"there is no config file {config_flags.get_config_filename(FLAGS['config'])}")
         fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
@@ -99,7 +110,7 @@ def _unknown_field(argv: list[str], error: Exception) -> str | None:
     name, nearest = re.search(r"'(\w+)'", said), re.search(r'Did you mean "(\w+)"', said)
     for path in (arg.lstrip("-").split("=")[0].split(".") for arg in argv):
         if name and path[0] == "config" and name[1] in path[1:]:
-            section = ".".join(path[:path.index(name[1])])
+            section = ".".join(path[: path.index(name[1])])
             return f"{section} has no field {name[1]!r}" + (f" (did you mean {nearest[1]!r}?)" if nearest else "")
     return None
 
@@ -114,4 +125,3 @@ def writable_folder(path: str | os.PathLike) -> pathlib.Path:
     except OSError as error:
         raise ConfigError(f"cannot write to the folder {folder}: {error.strerror}") from error
     return folder
-

@@ -1,8 +1,10 @@
 """What a config may say, checked, and the objects that it names.
 
-`configs/*.py` are ml_collections files with the defaults and a comment for every field. They become the frozen dataclasses below
-at once: here stand the type and the range of each field, and a mistake is one line that names the field.
+`configs/*.py` are ml_collections files with the defaults and a comment for every field. They become the
+frozen dataclasses below at once: here stand the type and the range of each field, and a mistake is one line
+that names the field.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -48,6 +50,7 @@ def _at_least(low: float) -> Any:
     def check(value):
         if value < low:
             raise ValueError(f"must be at least {low}, got {value}")
+
     return _field(check)
 
 
@@ -55,6 +58,7 @@ def _above_zero() -> Any:
     def check(value):
         if not value > 0:
             raise ValueError(f"must be above 0, got {value}")
+
     return _field(check)
 
 
@@ -62,6 +66,7 @@ def _below_one() -> Any:
     def check(value):
         if not 0 <= value < 1:
             raise ValueError(f"must be in [0, 1), got {value}")
+
     return _field(check)
 
 
@@ -73,6 +78,7 @@ def _all_positive() -> Any:
     def check(values):
         if not values or min(values) < 1:
             raise ValueError(f"must hold at least one number and none below 1, got {values}")
+
     return _field(check)
 
 
@@ -153,17 +159,28 @@ class Config:
 
 
 def parse(values: Mapping[str, Any]) -> Config:
-    """The checked Config of nested dicts (a ConfigDict's `to_dict()`, or the JSON beside a checkpoint). Raises ConfigError."""
+    """The checked Config of nested dicts (a ConfigDict's `to_dict()`, or the JSON beside a checkpoint). Raises
+    ConfigError.
+    """
     config = _parse(Config, values, "config")
     train = config.train
     if train.checkpoint_every % train.log_every:
-        raise ConfigError(f"config.train.checkpoint_every: must be a multiple of log_every ({train.log_every}), so that a resumed "
-                          f"run logs what an undisturbed one logs; got {train.checkpoint_every}")
+        raise ConfigError(
+            f"config.train.checkpoint_every: must be a multiple of log_every ({train.log_every}), so that a resumed "
+            f"run logs what an undisturbed one logs; got {train.checkpoint_every}"
+        )
     if config.sample.eta and "eta" not in registry.accepts(registry.SAMPLERS[config.sample.sampler]):
-        raise ConfigError(f"config.sample.eta: the sampler {config.sample.sampler!r} has no eta, leave it at 0; got {config.sample.eta}")
-    if config.sample.label >= max(config.model.num_classes, 1) or (config.sample.label >= 0 and not config.model.num_classes):
-        raise ConfigError(f"config.sample.label: must be -1 (all in turn) or a class of the network, which has "
-                          f"{config.model.num_classes}; got {config.sample.label}")
+        raise ConfigError(
+            f"config.sample.eta: the sampler {config.sample.sampler!r} has no eta, leave it at 0; "
+            f"got {config.sample.eta}"
+        )
+    if config.sample.label >= max(config.model.num_classes, 1) or (
+        config.sample.label >= 0 and not config.model.num_classes
+    ):
+        raise ConfigError(
+            f"config.sample.label: must be -1 (all in turn) or a class of the network, which has "
+            f"{config.model.num_classes}; got {config.sample.label}"
+        )
     return config
 
 
@@ -191,7 +208,7 @@ def _parse(kind: type, values: Any, path: str) -> Any:
 
 
 def _typed(kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.GenericAlias):                 # tuple[x, ...]
+    if isinstance(kind, types.GenericAlias):  # tuple[x, ...]
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"must be a tuple, got {value!r}")
         return tuple(_typed(typing.get_args(kind)[0], item) for item in value)
@@ -210,14 +227,23 @@ def _nearest(name: str, names) -> str:
 
 
 # What a run that continues must not change, and what a network must be sampled with as it was trained.
-RESUMED_WITH = ("model", "schedule", "data.name", "data.flip", *(f"train.{name}" for name in (
-    "batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")))
-SAMPLED_WITH = ("schedule", *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig)
-                              if field.name not in ("dropout", "dtype")))
+RESUMED_WITH = (
+    "model",
+    "schedule",
+    "data.name",
+    "data.flip",
+    *(f"train.{name}" for name in ("batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")),
+)
+SAMPLED_WITH = (
+    "schedule",
+    *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name not in ("dropout", "dtype")),
+)
 
 
 def check_same(config: Config, saved: Config, fields: tuple[str, ...], where: str) -> None:
-    """ConfigError, naming the first field of `fields` (dotted) in which the config differs from the one saved in `where`."""
+    """ConfigError, naming the first field of `fields` (dotted) in which the config differs from the one saved in
+    `where`.
+    """
     for field in fields:
         ours, theirs = config, saved
         for name in field.split("."):
@@ -245,9 +271,10 @@ def network(config: ModelConfig) -> UNet:
 
 class Process(NamedTuple):
     """A generative process, ready to run."""
+
     sampler: Sampler
-    tau: np.ndarray              # (S+1,)
-    transitions: Transitions     # leaves (S,)
+    tau: np.ndarray  # (S+1,)
+    transitions: Transitions  # leaves (S,)
 
 
 def process(config: SampleConfig, schedule: NoiseSchedule) -> Process:
@@ -257,7 +284,9 @@ def process(config: SampleConfig, schedule: NoiseSchedule) -> Process:
     """
     with blame("config.sample.tau"):
         if config.tau.replace(",", "").replace(" ", "").lstrip("-").isdigit():
-            tau = trajectory.explicit(schedule.num_steps, [int(level) for level in config.tau.split(",") if level.strip()])
+            tau = trajectory.explicit(
+                schedule.num_steps, [int(level) for level in config.tau.split(",") if level.strip()]
+            )
         else:
             build_tau = registry.lookup(registry.TAUS, config.tau)
     if config.tau in registry.TAUS:

@@ -4,6 +4,7 @@
 
 The file holds the moving average of the parameters (or, with --noema, the parameters) and the config.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -41,8 +42,11 @@ def main(options: types.SimpleNamespace) -> None:
         model = config_lib.network(config.model)
         like = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = checkpoints.restore_params(step, jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like), options.ema)
+        params = checkpoints.restore_params(
+            step,
+            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like),
+            options.ema,
+        )
     pretrained.save(path, params, dataclasses.asdict(config), step)
     print(f"step {step} of {workdir} is in {path}, {path.stat().st_size / 1e6:.2f} MB")
 

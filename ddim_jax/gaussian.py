@@ -2,6 +2,7 @@
 
 Everywhere `x_0`, `x_t`, `eps` are (B, ...) and a `Level` or a `Transition` has leaves that broadcast against them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from jax.tree_util import Partial
 
 from ddim_jax.schedule import Array, Level, level_at
 
-EpsFn = Callable[[Array, Array], Array]   # (x_t (B, ...), t () or (B,) in 1..T) -> eps (B, ...)
+EpsFn = Callable[[Array, Array], Array]  # (x_t (B, ...), t () or (B,) in 1..T) -> eps (B, ...)
 
 
 def q_marginal(x_0: Array, eps: Array, level: Level) -> Array:
-    """Eq. (4): `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`, a draw from q(x_t | x_0) for eps ~ N(0, I)."""
+    """Eq. (4): `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`, a draw from q(x_t | x_0) for eps ~ N(0,
+    I).
+    """
     return jnp.sqrt(level.alpha_bar) * x_0 + jnp.sqrt(level.one_minus_alpha_bar) * eps
 
 
@@ -50,8 +53,9 @@ PREDICTIONS = {
 def sigma_squared(eta: Array, transition) -> Array:
     """Eq. (16), squared: `sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s)`.
 
-    eta = 0 is DDIM, eta = 1 is DDPM. The square is what (7), (8) and (12) need; it also keeps `1 - alpha_bar_s - sigma^2`
-    from falling below 0 in float32 at eta = 1, because the host's table is rounded once and rounding is monotone.
+    eta = 0 is DDIM, eta = 1 is DDPM. The square is what (7), (8) and (12) need; it also keeps
+    `1 - alpha_bar_s - sigma^2` from falling below 0 in float32 at eta = 1, because the host's table is rounded
+    once and rounding is monotone.
     """
     return eta**2 * transition.posterior_variance
 
@@ -59,7 +63,8 @@ def sigma_squared(eta: Array, transition) -> Array:
 def q_sigma(x_t: Array, x_0: Array, transition, sigma2: Array) -> tuple[Array, Array]:
     """Eq. (7): mean and variance of q_sigma(x_s | x_t, x_0), for `0 <= sigma2 <= 1 - alpha_bar_s`.
 
-    `mean = sqrt(alpha_bar_s) x_0 + k (x_t - sqrt(alpha_bar_t) x_0)`, `k = sqrt((1 - alpha_bar_s - sigma^2) / (1 - alpha_bar_t))`.
+    `mean = sqrt(alpha_bar_s) x_0 + k (x_t - sqrt(alpha_bar_t) x_0)`,
+    `k = sqrt((1 - alpha_bar_s - sigma^2) / (1 - alpha_bar_t))`.
     """
     k = jnp.sqrt((transition.one_minus_alpha_bar_s - sigma2) / transition.one_minus_alpha_bar_t)
     residual = x_t - jnp.sqrt(transition.alpha_bar_t) * x_0

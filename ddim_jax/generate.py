@@ -1,4 +1,5 @@
 """Images by index: what `sample` writes, what `train` shows, what an experiment measures."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ def image_shape(config: Config) -> tuple[int, int, int]:
 
 
 def labels_of(config: Config, index: np.ndarray) -> np.ndarray | None:
-    """The classes of images index (B,): config.sample.label, or in turn where it is -1; None for a network without classes."""
+    """The classes of images index (B,): config.sample.label, or in turn where it is -1; None for a network
+    without classes.
+    """
     classes, label = config.model.num_classes, config.sample.label
     if not classes:
         return None
@@ -48,8 +51,8 @@ def start(config: Config, index: jax.Array) -> tuple[jax.Array, jax.Array]:
 def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: int = 0) -> Iterator[np.ndarray]:
     """Images first .. num_images - 1 of config.sample in batches of uint8 (b, H, W, C) on the host.
 
-    Every batch but the last has the same size, a multiple of the devices; what is drawn beyond num_images is dropped, so that one
-    program serves all. params: replicated over the mesh.
+    Every batch but the last has the same size, a multiple of the devices; what is drawn beyond num_images is
+    dropped, so that one program serves all. params: replicated over the mesh.
     """
     sample = config.sample
     size = -(-min(sample.batch_size, sample.num_images) // mesh.size) * mesh.size
@@ -57,6 +60,11 @@ def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: in
         index = np.arange(begin, begin + size)
         labels = jax.tree.map(partial(sharding.put_indices, mesh), labels_of(config, index))
         keys, x = start(config, sharding.put_indices(mesh, index))
-        x = samplers.integrate(process.sampler, eps_fn(config, params, labels), process.transitions, x,
-                               keys if process.sampler.stochastic else None)
-        yield sharding.to_host(_to_uint8(x))[:sample.num_images - begin]
+        x = samplers.integrate(
+            process.sampler,
+            eps_fn(config, params, labels),
+            process.transitions,
+            x,
+            keys if process.sampler.stochastic else None,
+        )
+        yield sharding.to_host(_to_uint8(x))[: sample.num_images - begin]

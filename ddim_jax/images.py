@@ -1,4 +1,7 @@
-"""Pictures and arrays on disk. All images are uint8 (H, W, C), C = 1 (grey) or 3; a file appears whole or not at all."""
+"""Pictures and arrays on disk. All images are uint8 (H, W, C), C = 1 (grey) or 3; a file appears whole or not
+at all.
+"""
+
 from __future__ import annotations
 
 import contextlib
@@ -11,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-TILE = 48      # images smaller than this are enlarged by a whole factor in pictures for people
+TILE = 48  # images smaller than this are enlarged by a whole factor in pictures for people
 
 
 @contextlib.contextmanager
@@ -37,7 +40,7 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
     picture = np.full((rows * height + gap, columns * width + gap, channels), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * height + gap, i % columns * width + gap
-        picture[top:top + image.shape[0], left:left + image.shape[1]] = image
+        picture[top : top + image.shape[0], left : left + image.shape[1]] = image
     return picture
 
 
@@ -50,11 +53,19 @@ def write_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: in
     """An endless animation that rests on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [2000]
     with replacing(path) as file:
-        _pil(frames[0]).save(file, format="GIF", save_all=True, append_images=[_pil(frame) for frame in frames[1:]],
-                             duration=durations, loop=0)
+        _pil(frames[0]).save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=[_pil(frame) for frame in frames[1:]],
+            duration=durations,
+            loop=0,
+        )
 
 
-def write_npz(path: pathlib.Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray | None = None) -> None:
+def write_npz(
+    path: pathlib.Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray | None = None
+) -> None:
     """Images (N, H, W, C) as uint8 `arr_0`, and labels as `arr_1`: the layout that the ADM evaluation suite reads.
 
     parts: consecutive pieces of the N images, so that they are never all in memory. shape: (N, H, W, C).
@@ -67,6 +78,15 @@ def write_npz(path: pathlib.Path, shape: tuple[int, ...], parts: Iterable[np.nda
         if labels is not None:
             with archive.open("arr_1.npy", "w") as member:
                 np.lib.format.write_array(member, labels, allow_pickle=False)
+
+
+def read_npz(path: pathlib.Path) -> Iterator[np.ndarray]:
+    """The images (H, W, C) of a file that `write_npz` wrote, one after the other, without the others in memory."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+        np.lib.format.read_magic(member)
+        (count, *shape), _, dtype = np.lib.format.read_array_header_1_0(member)
+        for _ in range(count):
+            yield np.frombuffer(member.read(int(np.prod(shape))), dtype).reshape(shape)
 
 
 def _pil(image: np.ndarray) -> Image.Image:

@@ -1,8 +1,10 @@
 """The optimal eps in closed form, for data whose distribution is known: exact tests and instant experiments.
 
-For data from a mixture of Gaussians, x_t is one as well, and `eps(x, t) = E[eps | x_t = x] = -sqrt(1 - alpha_bar_t) grad log q(x)`
-minimises Eq. (5). Each function returns an eps_fn (a `jax.tree_util.Partial`) for a NoiseSchedule.
+For data from a mixture of Gaussians, x_t is one as well, and
+`eps(x, t) = E[eps | x_t = x] = -sqrt(1 - alpha_bar_t) grad log q(x)` minimises Eq. (5). Each function returns
+an eps_fn (a `jax.tree_util.Partial`) for a NoiseSchedule.
 """
+
 from __future__ import annotations
 
 import jax
@@ -32,33 +34,41 @@ def _gaussian_eps(table, mean, std, x, t):
 def mixture(noise_schedule: NoiseSchedule, means: Array, stds: Array, weights: Array | None = None) -> EpsFn:
     """For data drawn from component k with probability weights[k], then from N(means[k], stds[k]^2 I).
 
-    means: (K, ...). stds: (K,), each at least 0; where one is 0, t must be at least 1. weights: (K,), default equal.
-    `eps(x, t) = sqrt(1 - ab_t) sum_k r_k (x - sqrt(ab_t) m_k) / v_k`, `v_k = ab_t s_k^2 + 1 - ab_t`, with the responsibilities
-    `r_k = softmax_k(log w_k - d/2 log v_k - |x - sqrt(ab_t) m_k|^2 / (2 v_k))`.
+    means: (K, ...). stds: (K,), each at least 0; where one is 0, t must be at least 1. weights: (K,), default
+    equal. `eps(x, t) = sqrt(1 - ab_t) sum_k r_k (x - sqrt(ab_t) m_k) / v_k`, `v_k = ab_t s_k^2 + 1 - ab_t`, with
+    the responsibilities `r_k = softmax_k(log w_k - d/2 log v_k - |x - sqrt(ab_t) m_k|^2 / (2 v_k))`.
     """
     means, stds = np.asarray(means), np.asarray(stds)
     weights = np.full(len(means), 1 / len(means)) if weights is None else np.asarray(weights) / np.sum(weights)
     if not stds.shape == weights.shape == means.shape[:1]:
-        raise ValueError(f"means {means.shape}, stds {stds.shape} and weights {weights.shape} must agree in their first axis")
+        raise ValueError(
+            f"means {means.shape}, stds {stds.shape} and weights {weights.shape} must agree in their first axis"
+        )
     return Partial(_mixture_eps, levels(noise_schedule), means, stds, np.log(weights))
 
 
 def finite(noise_schedule: NoiseSchedule, data: Array) -> EpsFn:
-    """For data that is one of the given points (N, ...), each equally likely: what a network that memorises would learn. t >= 1."""
+    """For data that is one of the given points (N, ...), each equally likely: what a network that memorises would
+    learn. t >= 1.
+    """
     return mixture(noise_schedule, data, np.zeros(len(data)))
 
 
 def _mixture_eps(table, means, stds, log_weights, x, t):
-    if len(x) == 1:      # XLA drops an axis of length 1 and then adds up in another order: a second row keeps the bits of larger batches
+    if (
+        len(x) == 1
+    ):  # XLA drops an axis of length 1 and then adds up in another order: a second row keeps the bits of larger batches
         twice = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
         return jax.lax.optimization_barrier(_mixture_eps(table, means, stds, log_weights, twice, t))[:1]
     means, stds, log_weights = (jnp.asarray(value, x.dtype) for value in (means, stds, log_weights))
-    flat, centres = x.reshape(len(x), 1, -1), means.reshape(1, len(means), -1)         # (B, 1, d), (1, K, d)
-    stds, log_weights = stds[None, :, None], log_weights[None, :, None]                # (1, K, 1)
-    level = level_at(table, t, flat)                                                   # () or (B, 1, 1)
+    flat, centres = x.reshape(len(x), 1, -1), means.reshape(1, len(means), -1)  # (B, 1, d), (1, K, d)
+    stds, log_weights = stds[None, :, None], log_weights[None, :, None]  # (1, K, 1)
+    level = level_at(table, t, flat)  # () or (B, 1, 1)
     variance = level.alpha_bar * stds**2 + level.one_minus_alpha_bar
-    centred = flat - jnp.sqrt(level.alpha_bar) * centres                               # (B, K, d)
-    distance = jnp.sum(centred**2, axis=-1, keepdims=True)                             # (B, K, 1)
+    centred = flat - jnp.sqrt(level.alpha_bar) * centres  # (B, K, d)
+    distance = jnp.sum(centred**2, axis=-1, keepdims=True)  # (B, K, 1)
     logits = log_weights - flat.shape[-1] / 2 * jnp.log(variance) - distance / (2 * variance)
     responsibility = jax.nn.softmax(logits, axis=1)
-    return (jnp.sqrt(level.one_minus_alpha_bar) * jnp.sum(responsibility * centred / variance, axis=1, keepdims=True)).reshape(x.shape)
+    return (
+        jnp.sqrt(level.one_minus_alpha_bar) * jnp.sum(responsibility * centred / variance, axis=1, keepdims=True)
+    ).reshape(x.shape)

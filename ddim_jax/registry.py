@@ -1,4 +1,7 @@
-"""The names that configs use. A new schedule, tau or sampler is a function and an entry here; the property tests run over these."""
+"""The names that configs use. A new schedule, tau or sampler is a function and an entry here; the property
+tests run over these.
+"""
+
 from __future__ import annotations
 
 import difflib
@@ -8,7 +11,7 @@ from typing import Any
 
 from ddim_jax import gaussian, losses, samplers, schedule, trajectory
 
-SCHEDULES = {      # (num_steps, and what the signature names) -> NoiseSchedule
+SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule
     "linear": schedule.linear,
     "scaled_linear": schedule.scaled_linear,
     "cosine": schedule.cosine,
@@ -16,7 +19,7 @@ SCHEDULES = {      # (num_steps, and what the signature names) -> NoiseSchedule
     "from_betas": schedule.from_betas,
 }
 
-TAUS = {           # (T, S) -> tau
+TAUS = {  # (T, S) -> tau
     "uniform": trajectory.uniform,
     "quadratic": trajectory.quadratic,
     "leading": trajectory.leading,
@@ -26,7 +29,7 @@ TAUS = {           # (T, S) -> tau
     "official_quadratic": trajectory.official_quadratic,
 }
 
-SAMPLERS = {       # (what the signature names) -> Sampler
+SAMPLERS = {  # (what the signature names) -> Sampler
     "ddim": samplers.ddim,
     "ddpm": samplers.ddpm,
     "ddpm_hat": samplers.ddpm_hat,

@@ -2,12 +2,14 @@
 
     python -m ddim_jax.sample --config configs/digits.py [--workdir DIR] [--out DIR] [--config.sample.FIELD=VALUE ...]
 
-Writes `grid.png`, and `samples.npz` with all images, into the output folder. A run that was interrupted goes on where it was when the
-same command is given again.
+Writes `grid.png`, and `samples.npz` with all images, into the output folder. A run that was interrupted goes
+on where it was when the same command is given again.
 """
+
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
@@ -18,7 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import cli, generate, images, samplers, sharding, weights
+from ddim_jax import cli, generate, images, registry, samplers, sharding, weights
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config, ConfigError, Process
 from ddim_jax.data.scaling import to_uint8
@@ -33,7 +35,10 @@ OPTIONS = {
     "out": (None, "Output folder. Default: samples/NAME/PROCESS, or WORKDIR/samples/PROCESS."),
     "overwrite": (False, "Replace what another run left in the output folder."),
     "png": (False, "Also write every image as png/NUMBER.png."),
-    "film": (False, "Also write the way from noise to image, film.png (x_t above, the predicted x_0 below) and film.gif."),
+    "film": (
+        False,
+        "Also write the way from noise to image, film.png (x_t above, the predicted x_0 below) and film.gif.",
+    ),
 }
 
 
@@ -46,15 +51,16 @@ def main(options: types.SimpleNamespace) -> None:
 
     claim(out, fingerprint(config, process, found), options.overwrite)
     steps = len(process.tau) - 1
-    asked = f" ({config.sample.steps} were asked for)" if config.sample.tau in config_lib.registry.TAUS and steps != config.sample.steps else ""
+    fewer_or_more = config.sample.tau in registry.TAUS and steps != config.sample.steps
+    asked = f" ({config.sample.steps} were asked for)" if fewer_or_more else ""
     print(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
 
     npz = draw_all(out, config, process, found.params, mesh)
-    drawn = np.load(npz)["arr_0"]
-    written = [npz, write(out / "grid.png", images.write_png, images.grid(drawn[:GRID_IMAGES]))]
+    first = np.stack(list(itertools.islice(images.read_npz(npz), GRID_IMAGES)))
+    written = [npz, write(out / "grid.png", images.write_png, images.grid(first))]
     if options.png:
         folder = cli.writable_folder(out / "png")
-        for i, image in enumerate(tqdm(drawn, "png", unit="file")):
+        for i, image in enumerate(tqdm(images.read_npz(npz), "png", config.sample.num_images, unit="file")):
             images.write_png(folder / f"{i:06d}.png", image)
         written.append(folder)
     if options.film:
@@ -66,21 +72,35 @@ def main(options: types.SimpleNamespace) -> None:
 def default_folder(config: Config, workdir: str | None) -> pathlib.Path:
     """A folder for each way to sample, so that the default of one never meets the other's files."""
     sample = config.sample
-    eta = f"-eta{sample.eta:g}" if "eta" in config_lib.registry.accepts(config_lib.registry.SAMPLERS[sample.sampler]) else ""
-    tau = f"{sample.tau}-{sample.steps}" if sample.tau in config_lib.registry.TAUS else f"explicit-{sample.tau.count(',') + 1}"
+    eta = f"-eta{sample.eta:g}" if "eta" in registry.accepts(registry.SAMPLERS[sample.sampler]) else ""
+    tau = f"{sample.tau}-{sample.steps}" if sample.tau in registry.TAUS else f"explicit-{sample.tau.count(',') + 1}"
     root = pathlib.Path(workdir, "samples") if workdir else pathlib.Path("samples", config.name)
     return root / f"{sample.sampler}{eta}-{tau}-seed{sample.seed}-n{sample.num_images}"
 
 
 def fingerprint(config: Config, process: Process, found: weights.Weights) -> dict[str, Any]:
     """All that the images depend on, as JSON values. Not the batch size: it does not change them."""
-    sample = {name: value for name, value in dataclasses.asdict(config.sample).items() if name not in ("batch_size", "tau", "steps")}
-    return json.loads(json.dumps({"sample": sample | {"tau": process.tau.tolist()}, "schedule": dataclasses.asdict(config.schedule),
-                                  "model": dataclasses.asdict(config.model), "weights": found.digest}))
+    sample = {
+        name: value
+        for name, value in dataclasses.asdict(config.sample).items()
+        if name not in ("batch_size", "tau", "steps")
+    }
+    return json.loads(
+        json.dumps(
+            {
+                "sample": sample | {"tau": process.tau.tolist()},
+                "schedule": dataclasses.asdict(config.schedule),
+                "model": dataclasses.asdict(config.model),
+                "weights": found.digest,
+            }
+        )
+    )
 
 
 def claim(out: pathlib.Path, ours: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder this run's own, or raises ConfigError because another run's images, or foreign files, are in it."""
+    """Makes the folder this run's own, or raises ConfigError because another run's images, or foreign files, are
+    in it.
+    """
     record = out / "run.json"
     known = ["run.json", "samples.npz", "grid.png", "film.png", "film.gif", "png", "parts"]
     present = [name for name in known if (out / name).exists()]
@@ -117,6 +137,7 @@ def draw_all(out: pathlib.Path, config: Config, process: Process, params: Any, m
     """samples.npz with all images. Finished batches wait as parts/FIRST.npy, so that none is drawn twice."""
     npz, parts = out / "samples.npz", out / "parts"
     if npz.exists():
+        shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed after its last word
         return npz
     parts.mkdir(exist_ok=True)
     done = 0
@@ -129,8 +150,12 @@ def draw_all(out: pathlib.Path, config: Config, process: Process, params: Any, m
             done += len(batch)
             bar.update(len(batch))
     index = np.arange(config.sample.num_images)
-    images.write_npz(npz, (config.sample.num_images, *generate.image_shape(config)),
-                     (np.load(part, allow_pickle=False) for part in sorted(parts.glob("*.npy"))), generate.labels_of(config, index))
+    images.write_npz(
+        npz,
+        (config.sample.num_images, *generate.image_shape(config)),
+        (np.load(part, allow_pickle=False) for part in sorted(parts.glob("*.npy"))),
+        generate.labels_of(config, index),
+    )
     shutil.rmtree(parts)
     return npz
 
@@ -140,13 +165,23 @@ def film(out: pathlib.Path, config: Config, process: Process, params: Any) -> li
     index = np.arange(min(FILM_IMAGES, config.sample.num_images))
     keys, x = generate.start(config, jax.numpy.asarray(index))
     eps_fn = generate.eps_fn(config, params, generate.labels_of(config, index))
-    _, path = samplers.trajectory(process.sampler, eps_fn, process.transitions, x, keys if process.sampler.stochastic else None)
-    x_t, x_0 = (to_uint8(np.asarray(leaf)) for leaf in path)                       # (S+1, B, ...), (S, B, ...)
-    x_0 = np.concatenate([x_0, x_t[-1:]])                                          # beside the final image, itself
+    _, path = samplers.trajectory(
+        process.sampler, eps_fn, process.transitions, x, keys if process.sampler.stochastic else None
+    )
+    x_t, x_0 = (to_uint8(np.asarray(leaf)) for leaf in path)  # (S+1, B, ...), (S, B, ...)
+    x_0 = np.concatenate([x_0, x_t[-1:]])  # beside the final image, itself
     at = lambda count: np.unique(np.linspace(0, len(x_t) - 1, count).round().astype(int))
-    strip = [images.grid(np.concatenate(list(frames[at(FILM_COLUMNS)].swapaxes(0, 1))), len(at(FILM_COLUMNS))) for frames in (x_t, x_0)]
-    moving = [images.grid(np.stack([x_t[i], x_0[i]], axis=1).reshape(-1, *x.shape[1:]), columns=2) for i in at(FILM_FRAMES)]
-    return [write(out / "film.png", images.write_png, np.concatenate(strip)), write(out / "film.gif", images.write_gif, moving)]
+    strip = [
+        images.grid(np.concatenate(list(frames[at(FILM_COLUMNS)].swapaxes(0, 1))), len(at(FILM_COLUMNS)))
+        for frames in (x_t, x_0)
+    ]
+    moving = [
+        images.grid(np.stack([x_t[i], x_0[i]], axis=1).reshape(-1, *x.shape[1:]), columns=2) for i in at(FILM_FRAMES)
+    ]
+    return [
+        write(out / "film.png", images.write_png, np.concatenate(strip)),
+        write(out / "film.gif", images.write_gif, moving),
+    ]
 
 
 def write(path: pathlib.Path, writer: Any, content: Any) -> pathlib.Path:

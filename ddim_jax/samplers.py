@@ -1,8 +1,10 @@
 """The generative processes of the paper and the one loop that runs them.
 
-A sampler knows a single step from level t to level s. `integrate` scans it over the transitions of a tau. Anything with the
-three methods of `Sampler` and registered as a pytree runs under the same loop; a NamedTuple is the short way to write one.
+A sampler knows a single step from level t to level s. `integrate` scans it over the transitions of a tau.
+Anything with the three methods of `Sampler` and registered as a pytree runs under the same loop; a NamedTuple
+is the short way to write one.
 """
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from ddim_jax import gaussian, trajectory as tau_lib
+from ddim_jax import gaussian
+from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.schedule import Array, NoiseSchedule
 from ddim_jax.trajectory import Transition, Transitions
@@ -31,12 +34,17 @@ class Sampler(Protocol):
     def init(self, x: Array) -> Any:
         """The state before the first step, a pytree. A multistep method makes its first step first order by it."""
 
-    def step(self, x_t: Array, state: Any, transition: Transition, eps_fn: EpsFn, noise: Array | None) -> tuple[Array, Any]:
-        """(x_s, state) from x_t (B, ...). Pure; draws nothing: noise ~ N(0, I) is an argument, None if not stochastic."""
+    def step(
+        self, x_t: Array, state: Any, transition: Transition, eps_fn: EpsFn, noise: Array | None
+    ) -> tuple[Array, Any]:
+        """(x_s, state) from x_t (B, ...). Pure; draws nothing: noise ~ N(0, I) is an argument, None if not
+        stochastic.
+        """
 
 
 class DDIM(NamedTuple):
     """Eq. (12) with the sigma of Eq. (16)."""
+
     eta: Array | float = 0.0
 
     @property
@@ -53,23 +61,25 @@ class DDIM(NamedTuple):
             raise ValueError(f"eta must be 0 where a step ascends (encoding is deterministic), got {self.eta}")
         limit = max_eta(transitions)
         if self.eta > limit:
-            raise ValueError(f"eta must be in [0, {limit:.6g}] for this tau: beyond, sigma^2 of Eq. (16) exceeds "
-                             f"1 - alpha_bar_s; got {self.eta}")
+            raise ValueError(
+                f"eta must be in [0, {limit:.6g}] for this tau: beyond, sigma^2 of Eq. (16) exceeds "
+                f"1 - alpha_bar_s; got {self.eta}"
+            )
 
     def init(self, x: Array) -> tuple:
         return ()
 
     def step(self, x_t, state, transition, eps_fn, noise):
         eps = eps_fn(x_t, transition.t)
-        x_0 = gaussian.predict_x0(x_t, eps, transition.level_t)                                      # (9)
-        sigma2 = gaussian.sigma_squared(self.eta, transition)                                        # (16)
-        x_s = (jnp.sqrt(transition.alpha_bar_s) * x_0
-               + jnp.sqrt(transition.one_minus_alpha_bar_s - sigma2) * eps)                          # (12)
+        x_0 = gaussian.predict_x0(x_t, eps, transition.level_t)  # (9)
+        sigma2 = gaussian.sigma_squared(self.eta, transition)  # (16)
+        x_s = jnp.sqrt(transition.alpha_bar_s) * x_0 + jnp.sqrt(transition.one_minus_alpha_bar_s - sigma2) * eps  # (12)
         return x_s if noise is None else x_s + jnp.sqrt(sigma2) * noise, state
 
 
 class DDPMHat(NamedTuple):
-    """The sigma-hat of section 5: the mean keeps sigma(eta = 1), the noise is larger, `sqrt(1 - alpha_bar_t / alpha_bar_s)`.
+    """The sigma-hat of section 5: the mean keeps sigma(eta = 1), the noise is larger,
+    `sqrt(1 - alpha_bar_t / alpha_bar_s)`.
 
     With s = t - 1 this is DDPM with the variance beta_t (Ho et al. 2020, section 3.2). No noise in the last step.
     """
@@ -117,35 +127,42 @@ def max_eta(transitions: Transitions) -> float:
 
 class Trajectory(NamedTuple):
     """All that a run went through, for S steps."""
-    x: Array      # (S+1, B, ...): x_T first, the final image last
-    x_0: Array    # (S, B, ...): the x_0 predicted in each step, Eq. (9)
+
+    x: Array  # (S+1, B, ...): x_T first, the final image last
+    x_0: Array  # (S, B, ...): the x_0 predicted in each step, Eq. (9)
 
 
 def integrate(sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None) -> Array:
     """Runs a sampler over all transitions and returns the last x: x_0 for `descend`, x_T for `ascend`.
 
-    sampler: see `Sampler`. eps_fn: (x_t, t) -> eps; to change parameters without compiling again, a `jax.tree_util.Partial`
-    that holds them; a plain function is compiled once per function. transitions: leaves (S,). x: (B, ...).
-    key: one key, from which image i of the batch gets `fold_in(key, i)`, or (B,) keys, see `image_keys`. The noise of an image
-    depends on its own key and on the level alone. Without a key nothing is drawn: ValueError if the sampler is stochastic.
-    Memory does not grow with S, and a new S is the only thing that compiles again.
+    sampler: see `Sampler`. eps_fn: (x_t, t) -> eps; to change parameters without compiling again, a
+    `jax.tree_util.Partial` that holds them; a plain function is compiled once per function. transitions: leaves
+    (S,). x: (B, ...). key: one key, from which image i of the batch gets `fold_in(key, i)`, or (B,) keys, see
+    `image_keys`. The noise of an image depends on its own key and on the level alone. Without a key nothing is
+    drawn: ValueError if the sampler is stochastic. Memory does not grow with S, and a new S is the only thing
+    that compiles again.
     """
     return _run(sampler, eps_fn, transitions, x, key, keep=False)[0]
 
 
-def trajectory(sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array,
-               key: Array | None = None) -> tuple[Array, Trajectory]:
+def trajectory(
+    sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None
+) -> tuple[Array, Trajectory]:
     """`integrate` that also returns every x_t and every predicted x_0. The same numbers; memory grows with S."""
     last, (states, x_0) = _run(sampler, eps_fn, transitions, x, key, keep=True)
     return last, Trajectory(jnp.concatenate([jnp.asarray(x)[None], states]), x_0)
 
 
-def invert(eps_fn: EpsFn, noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, evaluate_at: str = "current") -> Array:
-    """Encodes images into latents: Eq. (13) integrated from 0 to tau[S], the steps of tau upwards. Returns x_T (B, ...).
+def invert(
+    eps_fn: EpsFn, noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, evaluate_at: str = "current"
+) -> Array:
+    """Encodes images into latents: Eq. (13) integrated from 0 to tau[S], the steps of tau upwards. Returns x_T
+    (B, ...).
 
-    Deterministic, one network call a step; not the noising process (4). `integrate(ddim(0.), ...)` over `descend` of the same tau
-    decodes, with an error that falls like 1/S. evaluate_at: the level that the network is told in the step t -> s, s > t:
-    "current", t, the level that x is at (explicit Euler), or "next", s, as in other implementations.
+    Deterministic, one network call a step; not the noising process (4). `integrate(ddim(0.), ...)` over `descend`
+    of the same tau decodes, with an error that falls like 1/S. evaluate_at: the level that the network is told in
+    the step t -> s, s > t: "current", t, the level that x is at (explicit Euler), or "next", s, as in other
+    implementations.
     """
     transitions = tau_lib.ascend(noise_schedule, tau)
     told = {"current": transitions.t, "next": transitions.s}
@@ -178,19 +195,20 @@ def _run(sampler, eps_fn, transitions, x, key, keep):
         key = key if key.ndim else image_keys(key, jnp.arange(x.shape[0]))
         if key.shape != x.shape[:1]:
             raise ValueError(f"key must be one key or one for each of the {x.shape[0]} images, got shape {key.shape}")
-    if jax.tree_util.all_leaves([eps_fn]):    # a plain function is no pytree yet
+    if jax.tree_util.all_leaves([eps_fn]):  # a plain function is no pytree yet
         eps_fn = Partial(eps_fn)
     return _scan(sampler, eps_fn, transitions, x, key, keep=keep)
 
 
 @jax.jit(static_argnames="keep")
 def _scan(sampler, eps_fn, transitions, x, keys, *, keep):
-    transitions = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x.dtype),
-                               transitions)
+    transitions = jax.tree.map(
+        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x.dtype), transitions
+    )
 
     def body(carry, transition):
         x_t, state = carry
-        said = []                              # what the network said in this step; the first word is about x_t
+        said = []  # what the network said in this step; the first word is about x_t
 
         def heard(x, t):
             said.append(eps_fn(x, t))

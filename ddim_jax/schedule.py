@@ -2,20 +2,20 @@
 
 Notation, here and in the whole project (Song, Meng, Ermon 2020, arXiv:2010.02502):
 
-| code                            | the paper          | DDPM (Ho et al. 2020)             | elsewhere                              |
-|---------------------------------|--------------------|-----------------------------------|----------------------------------------|
-| `alpha_bar[t]`, t = 0..T        | alpha_t            | alpha-bar_t                       | `alphas_cumprod[t - 1]`                |
-| `beta[t]`, t = 1..T             | 1-alpha_t/alpha_t-1| beta_t                            |                                        |
-| `sigma` (how stochastic a step) | sigma_t, Eq. (16)  | sqrt of posterior variance, eta=1 | not the noise scale: that is           |
-|                                 |                    |                                   | `sqrt(1 - alpha_bar)`                  |
-| `t -> s`, neighbours in `tau`   | tau_i -> tau_{i-1} | t -> t-1                          | `timestep`, `prev_timestep`            |
-| `x_0`, `x_t`, `eps`             | x_0, x_t, epsilon  | the same                          | `sample`, `noise`                      |
-| T = `num_steps`, S = dim(tau)   | T, dim(tau)        | T                                 | `num_train_timesteps`,                 |
-|                                 |                    |                                   | `num_inference_steps`                  |
+| code                          | the paper               | DDPM (Ho et al. 2020)       | elsewhere                  |
+|-------------------------------|-------------------------|-----------------------------|----------------------------|
+| `alpha_bar[t]`, t = 0..T      | alpha_t                 | alpha-bar_t                 | `alphas_cumprod[t - 1]`    |
+| `beta[t]`, t = 1..T           | 1 - alpha_t / alpha_t-1 | beta_t                      |                            |
+| `sigma`, how stochastic       | sigma_t, Eq. (16)       | posterior std, at eta = 1   | not the noise scale, which |
+| a step is                     |                         |                             | is `sqrt(1 - alpha_bar)`   |
+| `t -> s`, neighbours in `tau` | tau_i -> tau_i-1        | t -> t-1                    | `prev_timestep`            |
+| `x_0`, `x_t`, `eps`           | x_0, x_t, epsilon       | the same                    | `sample`, `noise`          |
+| T = `num_steps`, S = dim(tau) | T, dim(tau)             | T                           | `num_inference_steps` = S  |
 
-A level t counts 1..T; t = 0 is the image itself, `alpha_bar[0] = 1`. Schedules are built on the host in float64, because
-`1 - alpha_bar` at small t keeps only four digits if it is subtracted in float32.
+A level t counts 1..T; t = 0 is the image itself, `alpha_bar[0] = 1`. Schedules are built on the host in
+float64, because `1 - alpha_bar` at small t keeps only four digits if it is subtracted in float32.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -32,6 +32,7 @@ class NoiseSchedule(NamedTuple):
 
     alpha_bar: (T+1,) float64 on the host, `alpha_bar[0] = 1`, strictly decreasing, above 0.
     """
+
     alpha_bar: Array
 
     @property
@@ -42,8 +43,9 @@ class NoiseSchedule(NamedTuple):
 
 class Level(NamedTuple):
     """What Eq. (4) needs to know of a noise level. Leaves of any one shape: (), (B, 1, ..., 1), or the table (T+1,)."""
+
     alpha_bar: Array
-    one_minus_alpha_bar: Array   # subtracted in float64
+    one_minus_alpha_bar: Array  # subtracted in float64
 
 
 def levels(noise_schedule: NoiseSchedule) -> Level:
@@ -84,8 +86,9 @@ def _check_range(num_steps: int, beta_start: float, beta_end: float) -> None:
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     if not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, "
-                         f"got {beta_start} and {beta_end}")
+        raise ValueError(
+            f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}"
+        )
 
 
 def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:

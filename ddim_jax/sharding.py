@@ -1,4 +1,7 @@
-"""Where arrays live. The only file that knows that there are devices; one device is the special case of a mesh of one."""
+"""Where arrays live. The only file that knows that there are devices; one device is the special case of a
+mesh of one.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -34,8 +37,12 @@ def put_indices(mesh: Mesh, indices: np.ndarray) -> jax.Array:
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
     """The same tree of host arrays on every device."""
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(np.shape(leaf), replicated(mesh), lambda part: np.asarray(leaf)[part]),
-                        tree)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_callback(
+            np.shape(leaf), replicated(mesh), lambda part: np.asarray(leaf)[part]
+        ),
+        tree,
+    )
 
 
 def to_host(array: jax.Array) -> np.ndarray:
@@ -44,5 +51,7 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 
 def steps_in_flight() -> int:
-    """How many updates may be dispatched before the oldest is waited for. Virtual CPU devices deadlock if they run far ahead."""
+    """How many updates may be dispatched before the oldest is waited for. Virtual CPU devices deadlock if they
+    run far ahead.
+    """
     return 2 if jax.default_backend() == "cpu" else 8

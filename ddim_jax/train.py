@@ -2,9 +2,10 @@
 
     python -m ddim_jax.train --config configs/digits.py --workdir DIR [--config.FIELD=VALUE ...]
 
-Writes into the workdir: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/` and `grids/`. The same command goes on from the
-last checkpoint, to the same parameters as a run that was never interrupted.
+Writes into the workdir: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/` and `grids/`. The same
+command goes on from the last checkpoint, to the same parameters as a run that was never interrupted.
 """
+
 from __future__ import annotations
 
 import collections
@@ -27,7 +28,6 @@ from ddim_jax import cli, data, generate, images, schedule, sharding, train_stat
 from ddim_jax import config as config_lib
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.config import Config, ConfigError, blame
-from ddim_jax.train_state import TrainState
 
 GRID_IMAGES = 64
 
@@ -49,8 +49,17 @@ def main(options: types.SimpleNamespace) -> None:
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     init = jax.jit(partial(train_state.init, model, optimizer), out_shardings=sharding.replicated(mesh))
     update_step = jax.jit(
-        update.build(model, optimizer, schedule.levels(noise_schedule), prediction=config.model.prediction, gamma=config.train.gamma,
-                     ema_decay=config.train.ema_decay), donate_argnums=0, out_shardings=sharding.replicated(mesh))
+        update.build(
+            model,
+            optimizer,
+            schedule.levels(noise_schedule),
+            prediction=config.model.prediction,
+            gamma=config.train.gamma,
+            ema_decay=config.train.ema_decay,
+        ),
+        donate_argnums=0,
+        out_shardings=sharding.replicated(mesh),
+    )
 
     with only_one(workdir), Checkpoints(workdir, config.train.keep, config.train.keep_every) as checkpoints:
         begin = checkpoints.latest()
@@ -65,14 +74,24 @@ def main(options: types.SimpleNamespace) -> None:
         with images.replacing(workdir / "config.json") as file:
             file.write(json.dumps(record, indent=1).encode())
         log = Log(workdir, begin, config)
-        shown = dataclasses.replace(config, sample=dataclasses.replace(config.sample, num_images=GRID_IMAGES, batch_size=GRID_IMAGES, ema=True))
+        shown = dataclasses.replace(config.sample, num_images=GRID_IMAGES, batch_size=GRID_IMAGES)
+        shown = dataclasses.replace(config, sample=shown)
 
-        stream = data.batches(source, config.train.batch_size, config.train.seed, begin, config.data.flip, jax.process_index(),
-                              jax.process_count())
+        stream = data.batches(
+            source,
+            config.train.batch_size,
+            config.train.seed,
+            begin,
+            config.data.flip,
+            jax.process_index(),
+            jax.process_count(),
+        )
         in_flight = collections.deque()
         for step in range(begin + 1, config.train.num_steps + 1):
             batch = sharding.put_batch(mesh, next(stream))
-            state, metrics = update_step(state, batch.images, batch.labels if config.model.num_classes else None, step_key)
+            state, metrics = update_step(
+                state, batch.images, batch.labels if config.model.num_classes else None, step_key
+            )
             in_flight.append(metrics)
             if len(in_flight) > sharding.steps_in_flight():
                 jax.block_until_ready(in_flight.popleft())
@@ -84,8 +103,10 @@ def main(options: types.SimpleNamespace) -> None:
                 picture = images.grid(next(generate.batches(shown, process, state.ema_params, mesh)))
                 images.write_png(cli.writable_folder(workdir / "grids") / f"{step:08d}.png", picture)
         log.close()
-    print(f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
-          f"sample it: python -m ddim_jax.sample --config {options.config_file} --workdir {workdir}")
+    print(
+        f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
+        f"sample it: python -m ddim_jax.sample --config {options.config_file} --workdir {workdir}"
+    )
 
 
 def load_data(config: Config, mesh: jax.sharding.Mesh) -> data.Source:
@@ -94,12 +115,20 @@ def load_data(config: Config, mesh: jax.sharding.Mesh) -> data.Source:
         source = data.load(config.data.name, config.data.path, "train")
     expected = generate.image_shape(config)
     if source.image_shape != expected:
-        raise ConfigError(f"config.model.image_size and image_channels: the network takes {'x'.join(map(str, expected))}, the images of "
-                          f"data set {config.data.name!r} are {'x'.join(map(str, source.image_shape))}")
+        raise ConfigError(
+            f"config.model.image_size and image_channels: the network takes {'x'.join(map(str, expected))}, "
+            f"the images of "
+            f"data set {config.data.name!r} are {'x'.join(map(str, source.image_shape))}"
+        )
     if config.model.num_classes and source.num_classes != config.model.num_classes:
-        raise ConfigError(f"config.model.num_classes: is {config.model.num_classes}, data set {config.data.name!r} has {source.num_classes}")
+        raise ConfigError(
+            f"config.model.num_classes: is {config.model.num_classes}, data set {config.data.name!r} "
+            f"has {source.num_classes}"
+        )
     if config.train.batch_size % mesh.size:
-        raise ConfigError(f"config.train.batch_size: must divide over the {mesh.size} devices, got {config.train.batch_size}")
+        raise ConfigError(
+            f"config.train.batch_size: must divide over the {mesh.size} devices, got {config.train.batch_size}"
+        )
     return source
 
 
@@ -109,7 +138,9 @@ def placed(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 @contextlib.contextmanager
 def only_one(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir against a second trainer on this machine, which would write over the first one's checkpoints."""
+    """Holds the workdir against a second trainer on this machine, which would write over the first one's
+    checkpoints.
+    """
     with open(workdir / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,14 +150,16 @@ def only_one(workdir: pathlib.Path) -> Iterator[None]:
 
 
 class Log:
-    """Progress bar, metrics.jsonl and TensorBoard. Metrics are fetched once every log_every steps, as means over them."""
+    """Progress bar, metrics.jsonl and TensorBoard. Metrics are fetched once every log_every steps, as means over
+    them.
+    """
 
     def __init__(self, workdir: pathlib.Path, begin: int, config: Config):
         train = config.train
         self._every, self._batch_size = train.log_every, train.batch_size
         self._path = workdir / "metrics.jsonl"
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        with images.replacing(self._path) as file:      # what was logged after the checkpoint will be logged again
+        with images.replacing(self._path) as file:  # what was logged after the checkpoint will be logged again
             file.writelines(f"{line}\n".encode() for line in lines if _step_of(line) <= begin)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=begin + 1)
         self._bar = tqdm(total=train.num_steps, initial=begin, unit="step", desc="training")
@@ -136,7 +169,7 @@ class Log:
     def add(self, step: int, metrics: update.Metrics) -> None:
         self._pending.append(metrics)
         self._bar.update()
-        if self._since is None:                          # from the end of the first step, which compiles
+        if self._since is None:  # from the end of the first step, which compiles
             jax.block_until_ready(metrics)
             self._since = time.perf_counter(), step
         if step % self._every == 0:
@@ -162,7 +195,7 @@ class Log:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):   # half a line, of a run that was killed while it wrote
+    except (json.JSONDecodeError, KeyError, TypeError):  # half a line, of a run that was killed while it wrote
         return float("inf")
 
 

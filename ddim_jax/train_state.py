@@ -1,4 +1,5 @@
 """What training carries from step to step: arrays only, so that it is saved, restored and sharded as one tree."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from ddim_jax.schedule import Array
 
 
 class TrainState(NamedTuple):
-    step: Array          # () int32, the number of updates made
+    step: Array  # () int32, the number of updates made
     params: Any
-    ema_params: Any      # exponential moving average of params: what is sampled
+    ema_params: Any  # exponential moving average of params: what is sampled
     opt_state: optax.OptState
 
 

@@ -3,6 +3,7 @@
 tau is a host array of S + 1 ascending ints with tau[0] = 0: S steps between neighbours. The paper writes tau_1..tau_S
 (section 4.2) and lets the last step end at the image; here that image has its own entry, the 0 in front.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,14 +20,15 @@ class Transition(NamedTuple):
     As `Transitions` every leaf is (S,), in the order of the steps; inside a step every leaf is a scalar.
     `t` is the level at which the network is asked; all coefficients come from the other leaves.
     """
-    t: Array                        # ints in 0..T
-    s: Array                        # ints in 0..T
+
+    t: Array  # ints in 0..T
+    s: Array  # ints in 0..T
     alpha_bar_t: Array
     alpha_bar_s: Array
     one_minus_alpha_bar_t: Array
     one_minus_alpha_bar_s: Array
-    beta: Array                     # 1 - alpha_bar_t / alpha_bar_s: beta_t of DDPM where s = t - 1. 0 where s > t
-    posterior_variance: Array       # (1 - alpha_bar_s) / (1 - alpha_bar_t) beta: Eq. (16) at eta = 1, squared. 0 where s > t
+    beta: Array  # 1 - alpha_bar_t / alpha_bar_s: beta_t of DDPM where s = t - 1. 0 where s > t
+    posterior_variance: Array  # (1 - alpha_bar_s) / (1 - alpha_bar_t) beta: Eq. (16) at eta = 1, squared. 0 where s > t
 
     @property
     def level_t(self) -> Level:
@@ -51,7 +53,9 @@ def descend(noise_schedule: NoiseSchedule, tau: Sequence[int]) -> Transitions:
 
 
 def ascend(noise_schedule: NoiseSchedule, tau: Sequence[int]) -> Transitions:
-    """The same pairs the other way, 0 = tau[0] -> ... -> tau[S]: the steps that encode an image. Leaves (S,), on the host."""
+    """The same pairs the other way, 0 = tau[0] -> ... -> tau[S]: the steps that encode an image. Leaves (S,), on
+    the host.
+    """
     tau = check(noise_schedule.num_steps, tau)
     return _transitions(noise_schedule, tau[:-1], tau[1:])
 
@@ -92,10 +96,12 @@ def uniform(num_train_steps: int, num_steps: int) -> np.ndarray:
 
 
 def quadratic(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """The paper's "quadratic" tau (section D.2): `tau_i = floor(c i^2)` with `c = T / S^2`, so that tau_S = T. (S+1,) ints.
+    """The paper's "quadratic" tau (section D.2): `tau_i = floor(c i^2)` with `c = T / S^2`, so that tau_S = T.
+    (S+1,) ints.
 
-    Where the parabola climbs by less than one level a step (i < 1/c, which begins at S > sqrt(T)) it would repeat levels;
-    there the levels are taken one by one: `tau_i = max(i, floor(c i^2))`, which ascends strictly for every S in 1..T.
+    Where the parabola climbs by less than one level a step (i < 1/c, which begins at S > sqrt(T)) it would repeat
+    levels; there the levels are taken one by one: `tau_i = max(i, floor(c i^2))`, which ascends strictly for
+    every S in 1..T.
     """
     i = _counter(num_train_steps, num_steps)
     return _from_zero(num_train_steps, np.maximum(i, i**2 * num_train_steps // num_steps**2))
@@ -114,25 +120,30 @@ def trailing(num_train_steps: int, num_steps: int) -> np.ndarray:
 
 
 def linspace(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """diffusers' "linspace" spacing: `1 + round((T - 1) (i - 1) / (S - 1))`, from 1 to T; the level 1 for S = 1. (S+1,) ints."""
+    """diffusers' "linspace" spacing: `1 + round((T - 1) (i - 1) / (S - 1))`, from 1 to T; the level 1 for S = 1.
+    (S+1,) ints.
+    """
     _counter(num_train_steps, num_steps)
     return _from_zero(num_train_steps, 1 + np.round(np.linspace(0, num_train_steps - 1, num_steps)))
 
 
 def official_uniform(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """"uniform" of the official DDIM code: `range(0, T, T // S)` in 0-based time.
+    """ "uniform" of the official DDIM code: `range(0, T, T // S)` in 0-based time.
 
-    Its length is ceil(T / (T // S)), which is S only where S divides T evenly enough: S = 300 of T = 1000 gives 334 steps.
+    Its length is ceil(T / (T // S)), which is S only where S divides T evenly enough: S = 300 of T = 1000 gives
+    334 steps.
     """
     _counter(num_train_steps, num_steps)
     return _from_zero(num_train_steps, 1 + np.arange(0, num_train_steps, num_train_steps // num_steps))
 
 
 def official_quadratic(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """"quad" of the official DDIM code: `int(linspace(0, sqrt(0.8 T), S)^2)` in 0-based time, without its duplicates.
+    """ "quad" of the official DDIM code: `int(linspace(0, sqrt(0.8 T), S)^2)` in 0-based time, without its
+    duplicates.
 
-    It stops at 0.8 T and repeats levels (1 at S = 50, 4 at S = 100, 312 at S = 1000, for T = 1000). A repeated level is a step
-    from a level to itself, which moves nothing at eta = 0; it is left out, so the result may have fewer than S steps.
+    It stops at 0.8 T and repeats levels (1 at S = 50, 4 at S = 100, 312 at S = 1000, for T = 1000). A repeated
+    level is a step from a level to itself, which moves nothing at eta = 0; it is left out, so the result may have
+    fewer than S steps.
     """
     _counter(num_train_steps, num_steps)
     steps = (np.linspace(0, np.sqrt(0.8 * num_train_steps), num_steps) ** 2).astype(int)

@@ -1,4 +1,5 @@
 """One training update, a pure function. Step k depends on (seed, k) and the batch alone."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -6,7 +7,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 
 from ddim_jax import losses
@@ -17,25 +17,35 @@ from ddim_jax.train_state import TrainState
 
 
 class Metrics(NamedTuple):
-    loss: Array           # () mean squared error of eps, per dimension
-    grad_norm: Array      # () global norm before clipping
+    loss: Array  # () mean squared error of eps, per dimension
+    grad_norm: Array  # () global norm before clipping
 
 
 Update = Callable[[TrainState, Array, Array | None, Array], tuple[TrainState, Metrics]]
 
 
 def adam(learning_rate: float, warmup: int, clip_norm: float) -> optax.GradientTransformation:
-    """Adam with the learning rate rising linearly, update k <= warmup using `k / warmup` of it, on gradients clipped to a global norm."""
+    """Adam with the learning rate rising linearly, update k <= warmup using `k / warmup` of it, on gradients
+    clipped to a global norm.
+    """
     rate = optax.linear_schedule(learning_rate / warmup, learning_rate, warmup - 1) if warmup else learning_rate
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adam(rate))
 
 
-def build(model: nn.Module, optimizer: optax.GradientTransformation, table: Level, *, prediction: str, gamma: str,
-          ema_decay: float) -> Update:
+def build(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    table: Level,
+    *,
+    prediction: str,
+    gamma: str,
+    ema_decay: float,
+) -> Update:
     """The function (state, images, labels, key) -> (state, metrics), to be jitted.
 
-    images: (B, H, W, C) uint8. labels: (B,) ints, or None. key: the run's key; the step is folded in. Over a batch that is sharded
-    along B it is data-parallel training: the mean in the loss becomes the all-reduce of the gradients.
+    images: (B, H, W, C) uint8. labels: (B,) ints, or None. key: the run's key; the step is folded in. Over a
+    batch that is sharded along B it is data-parallel training: the mean in the loss becomes the all-reduce of the
+    gradients.
     """
     num_steps = table.alpha_bar.shape[0] - 1
 

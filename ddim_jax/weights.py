@@ -1,4 +1,5 @@
 """Where the parameters to sample come from: a run's checkpoint, or the file that ships with the package."""
+
 from __future__ import annotations
 
 import hashlib
@@ -16,16 +17,16 @@ from ddim_jax.config import Config, ConfigError
 
 
 class Weights(NamedTuple):
-    params: Any        # replicated over the mesh
-    source: str        # for people: where they came from
-    digest: str        # SHA-256 of all leaves
+    params: Any  # replicated over the mesh
+    source: str  # for people: where they came from
+    digest: str  # SHA-256 of all leaves
 
 
 def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
     """The latest checkpoint of workdir, or the shipped weights of config.name where workdir is None.
 
-    Raises CheckpointError or ConfigError where there are none, where they are of another network, or where the network was trained
-    with another schedule or prediction than the config says.
+    Raises CheckpointError or ConfigError where there are none, where they are of another network, or where the
+    network was trained with another schedule or prediction than the config says.
     """
     model = config_lib.network(config.model)
     like = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
@@ -33,14 +34,18 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
         with Checkpoints(pathlib.Path(workdir)) as checkpoints:
             step = checkpoints.require_latest()
             source = f"{workdir}, step {step}"
-            placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)), like)
+            placed = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)), like
+            )
             params = checkpoints.restore_params(step, placed, config.sample.ema)
             saved = checkpoints.config(step)
     else:
         path = pretrained.shipped(config.name)
         if path is None:
-            raise ConfigError(f"no weights for config.name {config.name!r} ship with ddim_jax (those that do: "
-                              f"{', '.join(pretrained.shipped_names())}); give --workdir of a trained run")
+            raise ConfigError(
+                f"no weights for config.name {config.name!r} ship with ddim_jax (those that do: "
+                f"{', '.join(pretrained.shipped_names())}); give --workdir of a trained run"
+            )
         params, saved = pretrained.load(path)
         source = f"weights shipped with ddim_jax ({path.name})"
         check_same_shapes(params, like, source)

@@ -3,10 +3,12 @@
     python -m experiments.digits_quality --config configs/digits.py [--workdir DIR] --out DIR
     python -m experiments.digits_quality --config configs/digits.py --out DIR --steps 1000 --etas 0,1,hat
 
-The judge is a classifier fitted on the real training images. Of every cell it tells the Fréchet distance to the training images in its
-feature space, the mean confidence in the class it sees, and the share of each class. Finished cells are kept in OUT/cells.json: a
-second command with the same OUT adds to the table, and an interrupted one goes on with the next cell.
+The judge is a classifier fitted on the real training images. Of every cell it tells the Fréchet distance to
+the training images in its feature space, the mean confidence in the class it sees, and the share of each
+class. Finished cells are kept in OUT/cells.json: a second command with the same OUT adds to the table, and an
+interrupted one goes on with the next cell.
 """
+
 from __future__ import annotations
 
 import csv
@@ -15,7 +17,8 @@ import io
 import json
 import pathlib
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,30 +43,40 @@ def main(options: types.SimpleNamespace) -> None:
         raise ConfigError("--out is missing: the folder of the results")
     count = int(_numbers("images", options.images)[0])
     etas = [eta if eta == "hat" else _numbers("etas", eta)[0] for eta in options.etas.split(",")]
-    cells = [cell_config(options.config, eta, int(steps), count) for steps in _numbers("steps", options.steps) for eta in etas]
-    for cell in cells:
-        config_lib.process(cell.sample, config_lib.noise_schedule(cell.schedule))       # all of them are legal, before any is drawn
+    cells = [
+        cell_config(options.config, eta, int(steps), count)
+        for steps in _numbers("steps", options.steps)
+        for eta in etas
+    ]
+    noise_schedule = config_lib.noise_schedule(options.config.schedule)
+    processes = [
+        config_lib.process(cell.sample, noise_schedule) for cell in cells
+    ]  # all are legal, before any is drawn
 
     out = cli.writable_folder(options.out)
     mesh = sharding.data_mesh()
     found = weights.find(options.config, options.workdir, mesh)
     train, held_out = (data.load("digits", split=split) for split in data.SPLITS)
     judge = digits_classifier.fit(train)
-    reference = frechet.moments(judge(train.images).features)
-    real = judge(held_out.images)
-    results = load(out / "cells.json", {
-        "weights": found.digest, "source": found.source, "seed": options.config.sample.seed, "tau": options.config.sample.tau,
-        "held_out": {"images": len(held_out), "accuracy": float((real.probabilities.argmax(1) == held_out.labels).mean()),
-                     **measure(real, reference, len(held_out))}})
+    reference = Reference(judge, frechet.moments(judge(train.images).features), train.images, len(held_out))
+    accuracy = (judge(held_out.images).probabilities.argmax(1) == held_out.labels).mean()
+    header = {
+        "weights": found.digest,
+        "source": found.source,
+        "seed": options.config.sample.seed,
+        "tau": options.config.sample.tau,
+        "held_out": {"accuracy": float(accuracy), **measure(held_out.images, reference)},
+    }
+    results = load(out / "cells.json", header)
 
-    for cell in cells:
+    for cell, process in zip(cells, processes, strict=True):
         name = f"{row_of(cell)}/{cell.sample.steps}"
-        if name in results["cells"] and results["cells"][name]["images"] == count:
+        if results["cells"].get(name, {}).get("images") == count:
             continue
-        process = config_lib.process(cell.sample, config_lib.noise_schedule(cell.schedule))
         drawn = np.concatenate(list(generate.batches(cell, process, found.params, mesh)))
-        results["cells"][name] = {"images": len(drawn), **measure(judge(drawn), reference, len(held_out))}
-        images.write_png(cli.writable_folder(out / "pictures") / f"{name.replace('/', '_')}.png", images.grid(drawn[:PICTURED], PICTURED))
+        results["cells"][name] = measure(drawn, reference)
+        picture = cli.writable_folder(out / "pictures") / f"{name.replace('/', '_')}.png"
+        images.write_png(picture, images.grid(drawn[:PICTURED], PICTURED))
         print(f"eta {row_of(cell):>4}, S {cell.sample.steps:>4}: {results['cells'][name]['distance']:.3f}", flush=True)
         write(out / "cells.json", json.dumps(results, indent=1))
 
@@ -76,21 +89,43 @@ def main(options: types.SimpleNamespace) -> None:
 
 def cell_config(config: Config, eta: float | str, steps: int, count: int) -> Config:
     sampler = {"sampler": "ddpm_hat", "eta": 0.0} if eta == "hat" else {"sampler": "ddim", "eta": eta}
-    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=steps, num_images=count, **sampler))
+    return dataclasses.replace(
+        config, sample=dataclasses.replace(config.sample, steps=steps, num_images=count, **sampler)
+    )
 
 
 def row_of(config: Config) -> str:
     return "hat" if config.sample.sampler == "ddpm_hat" else f"{config.sample.eta:g}"
 
 
-def measure(judged: digits_classifier.Judgement, reference: frechet.Moments, fewer: int) -> dict[str, Any]:
-    """The numbers of a cell. distance_fewer is the distance of the first images alone, as many as are held out: with few images the
-    covariance is noisy and the distance too large, so that only equal numbers compare with the floor."""
-    classes = judged.probabilities.argmax(1)
-    return {"distance": frechet.distance(frechet.moments(judged.features), reference),
-            "distance_fewer": frechet.distance(frechet.moments(judged.features[:fewer]), reference),
-            "confidence": float(judged.probabilities.max(1).mean()),
-            "shares": (np.bincount(classes, minlength=judged.probabilities.shape[1]) / len(classes)).round(4).tolist()}
+class Reference(NamedTuple):
+    """What images are measured against."""
+
+    judge: Callable[[np.ndarray], digits_classifier.Judgement]
+    moments: frechet.Moments  # of the training images' features
+    train: np.ndarray  # the training images
+    held_out: int  # how many images are held out
+
+
+def measure(drawn: np.ndarray, reference: Reference) -> dict[str, Any]:
+    """The numbers of a cell.
+
+    distance: Fréchet distance to the training images. distance_fewer: that of the first images alone, as many as are
+    held out: from few images the covariance is noisy and the distance too large, so that only equal numbers compare.
+    nearest: mean distance to the nearest training image, root mean square over pixels in [0, 1].
+    """
+    seen = reference.judge(drawn)
+    shares = np.bincount(seen.probabilities.argmax(1), minlength=seen.probabilities.shape[1]) / len(drawn)
+    a, b = (batch.reshape(len(batch), -1) / 255 for batch in (drawn, reference.train))
+    squared = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return {
+        "images": len(drawn),
+        "distance": frechet.distance(frechet.moments(seen.features), reference.moments),
+        "distance_fewer": frechet.distance(frechet.moments(seen.features[: reference.held_out]), reference.moments),
+        "confidence": float(seen.probabilities.max(1).mean()),
+        "shares": shares.round(4).tolist(),
+        "nearest": float(np.sqrt(np.clip(squared.min(1), 0, None) / a.shape[1]).mean()),
+    }
 
 
 def load(path: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -100,17 +135,20 @@ def load(path: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
     results = json.loads(path.read_text())
     for name in ("weights", "seed", "tau"):
         if results[name] != header[name]:
-            raise ConfigError(f"{path} was made with {name} {results[name]}, this run has {header[name]}; give another --out")
+            raise ConfigError(
+                f"{path} was made with {name} {results[name]}, this run has {header[name]}; give another --out"
+            )
     return {**results, **header}
 
 
 def table_csv(cells: dict[str, Any]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["eta", "S", "images", "distance", "distance_fewer", "confidence", "smallest_share", "largest_share"])
+    numbers = ("distance", "distance_fewer", "confidence", "nearest")
+    writer.writerow(["eta", "S", "images", *numbers, "smallest_share", "largest_share"])
     for name, cell in cells.items():
-        writer.writerow([*name.split("/"), cell["images"], f"{cell['distance']:.4f}", f"{cell['distance_fewer']:.4f}",
-                         f"{cell['confidence']:.4f}", min(cell["shares"]), max(cell["shares"])])
+        shown = [f"{cell[number]:.4f}" for number in numbers]
+        writer.writerow([*name.split("/"), cell["images"], *shown, min(cell["shares"]), max(cell["shares"])])
     return text.getvalue()
 
 
@@ -124,8 +162,11 @@ def table_markdown(results: dict[str, Any]) -> str:
         shown = [f"{cell['distance']:.2f}" if cell else "" for cell in values]
         lines.append("| " + " | ".join(["sigma-hat" if row == "hat" else row, *shown]) + " |")
     lines.append("")
-    lines.append(f"Held-out real images ({real['images']}): distance {real['distance']:.2f}, mean confidence {real['confidence']:.3f}, "
-                 f"accuracy of the judge {real['accuracy']:.3f}.")
+    lines.append(
+        f"Held-out real images ({real['images']}): distance {real['distance']:.2f}, "
+        f"mean confidence {real['confidence']:.3f}, nearest training image {real['nearest']:.3f}; "
+        f"accuracy of the judge {real['accuracy']:.3f}."
+    )
     return "\n".join(lines) + "\n"
 
 

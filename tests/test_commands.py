@@ -1,4 +1,5 @@
 """The commands as a user runs them: real processes, killed and started again; one line for every mistake."""
+
 import json
 import os
 import re
@@ -39,13 +40,18 @@ def leaves(workdir):
     from pathlib import Path
 
     import orbax.checkpoint as ocp
+
     folder = Path(workdir).absolute() / "checkpoints"
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()
         restore = {name: ocp.args.StandardRestore() for name in ("params", "ema_params", "optimizer")}
         items = manager.restore(step, args=ocp.args.Composite(**restore))
     import jax
-    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]}
+
+    return step, {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]
+    }
 
 
 def assert_same_run(a, b):
@@ -53,12 +59,18 @@ def assert_same_run(a, b):
     assert step_a == step_b and leaves_a.keys() == leaves_b.keys()
     for name in leaves_a:
         np.testing.assert_array_equal(leaves_a[name], leaves_b[name], err_msg=name)
-    metrics = [[{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
-                for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (a, b)]
+    metrics = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (a, b)
+    ]
     assert metrics[0] == metrics[1]
 
 
-# --- train ------------------------------------------------------------------------------------------------------------------
+# --- train ---
+
 
 def test_training_leaves_what_it_says(trained):
     assert sorted(path.name for path in (trained / "grids").iterdir()) == ["00000010.png", "00000020.png"]
@@ -66,13 +78,15 @@ def test_training_leaves_what_it_says(trained):
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
     assert all(np.isfinite(line["loss"]) and line["grad_norm"] > 0 and line["images_per_second"] > 0 for line in lines)
-    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["10", "15", "20"]      # keep = 3
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["10", "15", "20"]  # keep = 3
     assert json.loads((trained / "config.json").read_text())["name"] == "smoke"
     assert any((trained / "tensorboard").iterdir())
 
 
 def test_a_killed_run_ends_like_one_that_was_not(trained, tmp_path):
-    """kill -9 as soon as the second checkpoint is there, which is in the middle of a later step; then the same command."""
+    """kill -9 as soon as the second checkpoint is there, which is in the middle of a later step; then the same
+    command.
+    """
     workdir = tmp_path / "run"
     process = start("ddim_jax.train", *SMOKE, "--workdir", workdir)
     deadline = time.time() + 200
@@ -88,7 +102,7 @@ def test_a_killed_run_ends_like_one_that_was_not(trained, tmp_path):
 
 def test_a_longer_run_is_a_shorter_one_continued(trained, tmp_path):
     workdir = tmp_path / "run"
-    ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.num_steps=7"))       # 7: between two checkpoints
+    ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.num_steps=7"))  # 7: between two checkpoints
     ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir))
     (step, ours), (_, theirs) = leaves(workdir), leaves(trained)
     assert step == 20
@@ -114,12 +128,24 @@ def test_a_run_is_not_continued_with_another_config_or_network(trained, tmp_path
     assert_same_run(trained, workdir)
 
 
-# --- sample -----------------------------------------------------------------------------------------------------------------
+# --- sample ---
+
 
 def test_the_shipped_weights_are_sampled_by_one_command(tmp_path):
     """From another folder than the repository's, into the default output folder."""
-    done = ok(run("ddim_jax.sample", "--config", "configs/digits.py", "--out", tmp_path / "out", "--config.sample.num_images=9", "--film", "--png",
-                  "--config.sample.steps=10"))
+    done = ok(
+        run(
+            "ddim_jax.sample",
+            "--config",
+            "configs/digits.py",
+            "--out",
+            tmp_path / "out",
+            "--config.sample.num_images=9",
+            "--film",
+            "--png",
+            "--config.sample.steps=10",
+        )
+    )
     for name in ("samples.npz", "grid.png", "film.png", "film.gif", "png"):
         assert str(tmp_path / "out" / name) in done.stdout
     with np.load(tmp_path / "out" / "samples.npz", allow_pickle=False) as file:
@@ -130,20 +156,39 @@ def test_the_shipped_weights_are_sampled_by_one_command(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(pngs[4])), drawn[4, ..., 0])
     assert Image.open(tmp_path / "out" / "film.gif").n_frames == 11
     film = np.asarray(Image.open(tmp_path / "out" / "film.png"))
-    np.testing.assert_array_equal(film[2:50:6, -50:-2:6], drawn[0, ..., 0])            # the strip ends with the image
+    np.testing.assert_array_equal(film[2:50:6, -50:-2:6], drawn[0, ..., 0])  # the strip ends with the image
 
 
 def test_a_run_s_own_checkpoint_is_sampled_the_same_on_eight_devices(trained, tmp_path):
     for devices in (1, 8):
-        ok(run("ddim_jax.sample", *SMOKE, "--workdir", trained, "--out", tmp_path / str(devices), "--config.sample.eta=0.5", devices=devices))
+        ok(
+            run(
+                "ddim_jax.sample",
+                *SMOKE,
+                "--workdir",
+                trained,
+                "--out",
+                tmp_path / str(devices),
+                "--config.sample.eta=0.5",
+                devices=devices,
+            )
+        )
     one, eight = (np.load(tmp_path / str(devices) / "samples.npz")["arr_0"].astype(int) for devices in (1, 8))
     assert abs(one - eight).max() <= 1 and one.std() > 10
 
 
 def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
     """kill -9 when two parts are there; the second process leaves them as they are and ends with the same images."""
-    args = ("ddim_jax.sample", *SMOKE, "--workdir", trained, "--config.sample.num_images=400", "--config.sample.batch_size=4",
-            "--config.sample.eta=1", "--config.sample.steps=20")
+    args = (
+        "ddim_jax.sample",
+        *SMOKE,
+        "--workdir",
+        trained,
+        "--config.sample.num_images=400",
+        "--config.sample.batch_size=4",
+        "--config.sample.eta=1",
+        "--config.sample.steps=20",
+    )
     ok(run(*args, "--out", tmp_path / "whole"))
     process = start(*args, "--out", tmp_path / "cut")
     parts = tmp_path / "cut" / "parts"
@@ -158,7 +203,7 @@ def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
     while again.poll() is None and parts.exists():
         try:
             assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
-        except FileNotFoundError:         # the parts were joined into samples.npz
+        except FileNotFoundError:  # the parts were joined into samples.npz
             break
         time.sleep(0.05)
     assert again.wait() == 0
@@ -166,7 +211,7 @@ def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
     np.testing.assert_array_equal(whole, cut)
     assert whole.shape == (400, 8, 8, 1) and not parts.exists()
     before = (tmp_path / "cut" / "samples.npz").stat().st_mtime_ns
-    ok(run(*args, "--out", tmp_path / "cut"))                                # a third time there is nothing to draw
+    ok(run(*args, "--out", tmp_path / "cut"))  # a third time there is nothing to draw
     assert (tmp_path / "cut" / "samples.npz").stat().st_mtime_ns == before
 
 
@@ -183,7 +228,9 @@ def test_nothing_is_overwritten_without_being_asked_to(trained, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "grid.png").write_text("a picture of somebody")
-    assert "already holds grid.png" in error_line(run("ddim_jax.sample", *SMOKE, "--workdir", trained, "--out", foreign))
+    assert "already holds grid.png" in error_line(
+        run("ddim_jax.sample", *SMOKE, "--workdir", trained, "--out", foreign)
+    )
 
 
 def test_raw_parameters_are_not_their_average(trained, tmp_path):
@@ -196,6 +243,7 @@ def test_raw_parameters_are_not_their_average(trained, tmp_path):
 
 def test_weights_in_one_file_are_those_of_the_run(trained, tmp_path):
     from ddim_jax import pretrained
+
     done = ok(run("ddim_jax.convert", "--from", trained, "--to", tmp_path / "w.safetensors"))
     assert "step 20" in done.stdout
     params, config = pretrained.load(tmp_path / "w.safetensors")
@@ -203,45 +251,80 @@ def test_weights_in_one_file_are_those_of_the_run(trained, tmp_path):
     saved = leaves(trained)[1]
     for name in ("conv_in", "conv_out"):
         np.testing.assert_array_equal(params[name]["kernel"], saved[f"['ema_params']['{name}']['kernel']"])
-    assert "is there already" in error_line(run("ddim_jax.convert", "--from", trained, "--to", tmp_path / "w.safetensors"))
+    assert "is there already" in error_line(
+        run("ddim_jax.convert", "--from", trained, "--to", tmp_path / "w.safetensors")
+    )
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------------------------
+# --- mistakes ---
 
-@pytest.mark.parametrize("module, args, said", [
-    ("sample", (), "--config is missing"),
-    ("sample", ("--config", "configs/nope.py"), "configs/nope.py"),
-    ("sample", (*SMOKE, "--config.sample.etaa=1"), "config.sample has no field 'etaa' (did you mean 'eta'?)"),
-    ("sample", (*SMOKE, "--config.sampl.eta=1"), "config has no field 'sampl' (did you mean 'sample'?)"),
-    ("sample", (*SMOKE, "--config.sample.eta=much"), "could not convert string to float: 'much'"),
-    ("sample", (*SMOKE, "--overwrit"), "unknown option --overwrit (did you mean --overwrite?)"),
-    ("sample", (*SMOKE, "now"), "unexpected argument 'now'"),
-    ("sample", (*SMOKE, "--config.sample.steps=101"), "must be in 1..100, got 101"),
-    ("sample", (*SMOKE, "--config.sample.sampler=ddpn"), "did you mean 'ddpm'?"),
-    ("sample", SMOKE, "no weights for config.name 'smoke' ship with ddim_jax (those that do: digits)"),
-    ("sample", (*SMOKE, "--workdir", "/nowhere"), "/nowhere holds no checkpoints"),
-    ("sample", ("--config", "configs/digits.py", "--out", "README.md/x"), "cannot write to the folder README.md/x"),
-    ("sample", ("--config", "configs/digits.py", "--config.model.channels=64"), "conv_in/bias has shape (32,), config.model expects (64,)"),
-    ("sample", ("--config", "configs/digits.py", "--config.schedule.name=cosine"), "config.schedule.name is 'cosine'"),
-    ("train", SMOKE, "--workdir is missing"),
-    ("train", (*SMOKE, "--workdir", "README.md/x"), "cannot write to the folder README.md/x"),
-    ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.data.name=digit"), "did you mean 'digits'?"),
-    ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.model.image_size=9"), "image_size 9 cannot be halved 1 times"),
-    ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.model.image_size=16", "--config.model.attention_resolutions=8,"), "the network takes 16x16x1, the images of data set 'digits' are 8x8x1"),
-    ("train", ("--config", "configs/cifar10.py", "--workdir", "/tmp/never"), "data set 'npz' needs a file in config.data.path, got ''"),
-    ("convert", ("--from", "/nowhere", "--to", "x.safetensors"), "/nowhere holds no checkpoints"),
-])
+
+@pytest.mark.parametrize(
+    "module, args, said",
+    [
+        ("sample", (), "--config is missing"),
+        ("sample", ("--config", "configs/nope.py"), "configs/nope.py"),
+        ("sample", (*SMOKE, "--config.sample.etaa=1"), "config.sample has no field 'etaa' (did you mean 'eta'?)"),
+        ("sample", (*SMOKE, "--config.sampl.eta=1"), "config has no field 'sampl' (did you mean 'sample'?)"),
+        ("sample", (*SMOKE, "--config.sample.eta=much"), "could not convert string to float: 'much'"),
+        ("sample", (*SMOKE, "--overwrit"), "unknown option --overwrit (did you mean --overwrite?)"),
+        ("sample", (*SMOKE, "now"), "unexpected argument 'now'"),
+        ("sample", (*SMOKE, "--config.sample.steps=101"), "must be in 1..100, got 101"),
+        ("sample", (*SMOKE, "--config.sample.sampler=ddpn"), "did you mean 'ddpm'?"),
+        ("sample", SMOKE, "no weights for config.name 'smoke' ship with ddim_jax (those that do: digits)"),
+        ("sample", (*SMOKE, "--workdir", "/nowhere"), "/nowhere holds no checkpoints"),
+        ("sample", ("--config", "configs/digits.py", "--out", "README.md/x"), "cannot write to the folder README.md/x"),
+        (
+            "sample",
+            ("--config", "configs/digits.py", "--config.model.channels=64"),
+            "conv_in/bias has shape (32,), config.model expects (64,)",
+        ),
+        (
+            "sample",
+            ("--config", "configs/digits.py", "--config.schedule.name=cosine"),
+            "config.schedule.name is 'cosine'",
+        ),
+        ("train", SMOKE, "--workdir is missing"),
+        ("train", (*SMOKE, "--workdir", "README.md/x"), "cannot write to the folder README.md/x"),
+        ("train", (*SMOKE, "--workdir", "/tmp/never", "--config.data.name=digit"), "did you mean 'digits'?"),
+        (
+            "train",
+            (*SMOKE, "--workdir", "/tmp/never", "--config.model.image_size=9"),
+            "image_size 9 cannot be halved 1 times",
+        ),
+        (
+            "train",
+            (
+                *SMOKE,
+                "--workdir",
+                "/tmp/never",
+                "--config.model.image_size=16",
+                "--config.model.attention_resolutions=8,",
+            ),
+            "the network takes 16x16x1, the images of data set 'digits' are 8x8x1",
+        ),
+        (
+            "train",
+            ("--config", "configs/cifar10.py", "--workdir", "/tmp/never"),
+            "data set 'npz' needs a file in config.data.path, got ''",
+        ),
+        ("convert", ("--from", "/nowhere", "--to", "x.safetensors"), "/nowhere holds no checkpoints"),
+    ],
+)
 def test_a_mistake_is_one_line(module, args, said):
     assert said in error_line(run(f"ddim_jax.{module}", *args))
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
-    said = error_line(run("ddim_jax.train", *SMOKE, "--workdir", tmp_path / "run", "--config.train.batch_size=12", devices=8))
+    said = error_line(
+        run("ddim_jax.train", *SMOKE, "--workdir", tmp_path / "run", "--config.train.batch_size=12", devices=8)
+    )
     assert "must divide over the 8 devices, got 12" in said
 
 
 def test_two_trainers_do_not_share_a_workdir(tmp_path):
     import fcntl
+
     (tmp_path / ".lock").touch()
     with open(tmp_path / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -257,10 +340,16 @@ def test_an_empty_and_a_damaged_checkpoint_are_named(trained, tmp_path):
         assert "checkpoints/20 cannot be read" in error_line(run(command, *SMOKE, "--workdir", tmp_path / "damaged"))
 
 
-# --- what the README promises ---------------------------------------------------------------------------------------------------
+# --- what the README promises ---
+
 
 def test_the_commands_and_files_that_the_texts_name_are_there():
-    for text in (ROOT / "README.md", ROOT / "experiments" / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "ddim_jax" / "pretrained" / "README.md"):
+    for text in (
+        ROOT / "README.md",
+        ROOT / "experiments" / "README.md",
+        ROOT / "benchmarks" / "README.md",
+        ROOT / "ddim_jax" / "pretrained" / "README.md",
+    ):
         words = text.read_text()
         for module in re.findall(r"python -m ((?:ddim_jax|experiments|benchmarks)\.\w+)", words):
             assert (ROOT / (module.replace(".", "/") + ".py")).exists(), (text, module)
@@ -270,6 +359,6 @@ def test_the_commands_and_files_that_the_texts_name_are_there():
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert blocks
     scope = {}
-    for block in blocks:                        # they run, in their order
+    for block in blocks:  # they run, in their order
         exec(compile(block, "README.md", "exec"), scope)
     assert shutil.which("bash")

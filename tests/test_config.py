@@ -1,4 +1,5 @@
 """What a config must not say, and what is said then."""
+
 import copy
 import dataclasses
 import json
@@ -26,38 +27,45 @@ def build(values):
     return config
 
 
-@pytest.mark.parametrize("field, value, said", [
-    ("data.name", "cifar11", "config.data.name: 'cifar11' is not one of digits, folder, npz"),
-    ("data.name", "digit", "did you mean 'digits'"),
-    ("sample.sampler", "dimm", "config.sample.sampler: 'dimm' is not one of ddim, ddpm, ddpm_hat (did you mean 'ddim'?)"),
-    ("schedule.name", "linaer", "config.schedule.name: 'linaer' .* (did you mean 'linear'?)"),
-    ("sample.tau", "quadratc", "config.sample.tau: 'quadratc' .* (did you mean 'quadratic'?)"),
-    ("model.prediction", "noise", "config.model.prediction: 'noise' is not one of eps, x0, v"),
-    ("model.dtype", "float16", "config.model.dtype: 'float16' is not one of float32, bfloat16"),
-    ("train.gamma", "snr", "config.train.gamma: 'snr' is not one of one, x0, v"),
-    ("sample.steps", 0, "config.sample.steps: must be at least 1, got 0"),
-    ("sample.steps", 1001, "config.sample.steps: the number of steps must be in 1..1000, got 1001"),
-    ("sample.tau", "1,50,20", "config.sample.tau: tau must ascend strictly, got 50 and then 20"),
-    ("sample.tau", "1,50,2000", "config.sample.tau: tau must stay within 1..1000, got 2000"),
-    ("sample.tau", "-5,50", "config.sample.tau: tau must ascend strictly, got 0 and then -5"),
-    ("sample.tau", "", "config.sample.tau: '' is not one of uniform"),
-    ("sample.eta", -0.1, "config.sample.eta: must be at least 0, got -0.1"),
-    ("sample.eta", 3.0, "config.sample.eta: eta must be in [0, 1.* got 3.0"),
-    ("sample.eta", float("nan"), "config.sample.eta: must be finite, got nan"),
-    ("sample.eta", "0.5", "config.sample.eta: must be of type float, got '0.5'"),
-    ("sample.steps", 10.0, "config.sample.steps: must be of type int, got 10.0"),
-    ("sample.clip_x0", 1, "config.sample.clip_x0: must be of type bool, got 1"),
-    ("sample.label", 3, "config.sample.label: must be -1 .* has 0; got 3"),
-    ("model.channel_mult", (1, 2.5), "config.model.channel_mult: must be of type int, got 2.5"),
-    ("model.channel_mult", (), "config.model.channel_mult: must hold at least one number"),
-    ("model.channel_mult", "1,2", "config.model.channel_mult: must be a tuple, got '1,2'"),
-    ("model.image_size", 36, "config.model: image_size 36 cannot be halved 3 times"),
-    ("model.dropout", 1.0, "config.model.dropout: must be in [0, 1), got 1.0"),
-    ("train.learning_rate", 0.0, "config.train.learning_rate: must be above 0, got 0.0"),
-    ("train.checkpoint_every", 150, "config.train.checkpoint_every: must be a multiple of log_every (100)"),
-    ("schedule.beta_end", 1e-5, "config.schedule: beta_start and beta_end must satisfy"),
-    ("sample.stepz", 5, "config.sample has no field 'stepz' (did you mean 'steps'?)"),
-])
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("data.name", "cifar11", "config.data.name: 'cifar11' is not one of digits, folder, npz"),
+        ("data.name", "digit", "did you mean 'digits'"),
+        (
+            "sample.sampler",
+            "dimm",
+            "config.sample.sampler: 'dimm' is not one of ddim, ddpm, ddpm_hat (did you mean 'ddim'?)",
+        ),
+        ("schedule.name", "linaer", "config.schedule.name: 'linaer' .* (did you mean 'linear'?)"),
+        ("sample.tau", "quadratc", "config.sample.tau: 'quadratc' .* (did you mean 'quadratic'?)"),
+        ("model.prediction", "noise", "config.model.prediction: 'noise' is not one of eps, x0, v"),
+        ("model.dtype", "float16", "config.model.dtype: 'float16' is not one of float32, bfloat16"),
+        ("train.gamma", "snr", "config.train.gamma: 'snr' is not one of one, x0, v"),
+        ("sample.steps", 0, "config.sample.steps: must be at least 1, got 0"),
+        ("sample.steps", 1001, "config.sample.steps: the number of steps must be in 1..1000, got 1001"),
+        ("sample.tau", "1,50,20", "config.sample.tau: tau must ascend strictly, got 50 and then 20"),
+        ("sample.tau", "1,50,2000", "config.sample.tau: tau must stay within 1..1000, got 2000"),
+        ("sample.tau", "-5,50", "config.sample.tau: tau must ascend strictly, got 0 and then -5"),
+        ("sample.tau", "", "config.sample.tau: '' is not one of uniform"),
+        ("sample.eta", -0.1, "config.sample.eta: must be at least 0, got -0.1"),
+        ("sample.eta", 3.0, "config.sample.eta: eta must be in [0, 1.* got 3.0"),
+        ("sample.eta", float("nan"), "config.sample.eta: must be finite, got nan"),
+        ("sample.eta", "0.5", "config.sample.eta: must be of type float, got '0.5'"),
+        ("sample.steps", 10.0, "config.sample.steps: must be of type int, got 10.0"),
+        ("sample.clip_x0", 1, "config.sample.clip_x0: must be of type bool, got 1"),
+        ("sample.label", 3, "config.sample.label: must be -1 .* has 0; got 3"),
+        ("model.channel_mult", (1, 2.5), "config.model.channel_mult: must be of type int, got 2.5"),
+        ("model.channel_mult", (), "config.model.channel_mult: must hold at least one number"),
+        ("model.channel_mult", "1,2", "config.model.channel_mult: must be a tuple, got '1,2'"),
+        ("model.image_size", 36, "config.model: image_size 36 cannot be halved 3 times"),
+        ("model.dropout", 1.0, "config.model.dropout: must be in [0, 1), got 1.0"),
+        ("train.learning_rate", 0.0, "config.train.learning_rate: must be above 0, got 0.0"),
+        ("train.checkpoint_every", 150, "config.train.checkpoint_every: must be a multiple of log_every (100)"),
+        ("schedule.beta_end", 1e-5, "config.schedule: beta_start and beta_end must satisfy"),
+        ("sample.stepz", 5, "config.sample has no field 'stepz' (did you mean 'steps'?)"),
+    ],
+)
 def test_a_mistake_names_its_field(field, value, said):
     with pytest.raises(ConfigError) as error:
         build(changed(field, value))
@@ -104,10 +112,15 @@ def test_values_reach_what_they_name():
 
 def test_a_run_is_continued_and_sampled_as_it_was_made():
     config = config_lib.parse(DEFAULT)
-    for field, value, resumed, sampled in [("train.batch_size", 64, False, True), ("model.channels", 64, False, False),
-                                           ("model.dtype", "bfloat16", False, True), ("schedule.beta_end", 0.03, False, False),
-                                           ("train.num_steps", 10, True, True), ("sample.eta", 0.5, True, True),
-                                           ("model.prediction", "v", False, False)]:
+    for field, value, resumed, sampled in [
+        ("train.batch_size", 64, False, True),
+        ("model.channels", 64, False, False),
+        ("model.dtype", "bfloat16", False, True),
+        ("schedule.beta_end", 0.03, False, False),
+        ("train.num_steps", 10, True, True),
+        ("sample.eta", 0.5, True, True),
+        ("model.prediction", "v", False, False),
+    ]:
         other = config_lib.parse(changed(field, value))
         for fields, same in ((config_lib.RESUMED_WITH, resumed), (config_lib.SAMPLED_WITH, sampled)):
             if same:

@@ -27,7 +27,7 @@ def take(source, steps, *args, **kwargs):
 def test_every_epoch_is_a_permutation_whatever_the_batch(length, seed, batch):
     stream = np.concatenate([order(length, seed, step * batch, batch) for step in range(3 * length // batch + 1)])
     for epoch in range(3):
-        assert sorted(stream[epoch * length:(epoch + 1) * length]) == list(range(length))
+        assert sorted(stream[epoch * length : (epoch + 1) * length]) == list(range(length))
 
 
 def test_epochs_and_seeds_differ():
@@ -72,11 +72,14 @@ def test_pixels_survive_the_way_to_the_network_and_back():
 
 def test_the_digits_are_those_of_scikit_learn():
     from sklearn.datasets import load_digits
+
     train, test = (data.load("digits", split=split) for split in data.SPLITS)
     assert (len(train), len(test), train.image_shape, train.num_classes) == (1438, 359, (8, 8, 1), 10)
     raw = load_digits()
     np.testing.assert_array_equal(np.round(test[np.arange(359)].images[..., 0] / (255 / 16)), raw.images[4::5])
-    assert len({image.tobytes() for image in np.concatenate([train.images, test.images])}) == len(np.unique(raw.data, axis=0))
+    assert len({image.tobytes() for image in np.concatenate([train.images, test.images])}) == len(
+        np.unique(raw.data, axis=0)
+    )
 
 
 def write_folder(root, sizes, mode="RGB"):

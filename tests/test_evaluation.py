@@ -28,7 +28,9 @@ def test_frechet_distance_with_the_matrix_root_of_scipy():
 
 
 def test_frechet_distance_of_singular_covariances():
-    """Three points in five dimensions: the square root of the product has no full rank, and the distance stays a number."""
+    """Three points in five dimensions: the square root of the product has no full rank, and the distance stays a
+    number.
+    """
     a, b = frechet.moments(RNG.normal(size=(3, 5))), frechet.moments(RNG.normal(size=(4, 5)))
     assert 0 < frechet.distance(a, b) == pytest.approx(frechet.distance(b, a), rel=1e-6)
     with pytest.raises(ValueError, match="at least 2"):
@@ -51,7 +53,9 @@ def test_the_shipped_weights_draw_digits():
     seen = judge(drawn)
     assert abs(seen.probabilities.max(1).mean() - real.probabilities.max(1).mean()) < 0.05
     shares = np.bincount(seen.probabilities.argmax(1), minlength=10) / len(drawn)
-    assert 0.03 < shares.min() and shares.max() < 0.17          # 5% to 15% within two deviations of 300 draws
+    assert 0.03 < shares.min() and shares.max() < 0.17  # 5% to 15% within two deviations of 300 draws
     noise = judge(RNG.integers(0, 256, drawn.shape, dtype=np.uint8))
     reference = frechet.moments(judge(train.images).features)
-    assert frechet.distance(frechet.moments(seen.features), reference) < 0.1 * frechet.distance(frechet.moments(noise.features), reference)
+    assert frechet.distance(frechet.moments(seen.features), reference) < 0.1 * frechet.distance(
+        frechet.moments(noise.features), reference
+    )

@@ -18,8 +18,10 @@ def one(t, s):
 
 
 def test_sigma_of_one_half_is_pinned():
-    """Eq. (16) at t = 500, s = 400 with eta = 0.5, computed once with 50 decimal digits from the 500 betas: alpha_bar_400 =
-    0.19514..., alpha_bar_500 = 0.07858..., so sigma = 0.5 sqrt(0.80485... / 0.92141...) sqrt(1 - 0.07858... / 0.19514...)."""
+    """Eq. (16) at t = 500, s = 400 with eta = 0.5, computed once with 50 decimal digits from the 500 betas:
+    alpha_bar_400 = 0.19514..., alpha_bar_500 = 0.07858..., so sigma = 0.5 sqrt(0.80485... / 0.92141...) sqrt(1 -
+    0.07858... / 0.19514...).
+    """
     assert np.sqrt(gaussian.sigma_squared(0.5, one(500, 400))) == pytest.approx(0.3611555457648620, rel=1e-12)
 
 
@@ -60,7 +62,7 @@ def test_lemma_1_by_moments(eta, build_tau):
     level = schedule.Level(transitions.alpha_bar_t[0], transitions.one_minus_alpha_bar_t[0])
     x = gaussian.q_marginal(np.full(count, x_0), rng.standard_normal(count), level)
     for i in range(7):
-        transition = jax.tree.map(lambda leaf: leaf[i], transitions)       # noqa: B023
+        transition = jax.tree.map(lambda leaf: leaf[i], transitions)  # noqa: B023
         mean, variance = gaussian.q_sigma(x, x_0, transition, gaussian.sigma_squared(eta, transition))
         x = np.asarray(mean + np.sqrt(variance) * rng.standard_normal(count), np.float64)
         noise = float(transition.one_minus_alpha_bar_s)
@@ -70,7 +72,9 @@ def test_lemma_1_by_moments(eta, build_tau):
 
 @given(pairs, st.floats(0, 1))
 def test_both_directions_are_one_joint_law(pair, eta):
-    """Mean vector and covariance matrix of (x_s, x_t) given x_0, once from q(x_t) q_sigma(x_s | x_t), once from q(x_s) and (8)."""
+    """Mean vector and covariance matrix of (x_s, x_t) given x_0, once from q(x_t) q_sigma(x_s | x_t), once from
+    q(x_s) and (8).
+    """
     with jax.enable_x64(True):
         transition = one(*pair)
         sigma2 = gaussian.sigma_squared(eta, transition)
@@ -78,12 +82,17 @@ def test_both_directions_are_one_joint_law(pair, eta):
 
         def joint(conditional, known, other):
             """Law of (known, other), where known has the marginal (4) and `conditional` is affine in it."""
-            (alpha_bar, noise), mean = known, np.sqrt(known[0]) * x_0
+            (_, noise), mean = known, np.sqrt(known[0]) * x_0
             at_mean, variance = conditional(mean, x_0, transition, sigma2)
             slope = conditional(mean + 1, x_0, transition, sigma2)[0] - at_mean
-            return np.array([mean, at_mean]), np.array([[noise, slope * noise], [slope * noise, slope**2 * noise + variance]])
+            return np.array([mean, at_mean]), np.array(
+                [[noise, slope * noise], [slope * noise, slope**2 * noise + variance]]
+            )
 
-        t, s = ((transition.alpha_bar_t, transition.one_minus_alpha_bar_t), (transition.alpha_bar_s, transition.one_minus_alpha_bar_s))
+        t, s = (
+            (transition.alpha_bar_t, transition.one_minus_alpha_bar_t),
+            (transition.alpha_bar_s, transition.one_minus_alpha_bar_s),
+        )
         down_mean, down_cov = joint(gaussian.q_sigma, t, s)
         up_mean, up_cov = joint(gaussian.q_sigma_forward, s, t)
     np.testing.assert_allclose(down_mean[::-1], up_mean, rtol=1e-9, atol=1e-12)

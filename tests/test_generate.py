@@ -1,4 +1,5 @@
 """Images by index: the same whatever the batch, the devices, or where a run began."""
+
 import dataclasses
 
 import jax
@@ -13,8 +14,11 @@ from ddim_jax import generate, sharding, train_state
 
 def make(eta=0.5, num_images=11, batch_size=8, **model):
     config = config_lib.parse(smoke.get_config().to_dict())
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, eta=eta, num_images=num_images, batch_size=batch_size),
-                                 model=dataclasses.replace(config.model, **model))
+    config = dataclasses.replace(
+        config,
+        sample=dataclasses.replace(config.sample, eta=eta, num_images=num_images, batch_size=batch_size),
+        model=dataclasses.replace(config.model, **model),
+    )
     return config, config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
 
 
@@ -22,8 +26,12 @@ def params_of(config):
     """Random parameters, scaled so that eps has about unit size: images vary and stay in range."""
     like = jax.eval_shape(lambda key: train_state.init_params(config_lib.network(config.model), key), jax.random.key(0))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: (0.3 * rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)) + (leaf.ndim == 1))
-                        .astype(np.float32), like)
+    return jax.tree.map(
+        lambda leaf: (
+            0.3 * rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)) + (leaf.ndim == 1)
+        ).astype(np.float32),
+        like,
+    )
 
 
 def drawn(mesh, config, process, first=0):
@@ -38,23 +46,35 @@ def test_the_batch_size_changes_nothing(eta):
     whole = drawn(mesh, *make(eta, batch_size=11))
     assert whole.shape == (11, 8, 8, 1) and len(np.unique(whole, axis=0)) == 11 and whole.std() > 10
     for batch_size in (1, 3, 8):
-        assert abs(drawn(mesh, *make(eta, batch_size=batch_size)).astype(int) - whole).max() <= 1      # 1e-5, rounded to uint8
+        assert (
+            abs(drawn(mesh, *make(eta, batch_size=batch_size)).astype(int) - whole).max() <= 1
+        )  # 1e-5, rounded to uint8
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(eta):
     from ddim_jax import samplers
+
     config, process = make(eta)
 
     def floats(mesh, index):
         keys, x = generate.start(config, sharding.put_indices(mesh, np.asarray(index)))
         params = sharding.put_replicated(mesh, params_of(config))
-        return sharding.to_host(samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x,
-                                                   keys if process.sampler.stochastic else None))
+        return sharding.to_host(
+            samplers.integrate(
+                process.sampler,
+                generate.eps_fn(config, params),
+                process.transitions,
+                x,
+                keys if process.sampler.stochastic else None,
+            )
+        )
 
     one, eight = meshes()
     whole = floats(one, range(8))
-    np.testing.assert_allclose(np.concatenate([floats(one, [0, 1, 2]), floats(one, [3, 4, 5]), floats(one, [6, 7])]), whole, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([floats(one, [0, 1, 2]), floats(one, [3, 4, 5]), floats(one, [6, 7])]), whole, atol=1e-5
+    )
     np.testing.assert_allclose(np.concatenate([floats(one, [i]) for i in range(8)]), whole, atol=1e-5)
     np.testing.assert_allclose(floats(eight, range(8)), whole, atol=1e-5)
 
@@ -84,11 +104,16 @@ def test_classes_in_turn_or_all_alike():
 def test_clipping_keeps_the_last_prediction_in_range():
     """Without noise the last step is the predicted x_0: with clip_x0 it cannot leave [-1, 1]."""
     from ddim_jax import samplers
+
     config, process = make(eta=0.0)
     reach = []
     for clip in (False, True):
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, clip_x0=clip))
         _, x = generate.start(config, np.arange(8))
         params = jax.tree.map(lambda leaf: 3 * leaf, params_of(config))
-        reach.append(float(abs(samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x)).max()))
+        reach.append(
+            float(
+                abs(samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x)).max()
+            )
+        )
     assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4

@@ -14,7 +14,7 @@ def test_a_grid_holds_every_image_in_order(channels):
     assert picture.shape == (2 * 66 + 2, 3 * 66 + 2, channels)
     for i in range(5):
         top, left = i // 3 * 66 + 2, i % 3 * 66 + 2
-        np.testing.assert_array_equal(picture[top:top + 64, left:left + 64], batch[i])
+        np.testing.assert_array_equal(picture[top : top + 64, left : left + 64], batch[i])
     assert (picture[68:, 134:] == 255).all()
 
 
@@ -35,6 +35,7 @@ def test_png_and_npz_are_read_back_by_others(tmp_path, channels):
         assert file.files == ["arr_0", "arr_1"] and file["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(file["arr_0"], batch)
         np.testing.assert_array_equal(file["arr_1"], np.arange(5))
+    np.testing.assert_array_equal(np.stack(list(images.read_npz(tmp_path / "a.npz"))), batch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
 
 

@@ -1,4 +1,5 @@
 """Who may import whom: a module uses what stands in an earlier line, or in its own, never what stands later."""
+
 import ast
 import pathlib
 
@@ -59,9 +60,12 @@ def test_the_table_knows_every_module():
     assert {name for name, _ in files()} - {"__init__"} == set(ALLOWED) | MAINS
 
 
-@pytest.mark.parametrize("name, file", [pytest.param(name, file, id=str(file.relative_to(ROOT))) for name, file in files()])
+@pytest.mark.parametrize(
+    "name, file", [pytest.param(name, file, id=str(file.relative_to(ROOT))) for name, file in files()]
+)
 def test_imports_follow_the_arrows(name, file):
     import sys
+
     ours, others = imports(file)
     others -= sys.stdlib_module_names
     if name in MAINS or name == "__init__":
@@ -84,11 +88,13 @@ def test_the_core_runs_with_jax_and_numpy_alone():
     """In a process where every other package is missing."""
     import subprocess
     import sys
+
     code = """
 import sys
+REFUSED = {"flax", "optax", "orbax", "absl", "ml_collections", "chex", "PIL", "tqdm", "sklearn", "safetensors"}
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"flax", "optax", "orbax", "absl", "ml_collections", "chex", "PIL", "tqdm", "sklearn", "safetensors"}:
+        if name.split(".")[0] in REFUSED:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 from ddim_jax import gaussian, losses, oracle, registry, samplers, schedule, trajectory

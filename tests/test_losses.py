@@ -11,7 +11,9 @@ TABLE = schedule.levels(LINEAR)
 
 @pytest.mark.parametrize("t", [1, 100, 700])
 def test_the_oracle_reaches_the_smallest_loss(t):
-    """For data N(m, s^2) the variance of eps given x_t is ab s^2 / (ab s^2 + 1 - ab): no network can have less, the oracle has it."""
+    """For data N(m, s^2) the variance of eps given x_t is ab s^2 / (ab s^2 + 1 - ab): no network can have less,
+    the oracle has it.
+    """
     count, mean, std = 400_000, 0.3, 0.5
     rng = np.random.default_rng(0)
     x_0, eps = (jnp.asarray(rng.normal(*law, (count, 1)), jnp.float32) for law in ((mean, std), (0, 1)))
@@ -32,11 +34,16 @@ def test_gamma_turns_the_error_of_eps_into_the_error_of_x0_and_v(x64):
     level = schedule.level_at(TABLE, t, x_0)
     x_t = gaussian.q_marginal(x_0, eps, level)
     x_0_wrong = gaussian.predict_x0(x_t, wrong, level)
-    expected = {"one": wrong - eps, "x0": x_0_wrong - x_0,
-                "v": gaussian.predict_v(x_0_wrong, wrong, level) - gaussian.predict_v(x_0, eps, level)}
+    expected = {
+        "one": wrong - eps,
+        "x0": x_0_wrong - x_0,
+        "v": gaussian.predict_v(x_0_wrong, wrong, level) - gaussian.predict_v(x_0, eps, level),
+    }
     assert set(expected) == set(losses.GAMMAS)
     for gamma, error in expected.items():
-        np.testing.assert_allclose(losses.l_gamma(lambda x, t: wrong, TABLE, x_0, t, eps, gamma), (error**2).mean(1), rtol=1e-9)
+        np.testing.assert_allclose(
+            losses.l_gamma(lambda x, t: wrong, TABLE, x_0, t, eps, gamma), (error**2).mean(1), rtol=1e-9
+        )
 
 
 def test_the_network_is_asked_about_x_t():

@@ -17,15 +17,40 @@ def close(value, recorded, digits):
     assert float(value) == pytest.approx(recorded, abs=0.51 * 10**-digits)
 
 
-# --- closed forms ---------------------------------------------------------------------------------------------------------
+# --- closed forms ---
 
-# Final mean and standard deviation for data N(0.3, 0.5^2), the optimal eps, x_T ~ N(0, 1), official-uniform tau: each step is
-# affine in x and noise, so both moments follow exactly. Computed in float64 with NumPy, from the equations, apart from this code.
+# Final mean and standard deviation for data N(0.3, 0.5^2), the optimal eps, x_T ~ N(0, 1), official-uniform tau: a step
+# is affine in x and noise, so both moments follow exactly. Computed in float64 with NumPy, from the equations, apart
+# from this code.
 MOMENTS = {
-    ("ddim", 0.0): {10: (.298155, .374128), 20: (.298660, .433734), 50: (.298911, .472439), 100: (.298986, .485981), 1000: (.299050, .498495)},
-    ("ddim", 0.5): {10: (.299088, .367083), 20: (.299506, .425680), 50: (.299685, .466651), 100: (.299733, .482262), 1000: (.299773, .497977)},
-    ("ddim", 1.0): {10: (.299980, .333263), 20: (.299992, .391464), 50: (.299996, .444123), 100: (.299996, .468256), 1000: (.299997, .496110)},
-    ("ddpm_hat", 0.0): {10: (.299980, .589025), 20: (.299992, .544063), 50: (.299996, .517229), 100: (.299996, .508490), 1000: (.299997, .500752)},
+    ("ddim", 0.0): {
+        10: (0.298155, 0.374128),
+        20: (0.298660, 0.433734),
+        50: (0.298911, 0.472439),
+        100: (0.298986, 0.485981),
+        1000: (0.299050, 0.498495),
+    },
+    ("ddim", 0.5): {
+        10: (0.299088, 0.367083),
+        20: (0.299506, 0.425680),
+        50: (0.299685, 0.466651),
+        100: (0.299733, 0.482262),
+        1000: (0.299773, 0.497977),
+    },
+    ("ddim", 1.0): {
+        10: (0.299980, 0.333263),
+        20: (0.299992, 0.391464),
+        50: (0.299996, 0.444123),
+        100: (0.299996, 0.468256),
+        1000: (0.299997, 0.496110),
+    },
+    ("ddpm_hat", 0.0): {
+        10: (0.299980, 0.589025),
+        20: (0.299992, 0.544063),
+        50: (0.299996, 0.517229),
+        100: (0.299996, 0.508490),
+        1000: (0.299997, 0.500752),
+    },
 }
 
 
@@ -35,7 +60,10 @@ def test_moments_of_gaussian_data(name, eta, S, x64):
     sampler = registry.build(registry.SAMPLERS[name], {"eta": eta})
     transitions = trajectory.descend(LINEAR, trajectory.official_uniform(1000, S))
     eps_fn = oracle.gaussian(LINEAR, 0.3, 0.5)
-    probes, noise = jnp.asarray([[0.0], [1.0], [0.0]]), jnp.asarray([[0.0], [0.0], [1.0]])   # offset, slope in x, slope in noise
+    probes, noise = (
+        jnp.asarray([[0.0], [1.0], [0.0]]),
+        jnp.asarray([[0.0], [0.0], [1.0]]),
+    )  # offset, slope in x, slope in noise
 
     def body(moments, transition):
         out, _ = sampler.step(probes, sampler.init(probes), transition, eps_fn, noise)
@@ -53,8 +81,13 @@ def test_integrate_draws_from_that_law(name, eta):
     """The moments of 40,000 drawn values at S = 10."""
     count, sampler = 40_000, registry.build(registry.SAMPLERS[name], {"eta": eta})
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(count))
-    x = samplers.integrate(sampler, oracle.gaussian(LINEAR, 0.3, 0.5), trajectory.descend(LINEAR, trajectory.official_uniform(1000, 10)),
-                           samplers.initial_noise(keys, (1,)), keys)
+    x = samplers.integrate(
+        sampler,
+        oracle.gaussian(LINEAR, 0.3, 0.5),
+        trajectory.descend(LINEAR, trajectory.official_uniform(1000, 10)),
+        samplers.initial_noise(keys, (1,)),
+        keys,
+    )
     mean, std = MOMENTS[name, eta][10]
     assert float(x.mean()) == pytest.approx(mean, abs=5 * std / np.sqrt(count))
     assert float(x.std()) == pytest.approx(std, abs=5 * std / np.sqrt(2 * count))
@@ -65,29 +98,41 @@ def deterministic_sample():
 
 
 def golden_network(x, t):
-    return x * (t - 1) / t               # x t / (t + 1) in 0-based time
+    return x * (t - 1) / t  # x t / (t + 1) in 0-based time
 
 
-@pytest.mark.parametrize("prediction, beta_start, total, mean", [("eps", 1e-4, 172.0067, .223967), ("v", 1e-4, 52.5302, .0684),
-                                                                 ("eps", 0.01, 149.8295, .1951)])
+@pytest.mark.parametrize(
+    "prediction, beta_start, total, mean",
+    [("eps", 1e-4, 172.0067, 0.223967), ("v", 1e-4, 52.5302, 0.0684), ("eps", 0.01, 149.8295, 0.1951)],
+)
 def test_the_golden_loop_of_diffusers(prediction, beta_start, total, mean):
-    """The sums that its own test suite expects of its DDIM scheduler: T = 1000, linear, "leading", 10 steps, eta = 0."""
+    """The sums that its own test suite expects of its DDIM scheduler: T = 1000, linear, "leading", 10 steps, eta
+    = 0.
+    """
     noise_schedule = schedule.linear(beta_start=beta_start)
     table = schedule.levels(noise_schedule)
     eps_fn = lambda x, t: registry.PREDICTIONS[prediction](x, golden_network(x, t), schedule.level_at(table, t, x))
-    x = samplers.integrate(samplers.ddim(), eps_fn, trajectory.descend(noise_schedule, trajectory.leading(1000, 10)), deterministic_sample())
+    x = samplers.integrate(
+        samplers.ddim(),
+        eps_fn,
+        trajectory.descend(noise_schedule, trajectory.leading(1000, 10)),
+        deterministic_sample(),
+    )
     assert float(jnp.abs(x).sum()) == pytest.approx(total, abs=1e-2)
     assert float(jnp.abs(x).mean()) == pytest.approx(mean, abs=1e-3)
 
 
 def test_the_golden_inverse_loop_of_diffusers():
     """Its inverse scheduler asks the network about the level stepped to."""
-    x = samplers.invert(golden_network, LINEAR, trajectory.leading(1000, 10), deterministic_sample(), evaluate_at="next")
+    x = samplers.invert(
+        golden_network, LINEAR, trajectory.leading(1000, 10), deterministic_sample(), evaluate_at="next"
+    )
     assert float(jnp.abs(x).sum()) == pytest.approx(671.6816, abs=1e-2)
     assert float(jnp.abs(x).mean()) == pytest.approx(0.8746, abs=1e-3)
 
 
-# --- convergence ----------------------------------------------------------------------------------------------------------
+# --- convergence ---
+
 
 def test_ddim_converges_with_order_one(x64):
     """Against the exact flow of Eq. (14) for Gaussian data, which keeps (x - sqrt(ab) m) / sqrt(ab s^2 + 1 - ab)."""
@@ -95,8 +140,20 @@ def test_ddim_converges_with_order_one(x64):
     last = LINEAR.alpha_bar[1000]
     exact = mean + std * (1.7 - np.sqrt(last) * mean) / np.sqrt(last * std**2 + 1 - last)
     counts = [25, 50, 100, 200]
-    errors = [abs(float(samplers.integrate(samplers.ddim(), oracle.gaussian(LINEAR, mean, std),
-                                           trajectory.descend(LINEAR, trajectory.uniform(1000, S)), x)[0, 0]) - exact) for S in counts]
+    errors = [
+        abs(
+            float(
+                samplers.integrate(
+                    samplers.ddim(),
+                    oracle.gaussian(LINEAR, mean, std),
+                    trajectory.descend(LINEAR, trajectory.uniform(1000, S)),
+                    x,
+                )[0, 0]
+            )
+            - exact
+        )
+        for S in counts
+    ]
     assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(1, abs=0.1)
 
 
@@ -123,7 +180,8 @@ def test_encoding_is_not_noising(x64):
     np.testing.assert_allclose(latent, exact, atol=2e-2)
 
 
-# --- numbers of steps, and what a run keeps ---------------------------------------------------------------------------------
+# --- numbers of steps, and what a run keeps ---
+
 
 @pytest.mark.parametrize("S", [1, 300, 1000])
 @pytest.mark.parametrize("name", registry.SAMPLERS)
@@ -132,7 +190,13 @@ def test_any_number_of_steps(name, S):
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, S))
     assert len(transitions.t) == S
     x = samplers.initial_noise(samplers.image_keys(jax.random.key(0), jnp.arange(2000)), (1,))
-    out = samplers.integrate(registry.build(registry.SAMPLERS[name], {}), oracle.gaussian(LINEAR, 0.3, 0.5), transitions, x, jax.random.key(1))
+    out = samplers.integrate(
+        registry.build(registry.SAMPLERS[name], {}),
+        oracle.gaussian(LINEAR, 0.3, 0.5),
+        transitions,
+        x,
+        jax.random.key(1),
+    )
     std = 0.0 if S == 1 else 0.5
     assert float(out.mean()) == pytest.approx(0.3, abs=0.05) and float(out.std()) == pytest.approx(std, abs=0.05)
 
@@ -148,13 +212,16 @@ def test_trajectory_is_integrate_with_its_way_kept(name):
     np.testing.assert_array_equal(path.x[0], x)
     np.testing.assert_array_equal(path.x[-1], last)
     table = schedule.levels(LINEAR)
-    for i in (0, 5, 11):       # the predicted x_0 puts Eq. (4) back to x_t
+    for i in (0, 5, 11):  # the predicted x_0 puts Eq. (4) back to x_t
         level, t = schedule.level_at(table, transitions.t[i], x), int(transitions.t[i])
-        np.testing.assert_allclose(gaussian.q_marginal(path.x_0[i], eps_fn(path.x[i], t), level), path.x[i], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(path.x_0[-1], last, rtol=1e-5)        # the last step lands on what it predicts
+        np.testing.assert_allclose(
+            gaussian.q_marginal(path.x_0[i], eps_fn(path.x[i], t), level), path.x[i], rtol=1e-4, atol=1e-4
+        )
+    np.testing.assert_allclose(path.x_0[-1], last, rtol=1e-5)  # the last step lands on what it predicts
 
 
-# --- one image, one stream of noise -----------------------------------------------------------------------------------------
+# --- one image, one stream of noise ---
+
 
 @pytest.mark.parametrize("name", registry.SAMPLERS)
 def test_image_i_is_the_same_bits_in_every_batch(name):
@@ -174,10 +241,12 @@ def test_image_i_is_the_same_bits_in_every_batch(name):
 def test_one_key_stands_for_the_keys_of_a_batch():
     eps_fn, transitions = oracle.gaussian(LINEAR, 0.3, 0.5), trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
     x, key = jnp.zeros((4, 3)), jax.random.key(3)
-    runs = [samplers.integrate(samplers.ddpm(), eps_fn, transitions, x, k)
-            for k in (key, samplers.image_keys(key, jnp.arange(4)), jax.random.PRNGKey(3))]
+    runs = [
+        samplers.integrate(samplers.ddpm(), eps_fn, transitions, x, k)
+        for k in (key, samplers.image_keys(key, jnp.arange(4)), jax.random.PRNGKey(3))
+    ]
     np.testing.assert_array_equal(runs[0], runs[1])
-    np.testing.assert_array_equal(runs[0], runs[2])        # a raw key of the old kind is the same key
+    np.testing.assert_array_equal(runs[0], runs[2])  # a raw key of the old kind is the same key
     with pytest.raises(ValueError, match="4 images"):
         samplers.integrate(samplers.ddpm(), eps_fn, transitions, x, jax.random.split(key, 3))
 
@@ -187,8 +256,10 @@ def test_noise_is_fresh_in_every_step_and_image():
     noise_schedule = schedule.from_betas(np.full(4, 0.01))
     transitions = trajectory.descend(noise_schedule, range(5))
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(5000))
-    _, path = samplers.trajectory(samplers.ddpm_hat(), lambda x, t: jnp.zeros_like(x), transitions, samplers.initial_noise(keys, (1,)), keys)
-    scale = np.sqrt(1 - transitions.beta)[:, None]         # eps = 0: x_s = x_t sqrt(alpha_bar_s / alpha_bar_t) + noise
+    _, path = samplers.trajectory(
+        samplers.ddpm_hat(), lambda x, t: jnp.zeros_like(x), transitions, samplers.initial_noise(keys, (1,)), keys
+    )
+    scale = np.sqrt(1 - transitions.beta)[:, None]  # eps = 0: x_s = x_t sqrt(alpha_bar_s / alpha_bar_t) + noise
     noise = np.asarray(path.x)[1:4, :, 0] - np.asarray(path.x)[:3, :, 0] / scale[:3]
     everything = np.corrcoef(np.concatenate([np.asarray(path.x)[:1, :, 0], noise]))
     assert abs(everything - np.eye(4)).max() < 5 / np.sqrt(5000)
@@ -207,7 +278,8 @@ def test_deterministic_sampling_draws_nothing():
             samplers.integrate(sampler, lambda x, t: x, transitions, jnp.ones((2, 3)))
 
 
-# --- compiled once ------------------------------------------------------------------------------------------------------------
+# --- compiled once ---
+
 
 def test_new_values_trace_nothing_new():
     traces = []
@@ -218,15 +290,21 @@ def test_new_values_trace_nothing_new():
 
     transitions = lambda *levels: trajectory.descend(LINEAR, [0, *levels])
     run = lambda params, eta, levels, seed=0: samplers.integrate(
-        samplers.ddim(eta), Partial(network, params), transitions(*levels), jnp.ones((2, 3)), jax.random.key(seed))
+        samplers.ddim(eta), Partial(network, params), transitions(*levels), jnp.ones((2, 3)), jax.random.key(seed)
+    )
     run(jnp.asarray(1.0), 0.5, (5, 10, 400))
     first = len(traces)
-    results = [run(jnp.asarray(2.0), 0.5, (5, 10, 400)), run(jnp.asarray(2.0), 0.7, (5, 10, 400)), run(jnp.asarray(2.0), 0.0, (5, 10, 400)),
-               run(jnp.asarray(2.0), 0.7, (1, 500, 1000)), run(jnp.asarray(2.0), 0.7, (1, 500, 1000), seed=1)]
+    results = [
+        run(jnp.asarray(2.0), 0.5, (5, 10, 400)),
+        run(jnp.asarray(2.0), 0.7, (5, 10, 400)),
+        run(jnp.asarray(2.0), 0.0, (5, 10, 400)),
+        run(jnp.asarray(2.0), 0.7, (1, 500, 1000)),
+        run(jnp.asarray(2.0), 0.7, (1, 500, 1000), seed=1),
+    ]
     assert len(traces) == first > 0
-    assert len({result.tobytes() for result in map(np.asarray, results)}) == 5          # and each value was used
+    assert len({result.tobytes() for result in map(np.asarray, results)}) == 5  # and each value was used
     run(jnp.asarray(1.0), 0.5, (5, 10))
-    assert len(traces) > first                                                          # the test would see a new trace
+    assert len(traces) > first  # the test would see a new trace
 
 
 def test_a_plain_function_is_traced_once():
@@ -248,9 +326,11 @@ def test_eta_can_be_mapped_and_a_run_differentiated():
     eps_fn, transitions = oracle.gaussian(LINEAR, 0.3, 0.5), trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
     run = lambda eta, x: samplers.integrate(samplers.ddim(eta), eps_fn, transitions, x, jax.random.key(0))
     x, etas = jnp.ones((2, 3)), jnp.asarray([0.1, 0.5, 1.0])
-    np.testing.assert_allclose(jax.vmap(run, (0, None))(etas, x), jnp.stack([run(float(eta), x) for eta in etas]), rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.vmap(run, (0, None))(etas, x), jnp.stack([run(float(eta), x) for eta in etas]), rtol=1e-5
+    )
     slope = jax.grad(lambda x: run(0.5, x).sum())(x)
-    np.testing.assert_allclose(slope, run(0.5, x + 1) - run(0.5, x), rtol=1e-3)          # the run is affine in x
+    np.testing.assert_allclose(slope, run(0.5, x + 1) - run(0.5, x), rtol=1e-3)  # the run is affine in x
 
 
 @pytest.mark.parametrize("name", registry.SAMPLERS)
@@ -263,18 +343,21 @@ def test_memory_does_not_grow_with_S(name):
         compiled = samplers._scan.lower(sampler, Partial(golden_network), transitions, x, keys, keep=False).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    tables = 8 * 4 * 990                      # the leaves of the transitions themselves
-    assert peak(10) > x.nbytes                # the analysis counts something
+    tables = 8 * 4 * 990  # the leaves of the transitions themselves
+    assert peak(10) > x.nbytes  # the analysis counts something
     assert peak(1000) <= peak(10) + 2 * tables
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------------
+# --- what is refused ---
+
 
 def test_eta_out_of_its_range_is_refused():
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 10))
     limit = samplers.max_eta(transitions)
     assert 1 <= limit < 1.2
-    run = lambda eta: samplers.integrate(samplers.DDIM(eta), lambda x, t: x, transitions, jnp.ones((1, 2)), jax.random.key(0))
+    run = lambda eta: samplers.integrate(
+        samplers.DDIM(eta), lambda x, t: x, transitions, jnp.ones((1, 2)), jax.random.key(0)
+    )
     assert np.isfinite(run(limit * (1 - 1e-6))).all()
     with pytest.raises(ValueError, match=r"eta must be in \[0, 1\..*got 1.2"):
         run(1.2)
@@ -298,7 +381,9 @@ def test_a_stochastic_sampler_cannot_encode():
 def test_the_dtype_of_x_is_kept(dtype, x64):
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 3))
     for sampler in (samplers.ddim(0.3), samplers.ddpm_hat()):
-        out = samplers.integrate(sampler, oracle.gaussian(LINEAR), transitions, jnp.ones((2, 2), dtype), jax.random.key(0))
+        out = samplers.integrate(
+            sampler, oracle.gaussian(LINEAR), transitions, jnp.ones((2, 2), dtype), jax.random.key(0)
+        )
         assert out.dtype == dtype
 
 
@@ -307,8 +392,13 @@ def test_every_sampler_keeps_a_gaussian_marginal_at_full_length():
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(20_000))
     x = samplers.initial_noise(keys, (1,))
     for build in registry.SAMPLERS.values():
-        out = samplers.integrate(registry.build(build, {}), oracle.gaussian(LINEAR, 0.3, 0.5),
-                                 trajectory.descend(LINEAR, trajectory.uniform(1000, 1000)), x, keys)
+        out = samplers.integrate(
+            registry.build(build, {}),
+            oracle.gaussian(LINEAR, 0.3, 0.5),
+            trajectory.descend(LINEAR, trajectory.uniform(1000, 1000)),
+            x,
+            keys,
+        )
         assert float(out.mean()) == pytest.approx(0.3, abs=0.02) and float(out.std()) == pytest.approx(0.5, abs=0.02)
 
 

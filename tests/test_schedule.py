@@ -31,8 +31,8 @@ def test_linear_is_the_published_one():
 def test_scaled_linear_and_sigmoid_at_points_known_by_symmetry():
     beta = lambda noise_schedule, t: 1 - noise_schedule.alpha_bar[t] / noise_schedule.alpha_bar[t - 1]
     middle = beta(schedule.scaled_linear(101, 1e-4, 0.04), 51)
-    assert middle == pytest.approx(((0.01 + 0.2) / 2) ** 2)               # the mean of the roots, squared
-    assert beta(schedule.sigmoid(101, 1e-4, 0.04), 51) == pytest.approx((1e-4 + 0.04) / 2)     # the logistic curve at 0
+    assert middle == pytest.approx(((0.01 + 0.2) / 2) ** 2)  # the mean of the roots, squared
+    assert beta(schedule.sigmoid(101, 1e-4, 0.04), 51) == pytest.approx((1e-4 + 0.04) / 2)  # the logistic curve at 0
 
 
 def test_cosine_is_the_curve_until_the_last_beta():
@@ -50,8 +50,17 @@ def test_from_betas_gives_them_back(betas):
     np.testing.assert_allclose(1 - alpha_bar[1:] / alpha_bar[:-1], betas, atol=1e-14)
 
 
-@pytest.mark.parametrize("betas, said", [([0.1, 0.0], r"beta\[2\] = 0.0"), ([1.0], "beta"), ([], "at least one"), ([[0.1]], "shape"),
-                                         ([float("nan")], "nan"), ([0.9] * 100, "float32")])
+@pytest.mark.parametrize(
+    "betas, said",
+    [
+        ([0.1, 0.0], r"beta\[2\] = 0.0"),
+        ([1.0], "beta"),
+        ([], "at least one"),
+        ([[0.1]], "shape"),
+        ([float("nan")], "nan"),
+        ([0.9] * 100, "float32"),
+    ],
+)
 def test_betas_outside_their_range_are_refused(betas, said):
     with pytest.raises(ValueError, match=said):
         schedule.from_betas(betas)

@@ -39,7 +39,7 @@ def test_quadratic_where_the_parabola_is_steep_enough():
     """c = 1000 / 20^2 = 2.5: floor(2.5 i^2) by hand."""
     assert trajectory.quadratic(1000, 20)[:8].tolist() == [0, 2, 10, 22, 40, 62, 90, 122]
     assert trajectory.quadratic(1000, 10).tolist() == [0, 10, 40, 90, 160, 250, 360, 490, 640, 810, 1000]
-    assert trajectory.quadratic(1000, 50)[:6].tolist() == [0, 1, 2, 3, 6, 10]       # c = 0.4 repeats 0 and then 1
+    assert trajectory.quadratic(1000, 50)[:6].tolist() == [0, 1, 2, 3, 6, 10]  # c = 0.4 repeats 0 and then 1
 
 
 def test_the_spacings_of_diffusers():
@@ -50,7 +50,9 @@ def test_the_spacings_of_diffusers():
 
 
 def test_the_official_step_sets():
-    """Lengths recorded from the official code: `range(0, 1000, 1000 // S)` and the distinct entries of its quadratic list."""
+    """Lengths recorded from the official code: `range(0, 1000, 1000 // S)` and the distinct entries of its
+    quadratic list.
+    """
     assert len(trajectory.official_uniform(1000, 300)) - 1 == 334
     assert trajectory.official_uniform(1000, 10).tolist() == [0, *range(1, 1000, 100)]
     for S, repeated in [(10, 0), (20, 0), (50, 1), (100, 4), (1000, 312)]:
@@ -70,15 +72,29 @@ def test_a_number_of_steps_outside_1_to_T_is_refused(name, S):
         registry.TAUS[name](1000, S)
 
 
-@pytest.mark.parametrize("levels, said", [([5, 3], "5 and then 3"), ([3, 3], "3 and then 3"), ([], "at least one"), ([1001], "1001"),
-                                          ([-1, 4], "0 and then -1"), ([1.5], "1.5"), ([0], "at least one")])
+@pytest.mark.parametrize(
+    "levels, said",
+    [
+        ([5, 3], "5 and then 3"),
+        ([3, 3], "3 and then 3"),
+        ([], "at least one"),
+        ([1001], "1001"),
+        ([-1, 4], "0 and then -1"),
+        ([1.5], "1.5"),
+        ([0], "at least one"),
+    ],
+)
 def test_levels_that_do_not_ascend_are_refused(levels, said):
     with pytest.raises(ValueError, match=said):
         trajectory.explicit(1000, levels)
 
 
 def test_explicit_takes_any_ascending_levels():
-    assert trajectory.explicit(1000, [1, 7, 1000]).tolist() == trajectory.explicit(1000, [0, 1, 7, 1000]).tolist() == [0, 1, 7, 1000]
+    assert (
+        trajectory.explicit(1000, [1, 7, 1000]).tolist()
+        == trajectory.explicit(1000, [0, 1, 7, 1000]).tolist()
+        == [0, 1, 7, 1000]
+    )
 
 
 def test_descend_and_ascend_are_the_same_pairs():
@@ -95,7 +111,7 @@ def test_what_cancels_agrees_with_exact_arithmetic(t):
     """beta and the posterior variance of t -> t - 1 from the betas, as exact fractions."""
     betas = [Fraction(float(beta)) for beta in np.linspace(1e-4, 0.02, 1000)]
     keep = Fraction(1)
-    for beta in betas[:t - 1]:
+    for beta in betas[: t - 1]:
         keep *= (1 - beta).limit_denominator(10**18)
     down = trajectory.descend(schedule.linear(), [0, t - 1, t])
     exact = (1 - keep) / (1 - keep * (1 - betas[t - 1])) * betas[t - 1]

@@ -12,8 +12,18 @@ from ddim_jax import samplers, schedule, train_state, trajectory
 from ddim_jax.models import adapter
 from ddim_jax.models.unet import Attention, GroupNorm, UNet, sinusoid
 
-CONFIGS = sorted(file.stem for file in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if file.stem != "__init__")
-TINY = UNet(image_size=8, image_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), groups=4)
+CONFIGS = sorted(
+    file.stem for file in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if file.stem != "__init__"
+)
+TINY = UNet(
+    image_size=8,
+    image_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    groups=4,
+)
 
 
 def random_params(model, seed=0):
@@ -21,8 +31,13 @@ def random_params(model, seed=0):
     like = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
     leaves, tree = jax.tree.flatten(like)
     rng = np.random.default_rng(seed)
-    return tree.unflatten([jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)), jnp.float32)
-                           + (leaf.ndim == 1) for leaf in leaves])
+    return tree.unflatten(
+        [
+            jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)), jnp.float32)
+            + (leaf.ndim == 1)
+            for leaf in leaves
+        ]
+    )
 
 
 def test_the_cifar10_network_has_the_published_number_of_parameters():
@@ -41,7 +56,11 @@ def test_every_config_builds_its_network(name):
     params = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
     out = jax.eval_shape(lambda params, x: model.apply({"params": params}, x, jnp.zeros(2)), params, jnp.zeros(size))
     assert out.shape == size and out.dtype == jnp.float32
-    expected = {"cifar10": 35_746_307, "lsun_bedroom256": 113_673_219, "lsun_church256": 113_673_219}     # diffusers' ddpm-*: its counts
+    expected = {
+        "cifar10": 35_746_307,
+        "lsun_bedroom256": 113_673_219,
+        "lsun_church256": 113_673_219,
+    }  # diffusers' ddpm-*: its counts
     if name in expected:
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected[name]
 
@@ -58,40 +77,58 @@ def test_group_norm_is_flax_s():
     x = jax.random.normal(jax.random.key(0), (3, 5, 4, 12)) * 3 + 7
     ours, theirs = GroupNorm(4), nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False)
     params = {"scale": jnp.linspace(-1, 2, 12), "bias": jnp.linspace(3, -1, 12)}
-    np.testing.assert_allclose(ours.apply({"params": params}, x), theirs.apply({"params": params}, x), rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(
+        ours.apply({"params": params}, x), theirs.apply({"params": params}, x), rtol=1e-4, atol=2e-5
+    )
 
 
 def test_attention_by_hand():
     """softmax(q k / sqrt(c)) v for each head, with loops."""
     module = Attention(groups=2, head_channels=4, dtype=jnp.float32)
     x = jax.random.normal(jax.random.key(0), (2, 3, 3, 8))
-    params = jax.tree.map(lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), module.init(jax.random.key(1), x)["params"])
+    params = jax.tree.map(
+        lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape),
+        module.init(jax.random.key(1), x)["params"],
+    )
     out = np.asarray(module.apply({"params": params}, x))
     h = np.asarray(GroupNorm(2).apply({"params": params["norm"]}, x)).reshape(2, 9, 8)
-    q, k, v = (h @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"]) for name in ("query", "key", "value"))
+    q, k, v = (
+        h @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"]) for name in ("query", "key", "value")
+    )
     mixed = np.zeros((2, 9, 8))
     for b in range(2):
         for head in (slice(0, 4), slice(4, 8)):
             for i in range(9):
                 weights = np.exp(q[b, i, head] @ k[b, :, head].T / 2)
                 mixed[b, i, head] = weights @ v[b, :, head] / weights.sum()
-    expected = np.asarray(x) + (mixed @ np.asarray(params["out"]["kernel"]) + np.asarray(params["out"]["bias"])).reshape(x.shape)
+    expected = np.asarray(x) + (
+        mixed @ np.asarray(params["out"]["kernel"]) + np.asarray(params["out"]["bias"])
+    ).reshape(x.shape)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_halving_pads_right_and_bottom():
-    """The stride-2 convolution at (i, j) sees rows 2i .. 2i+2 and columns 2j .. 2j+2 of its input, zeros beyond the end."""
+    """The stride-2 convolution at (i, j) sees rows 2i .. 2i+2 and columns 2j .. 2j+2 of its input, zeros beyond
+    the end.
+    """
     params = random_params(TINY)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 1))
     _, kept = TINY.apply({"params": params}, x, jnp.zeros(1), capture_intermediates=True, mutable=["intermediates"])
     kept = kept["intermediates"]
-    before, after = np.asarray(kept["down_0_block_0"]["__call__"][0])[0], np.asarray(kept["down_0_halve"]["__call__"][0])[0]
+    before, after = (
+        np.asarray(kept["down_0_block_0"]["__call__"][0])[0],
+        np.asarray(kept["down_0_halve"]["__call__"][0])[0],
+    )
     kernel, bias = np.asarray(params["down_0_halve"]["kernel"]), np.asarray(params["down_0_halve"]["bias"])
     padded = np.zeros((9, 9, 8))
     padded[:8, :8] = before
     for i, j in [(0, 0), (1, 2), (3, 3)]:
-        np.testing.assert_allclose(after[i, j], np.einsum("hwi,hwio->o", padded[2 * i:2 * i + 3, 2 * j:2 * j + 3], kernel) + bias,
-                                   rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            after[i, j],
+            np.einsum("hwi,hwio->o", padded[2 * i : 2 * i + 3, 2 * j : 2 * j + 3], kernel) + bias,
+            rtol=1e-4,
+            atol=1e-4,
+        )
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
@@ -118,11 +155,17 @@ def test_classes_and_time_matter_and_are_required():
         TINY.apply({"params": random_params(TINY)}, x, jnp.zeros(2), jnp.asarray([0, 1]))
 
 
-@pytest.mark.parametrize("sizes, said", [(dict(image_size=10, channel_mult=(1, 2, 2)), "image_size 10 cannot be halved 2 times"),
-                                         (dict(image_size=2, channel_mult=(1, 1, 1)), "multiple of 4"),
-                                         (dict(attention_resolutions=(5,)), r"5, but the network's sizes are \[8, 4\]"),
-                                         (dict(groups=3), "groups 3 does not divide"), (dict(head_channels=5), "head_channels 5"),
-                                         (dict(channels=7, groups=7), "channels must be even")])
+@pytest.mark.parametrize(
+    "sizes, said",
+    [
+        (dict(image_size=10, channel_mult=(1, 2, 2)), "image_size 10 cannot be halved 2 times"),
+        (dict(image_size=2, channel_mult=(1, 1, 1)), "multiple of 4"),
+        (dict(attention_resolutions=(5,)), r"5, but the network's sizes are \[8, 4\]"),
+        (dict(groups=3), "groups 3 does not divide"),
+        (dict(head_channels=5), "head_channels 5"),
+        (dict(channels=7, groups=7), "channels must be even"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(sizes, said):
     with pytest.raises(ValueError, match=said):
         TINY.clone(**sizes).check()
@@ -130,6 +173,7 @@ def test_sizes_that_do_not_fit_are_refused(sizes, said):
 
 def test_the_adapter_tells_time_from_zero():
     """Level t is time t - 1; level 0, where encoding starts, is told as the lowest."""
+
     class Echo(nn.Module):
         def __call__(self, x, time, labels=None, train=False):
             return jnp.broadcast_to(time.astype(jnp.float32)[:, None], x.shape)
@@ -145,7 +189,9 @@ def test_a_network_of_the_same_shape_compiles_nothing_new():
     transitions = trajectory.descend(schedule.linear(), [0, 10, 1000])
     table = schedule.levels(schedule.linear())
     x = jnp.ones((2, 8, 8, 1))
-    run = lambda seed: samplers.integrate(samplers.ddim(), adapter.eps_fn(TINY.clone(), random_params(TINY, seed), table), transitions, x)
+    run = lambda seed: samplers.integrate(
+        samplers.ddim(), adapter.eps_fn(TINY.clone(), random_params(TINY, seed), table), transitions, x
+    )
     first = run(0)
     size = samplers._scan._cache_size()
     assert jnp.abs(run(1) - first).max() > 0

@@ -1,4 +1,5 @@
 """Training as mathematics: the update, and where its arrays live."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,16 @@ from ddim_jax import data, losses, schedule, sharding, train_state, update
 from ddim_jax.data.scaling import to_unit
 from ddim_jax.models.unet import UNet
 
-MODEL = UNet(image_size=8, image_channels=1, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), groups=4, dropout=0.1)
+MODEL = UNet(
+    image_size=8,
+    image_channels=1,
+    channels=8,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    groups=4,
+    dropout=0.1,
+)
 TABLE = schedule.levels(schedule.linear(100))
 KEY = jax.random.key(5)
 
@@ -20,7 +30,9 @@ def train(mesh, steps, model=MODEL, optimizer=None, state=None, first=0, **optio
     optimizer = optimizer or update.adam(1e-2, 5, 1.0)
     everywhere = sharding.replicated(mesh)
     if state is None:
-        state = jax.jit(lambda key: train_state.init(model, optimizer, key), out_shardings=everywhere)(jax.random.key(0))
+        state = jax.jit(lambda key: train_state.init(model, optimizer, key), out_shardings=everywhere)(
+            jax.random.key(0)
+        )
     step = jax.jit(update.build(model, optimizer, TABLE, **options), out_shardings=everywhere)
     metrics = []
     for _, batch in zip(range(steps), data.batches(data.load("digits"), 16, seed=0, first_step=first), strict=False):
@@ -31,8 +43,9 @@ def train(mesh, steps, model=MODEL, optimizer=None, state=None, first=0, **optio
 
 
 def test_eight_devices_train_as_one():
-    """The loss curve under Adam; the parameters under plain descent, because Adam turns the rounding error of a gradient that is 0, such
-    as that of the attention's key bias, into steps of full size."""
+    """The loss curve under Adam; the parameters under plain descent, because Adam turns the rounding error of a
+    gradient that is 0, such as that of the attention's key bias, into steps of full size.
+    """
     one, eight = meshes()
     np.testing.assert_allclose(*([m.loss for m in train(mesh, 20)[1]] for mesh in (one, eight)), rtol=1e-5)
     states = [train(mesh, 10, optimizer=optax.sgd(0.1))[0] for mesh in (one, eight)]
@@ -58,17 +71,24 @@ def test_one_step_by_hand(mesh):
     state, [metrics] = train(mesh, 1, model, optimizer, start, ema_decay=0.75)
 
     from ddim_jax.models import adapter
+
     images = to_unit(next(data.batches(data.load("digits"), 16, seed=0)).images)
     t_key, eps_key, _ = jax.random.split(jax.random.fold_in(KEY, 0), 3)
     t, eps = jax.random.randint(t_key, (16,), 1, 101), jax.random.normal(eps_key, images.shape)
     loss = lambda params: losses.l_gamma(adapter.eps_fn(model, params, TABLE), TABLE, images, t, eps).mean()
     value, grads = jax.value_and_grad(loss)(start.params)
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))
-    assert metrics.loss == pytest.approx(float(value), rel=1e-5) and metrics.grad_norm == pytest.approx(norm, rel=1e-4) and norm > 0.01
-    for new, ema, old, grad in zip(*(jax.tree.leaves(tree) for tree in (state.params, state.ema_params, start.params, grads)), strict=True):
+    assert (
+        metrics.loss == pytest.approx(float(value), rel=1e-5)
+        and metrics.grad_norm == pytest.approx(norm, rel=1e-4)
+        and norm > 0.01
+    )
+    for new, old, grad in zip(*(jax.tree.leaves(tree) for tree in (state.params, start.params, grads)), strict=True):
         np.testing.assert_allclose(new, old - 0.5 * 0.01 / norm * grad, rtol=1e-4, atol=1e-6)
     before = train_state.init(model, optimizer, jax.random.key(0)).params
-    for ema, average, new in zip(*(jax.tree.leaves(tree) for tree in (state.ema_params, before, state.params)), strict=True):
+    for ema, average, new in zip(
+        *(jax.tree.leaves(tree) for tree in (state.ema_params, before, state.params)), strict=True
+    ):
         np.testing.assert_allclose(ema, 0.75 * average + 0.25 * new, rtol=1e-5, atol=1e-7)
     assert int(state.step) == 1
 

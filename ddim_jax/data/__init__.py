@@ -3,6 +3,7 @@
 A data set is a random-access source: `len(source)` and `source[indices] -> Batch`. To add one, write a function
 `(path, split) -> Source` and put it into DATASETS.
 """
+
 from ddim_jax.data.batches import batches
 from ddim_jax.data.sources import DATASETS, SPLITS, Batch, Source, load
 

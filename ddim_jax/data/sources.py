@@ -1,4 +1,5 @@
 """Data sets as random-access sources of uint8 images."""
+
 from __future__ import annotations
 
 import pathlib
@@ -14,13 +15,13 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Batch(NamedTuple):
-    images: np.ndarray             # (B, H, W, C) uint8
-    labels: np.ndarray | None      # (B,) int32, None where the data set has none
+    images: np.ndarray  # (B, H, W, C) uint8
+    labels: np.ndarray | None  # (B,) int32, None where the data set has none
 
 
 class Source(Protocol):
-    image_shape: tuple[int, int, int]      # (H, W, C)
-    num_classes: int                       # 0 where there are no labels
+    image_shape: tuple[int, int, int]  # (H, W, C)
+    num_classes: int  # 0 where there are no labels
 
     def __len__(self) -> int: ...
 
@@ -49,6 +50,7 @@ class ArraySource:
 
 class FolderSource:
     """A folder of image files of one size, in subfolders or not, sorted by path; decoded when asked for. No labels."""
+
     num_classes = 0
 
     def __init__(self, folder: pathlib.Path):
@@ -65,7 +67,9 @@ class FolderSource:
 
 
 def _decode(file: pathlib.Path, shape: tuple[int, int, int] | None) -> np.ndarray:
-    """An image as (H, W, 1 or 3); grey stays grey. ValueError, naming the file, if it is broken or not of that shape."""
+    """An image as (H, W, 1 or 3); grey stays grey. ValueError, naming the file, if it is broken or not of that
+    shape.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -75,7 +79,9 @@ def _decode(file: pathlib.Path, shape: tuple[int, int, int] | None) -> np.ndarra
         raise ValueError(f"{file} cannot be read as an image: {error}") from error
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if shape is not None and pixels.shape != shape:
-        raise ValueError(f"{file} is {'x'.join(map(str, pixels.shape))}, the first image of its folder {'x'.join(map(str, shape))}")
+        raise ValueError(
+            f"{file} is {'x'.join(map(str, pixels.shape))}, the first image of its folder {'x'.join(map(str, shape))}"
+        )
     return pixels
 
 
@@ -85,6 +91,7 @@ def digits(path: str, split: str) -> ArraySource:
     Every fifth image is the test split: 1,438 to train on, 359 held out. path is not used.
     """
     from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     chosen = (np.arange(len(images)) % 5 == 4) == (split == "test")
@@ -119,7 +126,7 @@ def npz(path: str, split: str) -> ArraySource:
     return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
 
 
-DATASETS = {       # (path, split) -> Source
+DATASETS = {  # (path, split) -> Source
     "digits": digits,
     "folder": folder,
     "npz": npz,

@@ -1,4 +1,7 @@
-"""The Fréchet distance between Gaussians fitted to features, the mathematics of FID (Heusel et al. 2017). Host, float64."""
+"""The Fréchet distance between Gaussians fitted to features, the mathematics of FID (Heusel et al. 2017).
+Host, float64.
+"""
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -7,8 +10,8 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    mean: np.ndarray      # (D,) float64
-    cov: np.ndarray       # (D, D) float64, unbiased
+    mean: np.ndarray  # (D,) float64
+    cov: np.ndarray  # (D, D) float64, unbiased
 
 
 def moments(features: np.ndarray) -> Moments:
@@ -22,8 +25,8 @@ def moments(features: np.ndarray) -> Moments:
 def distance(a: Moments, b: Moments) -> float:
     """`|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))`, at least 0.
 
-    The trace of the root is the sum of the roots of the eigenvalues of `cov_a^(1/2) cov_b cov_a^(1/2)`, a symmetric matrix, so no
-    complex numbers and no tolerance are needed where a covariance is singular.
+    The trace of the root is the sum of the roots of the eigenvalues of `cov_a^(1/2) cov_b cov_a^(1/2)`, a
+    symmetric matrix, so no complex numbers and no tolerance are needed where a covariance is singular.
     """
     values, vectors = np.linalg.eigh(a.cov)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

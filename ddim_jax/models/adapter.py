@@ -1,4 +1,7 @@
-"""From a Flax module to the eps_fn of the mathematics. The only place that knows that published networks count time from 0."""
+"""From a Flax module to the eps_fn of the mathematics. The only place that knows that published networks
+count time from 0.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,14 +15,20 @@ from ddim_jax.gaussian import PREDICTIONS, EpsFn
 from ddim_jax.schedule import Array, Level, level_at
 
 
-def eps_fn(model: nn.Module, params: Any, table: Level, prediction: str = "eps", labels: Array | None = None,
-           dropout_key: Array | None = None) -> EpsFn:
+def eps_fn(
+    model: nn.Module,
+    params: Any,
+    table: Level,
+    prediction: str = "eps",
+    labels: Array | None = None,
+    dropout_key: Array | None = None,
+) -> EpsFn:
     """(x_t, t) -> eps, for a module `(x, time, labels, train)` that predicts eps, x_0 or v.
 
-    The network is told `time = t - 1`, 0..T-1; level 0, where encoding starts, is told as level 1, the lowest it was trained on.
-    table: `schedule.levels(...)`. prediction: a name in `gaussian.PREDICTIONS`. labels: (B,) ints for a class-conditional network.
-    dropout_key: given in training only, where dropout acts. The result is a pytree: other params, labels or tables of the same
-    shapes compile nothing.
+    The network is told `time = t - 1`, 0..T-1; level 0, where encoding starts, is told as level 1, the lowest it
+    was trained on. table: `schedule.levels(...)`. prediction: a name in `gaussian.PREDICTIONS`. labels: (B,) ints
+    for a class-conditional network. dropout_key: given in training only, where dropout acts. The result is a
+    pytree: other params, labels or tables of the same shapes compile nothing.
     """
     return Partial(_Network(model, prediction), params, table, labels, dropout_key)
 
@@ -27,6 +36,7 @@ def eps_fn(model: nn.Module, params: Any, table: Level, prediction: str = "eps",
 @dataclasses.dataclass(frozen=True)
 class _Network:
     """The static part: compared by value, so that building the same eps_fn twice compiles once."""
+
     model: nn.Module
     prediction: str
 
@@ -34,5 +44,7 @@ class _Network:
         t = jnp.maximum(t, 1)
         time = jnp.broadcast_to(t - 1, x_t.shape[:1])
         train = dropout_key is not None
-        said = self.model.apply({"params": params}, x_t, time, labels, train=train, rngs={"dropout": dropout_key} if train else None)
+        said = self.model.apply(
+            {"params": params}, x_t, time, labels, train=train, rngs={"dropout": dropout_key} if train else None
+        )
         return PREDICTIONS[self.prediction](x_t, said.astype(x_t.dtype), level_at(table, t, x_t))

@@ -1,9 +1,11 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B), numerically the one whose weights are published.
 
-What makes it that one: padding on the right and bottom only before a stride-2 convolution, GroupNorm with epsilon 1e-6, sinusoids
-with frequencies `10000^(-i / (half - 1))` and sin before cos. Parameters are float32; `dtype` is what convolutions compute in,
-while normalisation, softmax and the output stay in float32. Images are (B, H, W, C), channels last.
+What makes it that one: padding on the right and bottom only before a stride-2 convolution, GroupNorm with
+epsilon 1e-6, sinusoids with frequencies `10000^(-i / (half - 1))` and sin before cos. Parameters are float32;
+`dtype` is what convolutions compute in, while normalisation, softmax and the output stay in float32. Images
+are (B, H, W, C), channels last.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -23,22 +25,24 @@ _ZERO = nn.initializers.zeros
 def sinusoid(time: Array, features: int) -> Array:
     """Embeds times (B,) as (B, features) float32: sin, then cos, of `time * 10000^(-i / (half - 1))`, i = 0..half-1.
 
-    features: even, at least 4. The frequencies are rounded from float64, which a float64 network agrees with best: at time 999
-    one unit in their last place moves the sinusoids by 6e-5.
+    features: even, at least 4. The frequencies are rounded from float64, which a float64 network agrees with
+    best: at time 999 one unit in their last place moves the sinusoids by 6e-5.
     """
     half = features // 2
     frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half))
     angles = time.astype(jnp.promote_types(time.dtype, jnp.float32))[:, None] * frequencies[None].astype(
-        jnp.promote_types(time.dtype, jnp.float32))
+        jnp.promote_types(time.dtype, jnp.float32)
+    )
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
 class GroupNorm(nn.Module):
     """GroupNorm over (H, W, C / groups) with float32 statistics and a scale and bias per channel (Wu and He 2018).
 
-    One multiplication and one addition per value: the statistics are folded into scale and bias first, which on a CPU takes half
-    the time of normalising, scaling and shifting in turn.
+    One multiplication and one addition per value: the statistics are folded into scale and bias first, which on a
+    CPU takes half the time of normalising, scaling and shifting in turn.
     """
+
     groups: int
     epsilon: float = 1e-6
 
@@ -57,7 +61,10 @@ class GroupNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, 3x3; plus the time embedding; norm, SiLU, dropout, 3x3; plus the input, by a 1x1 where channels change."""
+    """Norm, SiLU, 3x3; plus the time embedding; norm, SiLU, dropout, 3x3; plus the input, by a 1x1 where channels
+    change.
+    """
+
     channels: int
     groups: int
     dropout: float
@@ -68,7 +75,9 @@ class ResBlock(nn.Module):
         conv = dict(kernel_size=(3, 3), padding=1, dtype=self.dtype)
         h = nn.silu(GroupNorm(self.groups, name="norm_0")(x))
         h = nn.Conv(self.channels, kernel_init=_INIT, name="conv_0", **conv)(h)
-        h += nn.Dense(self.channels, kernel_init=_INIT, dtype=self.dtype, name="embedding")(nn.silu(embedding))[:, None, None]
+        h += nn.Dense(self.channels, kernel_init=_INIT, dtype=self.dtype, name="embedding")(nn.silu(embedding))[
+            :, None, None
+        ]
         h = nn.silu(GroupNorm(self.groups, name="norm_1")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = nn.Conv(self.channels, kernel_init=_ZERO, name="conv_1", **conv)(h)
@@ -79,6 +88,7 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over the H W positions, scaled by 1 / sqrt(channels of a head), with a residual connection."""
+
     groups: int
     head_channels: int | None
     dtype: Any
@@ -91,7 +101,8 @@ class Attention(nn.Module):
         h = GroupNorm(self.groups, name="norm")(x).reshape(batch, height * width, channels)
         query, key, value = (
             nn.Dense(channels, kernel_init=_INIT, name=name, **dense)(h).reshape(batch, height * width, heads, -1)
-            for name in ("query", "key", "value"))
+            for name in ("query", "key", "value")
+        )
         h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
         return x + nn.Dense(channels, kernel_init=_ZERO, name="out", **dense)(h)
 
@@ -99,10 +110,11 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """eps, x_0 or v from (x_t, time); with the defaults the 35,746,307 parameters of DDPM's CIFAR-10 network.
 
-    image_size: H = W, halved len(channel_mult) - 1 times. attention_resolutions: sizes at which every block is followed by attention;
-    the middle always has one. head_channels: channels of an attention head, None for a single head. num_classes: 0 for none,
-    else `labels` are required.
+    image_size: H = W, halved len(channel_mult) - 1 times. attention_resolutions: sizes at which every block is
+    followed by attention; the middle always has one. head_channels: channels of an attention head, None for a
+    single head. num_classes: 0 for none, else `labels` are required.
     """
+
     image_size: int = 32
     image_channels: int = 3
     channels: int = 128
@@ -119,8 +131,10 @@ class UNet(nn.Module):
         """ValueError, naming the field, if the sizes do not fit together."""
         halvings = len(self.channel_mult) - 1
         if self.image_size % 2**halvings or self.image_size < 2**halvings:
-            raise ValueError(f"image_size {self.image_size} cannot be halved {halvings} times, as channel_mult "
-                             f"{self.channel_mult} asks; it must be a multiple of {2**halvings}")
+            raise ValueError(
+                f"image_size {self.image_size} cannot be halved {halvings} times, as channel_mult "
+                f"{self.channel_mult} asks; it must be a multiple of {2**halvings}"
+            )
         sizes = [self.image_size >> level for level in range(halvings + 1)]
         for size in self.attention_resolutions:
             if size not in sizes:
@@ -128,8 +142,10 @@ class UNet(nn.Module):
         widths = [self.channels * mult for mult in self.channel_mult]
         for width in [self.channels, *widths]:
             if width % self.groups:
-                raise ValueError(f"groups {self.groups} does not divide the {width} channels that channels {self.channels} and "
-                                 f"channel_mult {self.channel_mult} give")
+                raise ValueError(
+                    f"groups {self.groups} does not divide the {width} channels that channels {self.channels} and "
+                    f"channel_mult {self.channel_mult} give"
+                )
             if self.head_channels and width % self.head_channels:
                 raise ValueError(f"head_channels {self.head_channels} does not divide {width} channels")
         if self.channels % 2 or self.channels < 4:
@@ -137,16 +153,21 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, time: Array, labels: Array | None = None, train: bool = False) -> Array:
-        """x: (B, H, W, C). time: (B,), 0-based as in every published network. labels: (B,) ints. Returns (B, H, W, C), at least
-        float32. train: whether dropout acts, which then needs a "dropout" rng."""
+        """x: (B, H, W, C). time: (B,), 0-based as in every published network. labels: (B,) ints. Returns (B, H, W,
+        C), at least float32. train: whether dropout acts, which then needs a "dropout" rng.
+        """
         if x.shape[1:] != (self.image_size, self.image_size, self.image_channels):
-            raise ValueError(f"the network takes images {self.image_size}x{self.image_size}x{self.image_channels}, got "
-                             f"{'x'.join(map(str, x.shape[1:]))}")
+            raise ValueError(
+                f"the network takes images {self.image_size}x{self.image_size}x{self.image_channels}, got "
+                f"{'x'.join(map(str, x.shape[1:]))}"
+            )
         if (labels is None) != (self.num_classes == 0):
             raise ValueError(f"a network with num_classes {self.num_classes} got labels {labels}")
         block = lambda mult, name: ResBlock(self.channels * mult, self.groups, self.dropout, self.dtype, name=name)
         attention = lambda name: Attention(self.groups, self.head_channels, self.dtype, name=name)
-        conv = lambda features, name, init=_INIT, **kw: nn.Conv(features, (3, 3), kernel_init=init, dtype=self.dtype, name=name, **kw)
+        conv = lambda features, name, init=_INIT, **kw: nn.Conv(
+            features, (3, 3), kernel_init=init, dtype=self.dtype, name=name, **kw
+        )
         dense = lambda name: nn.Dense(4 * self.channels, kernel_init=_INIT, dtype=self.dtype, name=name)
 
         embedding = dense("time_1")(nn.silu(dense("time_0")(sinusoid(time, self.channels))))

@@ -1,4 +1,5 @@
 """Parameters in the safetensors format: data, never code. The config travels in the file's own metadata."""
+
 from __future__ import annotations
 
 import json
@@ -16,9 +17,13 @@ _FOLDER = pathlib.Path(__file__).parent
 
 
 def save(path: pathlib.Path, params: Any, config: dict[str, Any], step: int) -> None:
-    """Writes nested dicts of arrays as tensors named "module/leaf", the config (JSON values) and the step as metadata."""
+    """Writes nested dicts of arrays as tensors named "module/leaf", the config (JSON values) and the step as
+    metadata.
+    """
     flat = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
-    content = safetensors.numpy.save(flat, metadata={"format": "ddim_jax", "config": json.dumps(config), "step": str(step)})
+    content = safetensors.numpy.save(
+        flat, metadata={"format": "ddim_jax", "config": json.dumps(config), "step": str(step)}
+    )
     with images.replacing(path) as file:
         file.write(content)
 
