@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging as logging_of_python
 import os
 import pathlib
 import re
@@ -42,6 +43,7 @@ def start(
     for name in [*options, *(["config"] if config else [])]:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # what --help lists
     sys.unraisablehook = _unraisable
+    logging_of_python.getLogger("asyncio").setLevel(logging_of_python.CRITICAL)  # the same, by another way
 
     def guarded(argv):
         if not FLAGS["verbosity"].present:

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from ddim_jax import cli, data, generate, images, schedule, sharding, train_state, update
 from ddim_jax import config as config_lib
 from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.config import Config, ConfigError, Process, blame
+from ddim_jax.train_state import TrainState
 
 GRID_IMAGES = 64
 
@@ -62,51 +63,53 @@ def main(options: types.SimpleNamespace) -> None:
     )
 
     with only_one(workdir), Checkpoints(workdir, config.train.keep, config.train.keep_every) as checkpoints:
-        begin = checkpoints.latest()
         state = init(init_key)
-        if begin is not None:
-            where = f"the run in {workdir}"
+        begin = checkpoints.latest() or 0
+        if begin:
             state = checkpoints.restore(begin, jax.tree.map(placed, state))
-            config_lib.check_same(config, config_lib.parse(checkpoints.config(begin)), config_lib.RESUMED_WITH, where)
+            saved = config_lib.parse(checkpoints.config(begin))
+            config_lib.check_same(config, saved, config_lib.RESUMED_WITH, f"the run in {workdir}")
             print(f"goes on from step {begin} of {workdir}")
-        begin = begin or 0
         record = dataclasses.asdict(config)
         with images.replacing(workdir / "config.json") as file:
             file.write(json.dumps(record, indent=1).encode())
-        log = Log(workdir, begin, config)
-        shown = dataclasses.replace(config.sample, num_images=GRID_IMAGES, batch_size=GRID_IMAGES)
-        shown = dataclasses.replace(config, sample=shown)
 
-        stream = data.batches(
-            source,
-            config.train.batch_size,
-            config.train.seed,
-            begin,
-            config.data.flip,
-            jax.process_index(),
-            jax.process_count(),
-        )
         in_flight = collections.deque()
-        for step in range(begin + 1, config.train.num_steps + 1):
-            batch = sharding.put_batch(mesh, next(stream))
-            state, metrics = update_step(
-                state, batch.images, batch.labels if config.model.num_classes else None, step_key
-            )
-            in_flight.append(metrics)
-            if len(in_flight) > sharding.steps_in_flight():
-                jax.block_until_ready(in_flight.popleft())
-            log.add(step, metrics)
-            last = step == config.train.num_steps
-            if last or step % config.train.checkpoint_every == 0:
-                checkpoints.save(state, record)
-            if last or (config.train.grid_every and step % config.train.grid_every == 0):
-                picture = images.grid(next(generate.batches(shown, process, state.ema_params, mesh)))
-                images.write_png(cli.writable_folder(workdir / "grids") / f"{step:08d}.png", picture)
-        log.close()
+        with Log(workdir, begin, config) as log:
+            for step, batch in enumerate(training_batches(config, source, mesh, begin), begin + 1):
+                state, metrics = update_step(state, batch.images, batch.labels, step_key)
+                in_flight.append(metrics)
+                if len(in_flight) > sharding.steps_in_flight():
+                    jax.block_until_ready(in_flight.popleft())
+                log.add(step, metrics)
+                last = step == config.train.num_steps
+                if last or step % config.train.checkpoint_every == 0:
+                    checkpoints.save(state, record)
+                if last or (config.train.grid_every and step % config.train.grid_every == 0):
+                    write_grid(workdir, step, config, process, state, mesh)
     print(
         f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
         f"sample it: python -m ddim_jax.sample --config {options.config_file} --workdir {workdir}"
     )
+
+
+def training_batches(config: Config, source: data.Source, mesh: jax.sharding.Mesh, begin: int) -> Iterator[data.Batch]:
+    """The batches of steps begin + 1 .. num_steps, on the devices; labels only for a network with classes."""
+    train, here = config.train, (jax.process_index(), jax.process_count())
+    stream = data.batches(source, train.batch_size, train.seed, begin, config.data.flip, *here)
+    for _ in range(begin, train.num_steps):
+        with blame("config.data"):
+            batch = next(stream)
+        yield sharding.put_batch(mesh, batch if config.model.num_classes else batch._replace(labels=None))
+
+
+def write_grid(
+    workdir: pathlib.Path, step: int, config: Config, process: Process, state: TrainState, mesh: jax.sharding.Mesh
+) -> None:
+    """What the moving average draws by now, always from the same noise."""
+    sample = dataclasses.replace(config.sample, num_images=GRID_IMAGES, batch_size=GRID_IMAGES)
+    drawn = next(generate.batches(dataclasses.replace(config, sample=sample), process, state.ema_params, mesh))
+    images.write_png(cli.writable_folder(workdir / "grids") / f"{step:08d}.png", images.grid(drawn))
 
 
 def load_data(config: Config, mesh: jax.sharding.Mesh) -> data.Source:
@@ -187,7 +190,10 @@ class Log:
                 for name, value in means.items():
                     self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *exception) -> None:
         self._bar.close()
         self._board.close()
 

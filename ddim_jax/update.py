@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import optax
@@ -50,6 +51,8 @@ def build(
     num_steps = table.alpha_bar.shape[0] - 1
 
     def update(state: TrainState, images: Array, labels: Array | None, key: Array) -> tuple[TrainState, Metrics]:
+        chex.assert_rank(images, 4)
+        chex.assert_type(images, "uint8")  # pixels; what is scaled already would be scaled twice
         t_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
         x_0 = to_unit(images)
         t = jax.random.randint(t_key, x_0.shape[:1], 1, num_steps + 1)

@@ -47,6 +47,8 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
                 f"{', '.join(pretrained.shipped_names())}); give --workdir of a trained run"
             )
         params, saved = pretrained.load(path)
+        if not config.sample.ema:
+            raise ConfigError("config.sample.ema: the weights that ship are the moving average; False needs --workdir")
         source = f"weights shipped with ddim_jax ({path.name})"
         check_same_shapes(params, like, source)
         params = sharding.put_replicated(mesh, params)

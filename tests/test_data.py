@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,7 +22,6 @@ def take(source, steps, *args, **kwargs):
     return [batch for _, batch in zip(range(steps), data.batches(source, *args, **kwargs), strict=False)]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(0, 5), st.integers(1, 50))
 def test_every_epoch_is_a_permutation_whatever_the_batch(length, seed, batch):
     stream = np.concatenate([order(length, seed, step * batch, batch) for step in range(3 * length // batch + 1)])

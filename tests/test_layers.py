@@ -21,7 +21,7 @@ ALLOWED = {
     "data": (set(), {"numpy", "PIL", "sklearn"}),
     "images": (set(), {"numpy", "PIL"}),
     "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
-    "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax"}),
+    "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax", "chex"}),
     "sharding": (set(), CORE),
     "checkpoint": ({"train_state"}, CORE | {"orbax"}),
     "pretrained": ({"images"}, {"numpy", "flax", "safetensors"}),

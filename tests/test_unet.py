@@ -133,10 +133,11 @@ def test_halving_pads_right_and_bottom():
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
     params, x = random_params(TINY), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-    exact = TINY.apply({"params": params}, x, jnp.full(2, 10))
+    exact = jax.jit(TINY.apply)({"params": params}, x, jnp.full(2, 10))
     low = TINY.clone(dtype=jnp.bfloat16)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(low.init(jax.random.key(0), x, jnp.zeros(2))))
-    rough = low.apply({"params": params}, x, jnp.full(2, 10))
+    made = jax.eval_shape(lambda key: train_state.init_params(low, key), jax.random.key(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(made))
+    rough = jax.jit(low.apply)({"params": params}, x, jnp.full(2, 10))
     assert rough.dtype == jnp.float32
     assert 1e-4 < float(jnp.abs(rough - exact).max() / jnp.abs(exact).max()) < 0.05
 
@@ -144,10 +145,10 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
 def test_classes_and_time_matter_and_are_required():
     model = TINY.clone(num_classes=3)
     params, x = random_params(model), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-    run = lambda time, labels: model.apply({"params": params}, x, jnp.full(2, time), labels)
+    apply = jax.jit(model.apply)
+    run = lambda time, labels: apply({"params": params}, x, jnp.full(2, time), labels)
     assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(5, jnp.asarray([0, 2]))).max(axis=(1, 2, 3))[0] == 0
     assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(5, jnp.asarray([0, 2]))).max(axis=(1, 2, 3))[1] > 1e-3
-    assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(6, jnp.asarray([0, 1]))).min(axis=(1, 2, 3)).max() >= 0
     assert jnp.abs(run(5, jnp.asarray([0, 1])) - run(500, jnp.asarray([0, 1]))).max() > 1e-3
     with pytest.raises(ValueError, match="num_classes 3"):
         run(5, None)
