@@ -8,6 +8,7 @@ on where it was when the same command is given again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -80,21 +81,11 @@ def default_folder(config: Config, workdir: str | None) -> pathlib.Path:
 
 def fingerprint(config: Config, process: Process, found: weights.Weights) -> dict[str, Any]:
     """All that the images depend on, as JSON values. Not the batch size: it does not change them."""
-    sample = {
-        name: value
-        for name, value in dataclasses.asdict(config.sample).items()
-        if name not in ("batch_size", "tau", "steps")
-    }
-    return json.loads(
-        json.dumps(
-            {
-                "sample": sample | {"tau": process.tau.tolist()},
-                "schedule": dataclasses.asdict(config.schedule),
-                "model": dataclasses.asdict(config.model),
-                "weights": found.digest,
-            }
-        )
-    )
+    sample = dataclasses.asdict(config.sample) | {"tau": process.tau.tolist()}
+    del sample["batch_size"], sample["steps"]
+    schedule, model = dataclasses.asdict(config.schedule), dataclasses.asdict(config.model)
+    as_dict = {"sample": sample, "schedule": schedule, "model": model, "weights": found.digest}
+    return json.loads(json.dumps(as_dict))
 
 
 def claim(out: pathlib.Path, ours: dict[str, Any], overwrite: bool) -> None:
@@ -120,9 +111,21 @@ def claim(out: pathlib.Path, ours: dict[str, Any], overwrite: bool) -> None:
     if reason and not overwrite:
         raise ConfigError(f"{reason}; give another --out, or --overwrite to replace it")
     for name in present:
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
+        _remove(out / name)
     with images.replacing(record) as file:
         file.write(json.dumps(ours, indent=1).encode())
+
+
+def _remove(path: pathlib.Path) -> None:
+    """A file, or a folder of files whose names are numbers; whatever else somebody put into that folder stays."""
+    if not path.is_dir():
+        path.unlink()
+        return
+    for file in path.iterdir():
+        if file.stem.isdigit():
+            file.unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _differences(path: str, theirs: Any, ours: Any):

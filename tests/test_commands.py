@@ -234,13 +234,15 @@ def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
 
 def test_nothing_is_overwritten_without_being_asked_to(trained, tmp_path):
     args = ("ddim_jax.sample", *SMOKE, "--workdir", trained, "--out", tmp_path / "out")
-    ok(run(*args))
+    ok(run(*args, "--png"))
     first = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
     assert "sample.seed is 0 there, 1 here" in error_line(run(*args, "--config.sample.seed=1"))
     np.testing.assert_array_equal(np.load(tmp_path / "out" / "samples.npz")["arr_0"], first)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+    for mine in ("notes.txt", "png/notes.txt"):
+        (tmp_path / "out" / mine).write_text("mine")
     ok(run(*args, "--config.sample.seed=1", "--overwrite"))
     assert (np.load(tmp_path / "out" / "samples.npz")["arr_0"] != first).any()
+    assert sorted(path.name for path in (tmp_path / "out" / "png").iterdir()) == ["notes.txt"]
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     foreign = tmp_path / "foreign"
     foreign.mkdir()
