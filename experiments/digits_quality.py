@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ddim_jax import cli, data, generate, images, sharding, weights
 from ddim_jax import config as config_lib
@@ -75,15 +76,16 @@ def main(options: types.SimpleNamespace) -> None:
             continue
         drawn = np.concatenate(list(generate.batches(cell, process, found.params, mesh)))
         results["cells"][name] = measure(drawn, reference)
-        picture = cli.writable_folder(out / "pictures") / f"{name.replace('/', '_')}.png"
+        picture = cli.writable_folder(out / "pictures") / picture_name(name)
         images.write_png(picture, images.grid(drawn[:PICTURED], PICTURED))
         print(f"eta {row_of(cell):>4}, S {cell.sample.steps:>4}: {results['cells'][name]['distance']:.3f}", flush=True)
         write(out / "cells.json", json.dumps(results, indent=1))
 
     write(out / "table.csv", table_csv(results["cells"]))
     write(out / "table.md", table_markdown(results))
+    images.write_png(out / "table.png", table_picture(results["cells"], out / "pictures"))
     print(table_markdown(results), end="")
-    for path in ("cells.json", "table.csv", "table.md", "pictures"):
+    for path in ("cells.json", "table.csv", "table.md", "table.png"):
         print(out / path)
 
 
@@ -152,10 +154,29 @@ def table_csv(cells: dict[str, Any]) -> str:
     return text.getvalue()
 
 
+def axes(cells: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """The rows (eta, in the order of measurement) and the columns (S, ascending) of the cells there are."""
+    names = [name.split("/") for name in cells]
+    return list(dict.fromkeys(eta for eta, _ in names)), sorted({int(steps) for _, steps in names})
+
+
+def picture_name(cell: str) -> str:
+    return f"{cell.replace('/', '_')}.png"
+
+
+def table_picture(cells: dict[str, Any], folder: pathlib.Path) -> np.ndarray:
+    """The first images of every cell, in the table's order; the same noise in all of them."""
+    rows, columns = axes(cells)
+    files = [[folder / picture_name(f"{row}/{steps}") for steps in columns] for row in rows]
+    pictures = [[np.asarray(Image.open(file)) if file.exists() else None for file in line] for line in files]
+    blank = np.full_like(next(picture for line in pictures for picture in line if picture is not None), 255)
+    lines = [np.concatenate([blank if cell is None else cell for cell in line], axis=1) for line in pictures]
+    return np.concatenate(lines)[..., None]
+
+
 def table_markdown(results: dict[str, Any]) -> str:
     cells, real = results["cells"], results["held_out"]
-    columns = sorted({int(name.split("/")[1]) for name in cells})
-    rows = list(dict.fromkeys(name.split("/")[0] for name in cells))
+    rows, columns = axes(cells)
     lines = [f"| eta | {' | '.join(f'S = {steps}' for steps in columns)} |", f"|---|{'---|' * len(columns)}"]
     for row in rows:
         values = [cells.get(f"{row}/{steps}") for steps in columns]
