@@ -73,9 +73,16 @@ class Checkpoints:
     def config(self, step: int) -> dict[str, Any]:
         return self._restore(step, config=ocp.args.JsonRestore())["config"]
 
+    def check_network(self, step: int, params: Any) -> None:
+        """CheckpointError, naming the first leaf that differs, if the step's parameters have other names or shapes."""
+        try:
+            saved = self._manager.item_metadata(step)["params"].tree
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        check_same_shapes(saved, params, str(self._folder / str(step)))
+
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
-        self._check_shapes(step, "params", like.params)
         targets = {"params": like.params, "ema_params": like.ema_params, "optimizer": _optimizer(like)}
         items = self._restore(step, **{name: ocp.args.StandardRestore(target) for name, target in targets.items()})
         return TrainState(items["optimizer"]["step"], items["params"], items["ema_params"], items["optimizer"]["state"])
@@ -83,7 +90,6 @@ class Checkpoints:
     def restore_params(self, step: int, like: Any, ema: bool = True) -> Any:
         """The parameters of a step, or their moving average. like: their shapes, dtypes and shardings."""
         item = "ema_params" if ema else "params"
-        self._check_shapes(step, item, like)
         return self._restore(step, **{item: ocp.args.StandardRestore(like)})[item]
 
     def _restore(self, step: int, **items: Any) -> Any:
@@ -96,13 +102,6 @@ class Checkpoints:
         return CheckpointError(
             f"{self._folder / str(step)} cannot be read: {(str(error) or repr(error)).splitlines()[0][:300]}"
         )
-
-    def _check_shapes(self, step: int, item: str, like: Any) -> None:
-        try:
-            saved = self._manager.item_metadata(step)[item].tree
-        except Exception as error:
-            raise self._unreadable(step, error) from error
-        check_same_shapes(saved, like, str(self._folder / str(step)))
 
 
 def check_same_shapes(saved: Any, expected: Any, where: str) -> None:

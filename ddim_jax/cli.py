@@ -30,8 +30,7 @@ def start(
     for Ctrl-C.
 
     options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text.
-    With config there is --config too, and main finds the checked Config in `options.config` and its file's name
-    in `options.config_file`.
+    With config there is --config too, and main finds the checked Config in `options.config`.
     """
     for name, (default, text) in options.items():
         (flags.DEFINE_bool if isinstance(default, bool) else flags.DEFINE_string)(name, default, text)
@@ -53,7 +52,7 @@ def start(
                 raise ConfigError(f"unexpected argument {argv[1]!r}: options begin with --")
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
             if config:
-                given.config, given.config_file = _config(), config_flags.get_config_filename(FLAGS["config"])
+                given.config = _config()
             main(given)
         except (ConfigError, CheckpointError) as error:
             fail(str(error))

@@ -14,6 +14,8 @@ import dataclasses
 import fcntl
 import json
 import pathlib
+import shlex
+import sys
 import time
 import types
 from collections.abc import Iterator
@@ -66,9 +68,10 @@ def main(options: types.SimpleNamespace) -> None:
         state = init(init_key)
         begin = checkpoints.latest() or 0
         if begin:
-            state = checkpoints.restore(begin, jax.tree.map(placed, state))
+            checkpoints.check_network(begin, state.params)
             saved = config_lib.parse(checkpoints.config(begin))
             config_lib.check_same(config, saved, config_lib.RESUMED_WITH, f"the run in {workdir}")
+            state = checkpoints.restore(begin, jax.tree.map(placed, state))
             print(f"goes on from step {begin} of {workdir}")
         record = dataclasses.asdict(config)
         with images.replacing(workdir / "config.json") as file:
@@ -89,7 +92,7 @@ def main(options: types.SimpleNamespace) -> None:
                     write_grid(workdir, step, config, process, state, mesh)
     print(
         f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
-        f"sample it: python -m ddim_jax.sample --config {options.config_file} --workdir {workdir}"
+        f"sample it: python -m ddim_jax.sample {shlex.join(sys.argv[1:])}"
     )
 
 

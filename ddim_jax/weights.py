@@ -37,6 +37,7 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
             placed = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)), like
             )
+            checkpoints.check_network(step, like)
             params = checkpoints.restore_params(step, placed, config.sample.ema)
             saved = checkpoints.config(step)
     else:

@@ -123,6 +123,8 @@ def test_a_run_is_not_continued_with_another_config_or_network(trained, tmp_path
     shutil.copytree(trained, workdir)
     said = error_line(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.batch_size=32"))
     assert "config.train.batch_size is 32" in said and "16" in said
+    said = error_line(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.warmup=0"))
+    assert "config.train.warmup is 0" in said and "5" in said
     said = error_line(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.model.channels=16"))
     assert "of another network: conv_in/bias has shape (8,), config.model expects (16,)" in said
     assert_same_run(trained, workdir)

@@ -406,3 +406,19 @@ def test_registry_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'ddpm_hat'"):
         registry.lookup(registry.SAMPLERS, "ddpm-hat")
     assert registry.build(partial(samplers.ddim), {"eta": 0.25, "steps": 3}).eta == 0.25
+
+
+def test_eight_devices_draw_what_one_draws():
+    from conftest import meshes
+
+    from ddim_jax import sharding
+
+    eps_fn, transitions = oracle.mixture(LINEAR, *MIXTURE), trajectory.descend(LINEAR, trajectory.uniform(1000, 25))
+
+    def draw(mesh):
+        keys = samplers.image_keys(jax.random.key(7), sharding.put_indices(mesh, np.arange(16)))
+        return samplers.integrate(samplers.ddpm(), eps_fn, transitions, samplers.initial_noise(keys, (2,)), keys)
+
+    one, eight = (draw(mesh) for mesh in meshes())
+    assert len(eight.sharding.device_set) == 8
+    np.testing.assert_allclose(sharding.to_host(eight), sharding.to_host(one), atol=1e-5)
