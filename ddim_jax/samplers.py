@@ -148,7 +148,7 @@ def integrate(sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Arra
 def trajectory(
     sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None
 ) -> tuple[Array, Trajectory]:
-    """`integrate` that also returns every x_t and every predicted x_0. The same numbers; memory grows with S."""
+    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S."""
     last, (states, x_0) = _run(sampler, eps_fn, transitions, x, key, keep=True)
     return last, Trajectory(jnp.concatenate([jnp.asarray(x)[None], states]), x_0)
 

