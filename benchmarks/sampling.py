@@ -17,7 +17,7 @@ import types
 import jax
 import numpy as np
 
-from ddim_jax import cli, generate, samplers, schedule, train_state
+from ddim_jax import cli, generate, samplers, train_state
 from ddim_jax import config as config_lib
 
 REPEATS = 5
@@ -33,7 +33,7 @@ def main(options: types.SimpleNamespace) -> None:
         f"jax {jax.__version__}\n"
     )
     params = jax.jit(lambda key: train_state.init_params(config_lib.network(config.model), key))(jax.random.key(0))
-    noise_schedule: schedule.NoiseSchedule = config_lib.noise_schedule(config.schedule)
+    noise_schedule = config_lib.noise_schedule(config.schedule)
     rows = {int(steps): measure(config, int(steps), params, noise_schedule) for steps in options.steps.split(",")}
     print(
         "| S | compile, s (median of 5, min..max) | temporary memory, MB | arguments, MB | output, MB |\n"

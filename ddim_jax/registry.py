@@ -40,7 +40,7 @@ GAMMAS = losses.GAMMAS
 
 
 def lookup(table: Mapping[str, Any], name: str) -> Any:
-    """The entry called name, or a ValueError with the names there are, the nearest first in mind."""
+    """The entry called name, or a ValueError with the names there are and the nearest of them."""
     if name not in table:
         nearest = difflib.get_close_matches(str(name), table, 1, cutoff=0.5)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""

@@ -42,17 +42,15 @@ OPTIONS = {
 def main(options: types.SimpleNamespace) -> None:
     if options.out is None:
         raise ConfigError("--out is missing: the folder of the results")
-    count = int(_numbers("images", options.images)[0])
+    count = _numbers("images", options.images)[0]
+    if count < 2:
+        raise ConfigError(f"--images: a covariance needs at least 2, got {count}")
     etas = [eta if eta == "hat" else _numbers("etas", eta)[0] for eta in options.etas.split(",")]
-    cells = [
-        cell_config(options.config, eta, int(steps), count)
-        for steps in _numbers("steps", options.steps)
-        for eta in etas
-    ]
+    columns = _numbers("steps", options.steps)
+    cells = [cell_config(options.config, eta, steps, count) for steps in columns for eta in etas]
     noise_schedule = config_lib.noise_schedule(options.config.schedule)
-    processes = [
-        config_lib.process(cell.sample, noise_schedule) for cell in cells
-    ]  # all are legal, before any is drawn
+    # Whether all of them are legal shows here, before any is drawn.
+    processes = [config_lib.process(cell.sample, noise_schedule) for cell in cells]
 
     out = cli.writable_folder(options.out)
     mesh = sharding.data_mesh()
@@ -66,6 +64,7 @@ def main(options: types.SimpleNamespace) -> None:
         "source": found.source,
         "seed": options.config.sample.seed,
         "tau": options.config.sample.tau,
+        "clip_x0": options.config.sample.clip_x0,
         "held_out": {"accuracy": float(accuracy), **measure(held_out.images, reference)},
     }
     results = load(out / "cells.json", header)
@@ -91,9 +90,9 @@ def main(options: types.SimpleNamespace) -> None:
 
 def cell_config(config: Config, eta: float | str, steps: int, count: int) -> Config:
     sampler = {"sampler": "ddpm_hat", "eta": 0.0} if eta == "hat" else {"sampler": "ddim", "eta": eta}
-    return dataclasses.replace(
-        config, sample=dataclasses.replace(config.sample, steps=steps, num_images=count, **sampler)
-    )
+    values = dataclasses.asdict(config)
+    values["sample"].update(steps=steps, num_images=count, **sampler)
+    return config_lib.parse(values)
 
 
 def row_of(config: Config) -> str:
@@ -131,14 +130,14 @@ def measure(drawn: np.ndarray, reference: Reference) -> dict[str, Any]:
 
 
 def load(path: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The results so far; ConfigError if they are of other weights or another seed or tau."""
+    """The results so far; ConfigError if they are of other weights, seed, tau or clipping."""
     if not path.exists():
         return {**header, "cells": {}}
     results = json.loads(path.read_text())
-    for name in ("weights", "seed", "tau"):
-        if results[name] != header[name]:
+    for name in ("weights", "seed", "tau", "clip_x0"):
+        if results.get(name) != header[name]:
             raise ConfigError(
-                f"{path} was made with {name} {results[name]}, this run has {header[name]}; give another --out"
+                f"{path} was made with {name} {results.get(name)}, this run has {header[name]}; give another --out"
             )
     return {**results, **header}
 
@@ -196,9 +195,9 @@ def write(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str) -> list[int | float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [int(part) if part.strip().isdigit() else float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--{option}: must be numbers, got {text!r}") from None
 

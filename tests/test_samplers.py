@@ -1,5 +1,3 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -418,7 +416,7 @@ def test_every_sampler_keeps_a_gaussian_marginal_at_full_length():
 def test_registry_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'ddpm_hat'"):
         registry.lookup(registry.SAMPLERS, "ddpm-hat")
-    assert registry.build(partial(samplers.ddim), {"eta": 0.25, "steps": 3}).eta == 0.25
+    assert registry.build(samplers.ddim, {"eta": 0.25, "steps": 3}).eta == 0.25
 
 
 def test_eight_devices_draw_what_one_draws():
