@@ -3,11 +3,16 @@
 The other configs are deltas on this one. Types and ranges are checked in `ddim_jax/config.py`.
 """
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.name = "default"               # names output folders, and the shipped weights where there are any
+
+    config.pretrained = ""                # a checkpoint to sample, or to start training from: a diffusers folder or
+                                          # hub id, a ckpt.pth of the official code, a workdir, a .safetensors file;
+                                          # config.model (but dropout, dtype) and config.schedule are then its own
 
     config.data = data = ConfigDict()
     data.name = "digits"                  # digits | folder | npz
@@ -21,8 +26,13 @@ def get_config() -> ConfigDict:
     model.channel_mult = (1, 2, 2, 2)     # times this at each resolution, from full size down
     model.num_res_blocks = 2              # on the way down at each resolution; one more on the way up
     model.attention_resolutions = (16,)   # sizes with self-attention after every block
+    model.middle_attention = True         # self-attention in the middle too
     model.head_channels = 0               # channels of an attention head; 0: one head, as in DDPM
     model.groups = 32                     # of GroupNorm
+    model.norm_epsilon = 1e-6             # of GroupNorm
+    model.halve_padding = "end"           # end | both: where zeros are added before a stride-2 convolution
+    model.frequency_shift = 1.0           # s of the time embedding's frequencies 10000^(-i / (half - s))
+    model.cos_first = False               # the time embedding is cos, sin instead of sin, cos
     model.dropout = 0.1
     model.num_classes = 0                 # above 0: class-conditional, the data must have labels
     model.dtype = "float32"               # float32 | bfloat16: what convolutions compute in; parameters are float32
@@ -54,12 +64,19 @@ def get_config() -> ConfigDict:
     sample.sampler = "ddim"               # ddim | ddpm | ddpm_hat
     sample.eta = 0.0                      # Eq. (16): 0 is DDIM, 1 is DDPM; of the sampler ddim
     sample.steps = 50                     # S = dim(tau)
-    sample.tau = "uniform"                # uniform | quadratic | leading | trailing | linspace | official_uniform |
-                                          # official_quadratic, or the levels themselves: "1,10,100,1000"
+    sample.tau = placeholder(str)         # uniform | quadratic | leading | trailing | linspace | official_uniform |
+                                          # official_quadratic, or the levels themselves: "1,10,100,1000";
+                                          # open: as config.pretrained says, without one uniform
+    sample.tau_offset = 0                 # added to every level of tau
+    sample.tau_end = 0                    # the level that the last step ends at; 0: the image itself
     sample.num_images = 64
     sample.batch_size = 64                # does not change the images
     sample.seed = 0                       # image i depends on (seed, i) alone
-    sample.clip_x0 = False                # keep the predicted x_0 in [-1, 1]; the paper does not
+    sample.clip_x0 = placeholder(bool)    # bound the predicted x_0; the paper does not
+                                          # open: as config.pretrained says, without one False
+    sample.clip_range = 1.0               # to [-1, 1]
+    sample.clip_quantile = 0.0            # above 0, dynamic thresholding: the bound is this quantile of |x_0|, but at
+                                          # least 1 and at most clip_range, and x_0 is divided by it
     sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
     sample.label = -1                     # the class, for class-conditional networks; -1: image i has class i mod n
     return config

@@ -8,6 +8,7 @@ The items of a step are `params`, `ema_params`, `optimizer` (the step and the op
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -79,7 +80,7 @@ class Checkpoints:
             saved = self._manager.item_metadata(step)["params"].tree
         except Exception as error:
             raise self._unreadable(step, error) from error
-        check_same_shapes(saved, params, str(self._folder / str(step)))
+        check_shapes(shapes_of(saved), shapes_of(params), str(self._folder / str(step)))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
@@ -104,28 +105,29 @@ class Checkpoints:
         )
 
 
-def check_same_shapes(saved: Any, expected: Any, where: str) -> None:
-    """CheckpointError, naming the first leaf that differs, unless the two trees have the same leaves of the same
-    shapes.
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_shapes(there: Shapes, expected: Shapes, where: str, said: str = "config.model") -> None:
+    """CheckpointError, naming the first array that differs, unless both have the same names with the same shapes.
+    said: what the expected ones follow from.
     """
-    there, here = _shapes(saved), _shapes(expected)
-    for name in here:
-        if name not in there:
-            raise CheckpointError(
-                f"{where} is of another network: it has no {name}, which config.model expects with shape {here[name]}"
-            )
-        if there[name] != here[name]:
-            raise CheckpointError(
-                f"{where} is of another network: {name} has shape {there[name]}, config.model expects {here[name]}"
-            )
-    for name in there:
-        if name not in here:
-            raise CheckpointError(
-                f"{where} is of another network: it has {name} with shape {there[name]}, which config.model does not"
-            )
+    other = f"{where} is of another network"
+    missing, surplus = [n for n in expected if n not in there], [n for n in there if n not in expected]
+    more = lambda names: f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    for name in missing[:1]:
+        raise CheckpointError(
+            f"{other}: it has no {name}{more(missing)}, which {said} expects with shape {expected[name]}"
+        )
+    for name in expected:
+        if there[name] != expected[name]:
+            raise CheckpointError(f"{other}: {name} has shape {there[name]}, {said} expects {expected[name]}")
+    for name in surplus[:1]:
+        raise CheckpointError(f"{other}: it has {name}{more(surplus)} with shape {there[name]}, which {said} does not")
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of nested dicts of arrays, by names "module/leaf"."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddim_jax import config as config_lib
+from ddim_jax import weights
 from ddim_jax.checkpoint import CheckpointError
 from ddim_jax.config import Config, ConfigError
 
@@ -82,7 +83,14 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def _config() -> Config:
     if FLAGS.config is None:
         raise ConfigError("--config is missing, for example --config configs/digits.py")
-    return config_lib.parse(FLAGS.config.to_dict())
+    values = FLAGS.config.to_dict()
+    if not values.get("pretrained"):
+        return config_lib.parse(values)
+    for field in config_flags.get_override_values(FLAGS["config"]):
+        section, _, name = field.partition(".")
+        if section == "schedule" or (section == "model" and name not in ("dropout", "dtype")):
+            raise ConfigError(f"config.{field}: with config.pretrained it is the checkpoint's own; leave it out")
+    return config_lib.parse(weights.described(values))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

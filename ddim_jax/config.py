@@ -21,7 +21,7 @@ import numpy as np
 
 from ddim_jax import registry, trajectory
 from ddim_jax.data import DATASETS
-from ddim_jax.models.unet import UNet
+from ddim_jax.models.unet import HALVE_PADDING, UNet
 from ddim_jax.samplers import Sampler
 from ddim_jax.schedule import NoiseSchedule
 from ddim_jax.trajectory import Transitions
@@ -100,8 +100,13 @@ class ModelConfig:
     channel_mult: tuple[int, ...] = _all_positive()
     num_res_blocks: int = _at_least(1)
     attention_resolutions: tuple[int, ...] = _field()
+    middle_attention: bool = _field()
     head_channels: int = _at_least(0)
     groups: int = _at_least(1)
+    norm_epsilon: float = _above_zero()
+    halve_padding: str = _one_of(HALVE_PADDING)
+    frequency_shift: float = _field()
+    cos_first: bool = _field()
     dropout: float = _below_one()
     num_classes: int = _at_least(0)
     dtype: str = _one_of(DTYPES)
@@ -140,10 +145,14 @@ class SampleConfig:
     eta: float = _at_least(0)
     steps: int = _at_least(1)
     tau: str = _field()
+    tau_offset: int = _at_least(0)
+    tau_end: int = _at_least(0)
     num_images: int = _at_least(1)
     batch_size: int = _at_least(1)
     seed: int = _at_least(0)
     clip_x0: bool = _field()
+    clip_range: float = _above_zero()
+    clip_quantile: float = _below_one()
     ema: bool = _field()
     label: int = _at_least(-1)
 
@@ -151,6 +160,7 @@ class SampleConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     name: str = _field()
+    pretrained: str = _field()
     data: DataConfig = _field()
     model: ModelConfig = _field()
     schedule: ScheduleConfig = _field()
@@ -158,10 +168,29 @@ class Config:
     sample: SampleConfig = _field()
 
 
+# Fields that may be left open, as None: a published checkpoint then decides, and without one it is this.
+OPEN = {"tau": "uniform", "clip_x0": False}
+
+# What held before a field was there: configs saved by earlier versions do not have it.
+BEFORE = {
+    "pretrained": "",
+    "model": {
+        "middle_attention": True,
+        "norm_epsilon": 1e-6,
+        "halve_padding": "end",
+        "frequency_shift": 1.0,
+        "cos_first": False,
+    },
+    "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0},
+}
+
+
 def parse(values: Mapping[str, Any]) -> Config:
-    """The checked Config of nested dicts (a ConfigDict's `to_dict()`, or the JSON beside a checkpoint). Raises
-    ConfigError.
-    """
+    """The checked Config of nested dicts (a ConfigDict's `to_dict()`). Raises ConfigError."""
+    if isinstance(values.get("sample"), Mapping):
+        given = values["sample"]
+        closed = {name: value for name, value in OPEN.items() if name in given and given[name] is None}
+        values = {**values, "sample": {**given, **closed}}
     config = _parse(Config, values, "config")
     train = config.train
     if train.checkpoint_every % train.log_every:
@@ -182,6 +211,30 @@ def parse(values: Mapping[str, Any]) -> Config:
             f"{config.model.num_classes}; got {config.sample.label}"
         )
     return config
+
+
+def parse_saved(values: Mapping[str, Any]) -> Config:
+    """The Config that was saved as JSON, also by an earlier version. Raises ConfigError."""
+    return parse(filled(values))
+
+
+def filled(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Saved values with the fields that came later."""
+    return _fill(BEFORE, values)
+
+
+def _fill(defaults: Any, values: Any) -> Any:
+    """values, with what they lack taken from defaults; both nested dicts."""
+    if not isinstance(defaults, Mapping) or not isinstance(values, Mapping):
+        return values
+    return {**defaults, **{name: _fill(defaults.get(name), value) for name, value in values.items()}}
+
+
+def section(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    """One section, checked: a ModelConfig or a ScheduleConfig. ConfigError, beginning with `where`, if it is not
+    right.
+    """
+    return _parse(kind, values, where)
 
 
 def _parse(kind: type, values: Any, path: str) -> Any:
@@ -228,6 +281,7 @@ def _nearest(name: str, names) -> str:
 
 # What a run that continues must not change, and what a network must be sampled with as it was trained.
 RESUMED_WITH = (
+    "pretrained",
     "model",
     "schedule",
     "data.name",
@@ -273,14 +327,15 @@ class Process(NamedTuple):
     """A generative process, ready to run."""
 
     sampler: Sampler
-    tau: np.ndarray  # (S+1,)
+    tau: np.ndarray  # (S+1,), from config.sample.tau_end up
     transitions: Transitions  # leaves (S,)
 
 
 def process(config: SampleConfig, schedule: NoiseSchedule) -> Process:
     """Sampler, tau and transitions of config.sample; ConfigError if they do not fit together or the schedule.
 
-    config.tau is a name in registry.TAUS, or the levels themselves: "1,10,100,1000".
+    config.tau is a name in registry.TAUS, or the levels themselves: "1,10,100,1000"; tau_offset and tau_end: see
+    `trajectory.moved`.
     """
     with blame("config.sample.tau"):
         if config.tau.replace(",", "").replace(" ", "").lstrip("-").isdigit():
@@ -292,7 +347,9 @@ def process(config: SampleConfig, schedule: NoiseSchedule) -> Process:
     if config.tau in registry.TAUS:
         with blame("config.sample.steps"):
             tau = build_tau(schedule.num_steps, config.steps)
-    transitions = trajectory.descend(schedule, tau)
+    with blame("config.sample.tau_offset and tau_end"):
+        tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
+    transitions = trajectory.descend(schedule, tau, config.tau_end)
     with blame("config.sample.eta"):
         sampler = registry.build(registry.SAMPLERS[config.sampler], dataclasses.asdict(config))
         sampler.check(transitions)

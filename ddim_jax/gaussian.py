@@ -89,10 +89,28 @@ def clip_x0(eps_fn: EpsFn, table: Level, low: float = -1.0, high: float = 1.0) -
     eps is derived again from the clipped x_0, so that (9) holds between the two. table: `schedule.levels(...)`.
     The paper does not clip; most published samplers of DDPM do.
     """
-    return Partial(_clipped_eps, eps_fn, table, low, high)
+    return Partial(_bounded_eps, eps_fn, table, Partial(_clip, low, high))
 
 
-def _clipped_eps(eps_fn, table, low, high, x_t, t):
+def _clip(low, high, x_0):
+    return jnp.clip(x_0, low, high)
+
+
+def threshold_x0(eps_fn: EpsFn, table: Level, quantile: float, maximum: float) -> EpsFn:
+    """An eps_fn with dynamic thresholding (Saharia et al. 2022, section 2.3), for any sampler.
+
+    The predicted x_0 of each image is clipped to [-s, s] and divided by s, where s is the quantile of its absolute
+    values, but at least 1 and at most maximum. eps is derived again, as in `clip_x0`.
+    """
+    return Partial(_bounded_eps, eps_fn, table, Partial(_threshold, quantile, maximum))
+
+
+def _threshold(quantile, maximum, x_0):
+    s = jnp.quantile(jnp.abs(x_0).reshape(x_0.shape[0], -1), quantile, axis=1)
+    s = jnp.clip(s, 1, maximum).reshape(-1, *[1] * (x_0.ndim - 1))
+    return jnp.clip(x_0, -s, s) / s
+
+
+def _bounded_eps(eps_fn, table, bound, x_t, t):
     level = level_at(table, t, x_t)
-    x_0 = predict_x0(x_t, eps_fn(x_t, t), level)
-    return predict_eps(x_t, jnp.clip(x_0, low, high), level)
+    return predict_eps(x_t, bound(predict_x0(x_t, eps_fn(x_t, t), level)), level)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ddim_jax import samplers, schedule, sharding
 from ddim_jax.config import Config, Process, network, noise_schedule
 from ddim_jax.data.scaling import to_uint8
-from ddim_jax.gaussian import EpsFn, clip_x0
+from ddim_jax.gaussian import EpsFn, clip_x0, threshold_x0
 from ddim_jax.models import adapter
 
 _to_uint8 = jax.jit(to_uint8)
@@ -36,10 +36,15 @@ def labels_of(config: Config, index: np.ndarray) -> np.ndarray | None:
 
 
 def eps_fn(config: Config, params: Any, labels: jax.Array | None = None) -> EpsFn:
-    """The network of config.model with these parameters, clipped where config.sample.clip_x0 says so."""
+    """The network of config.model with these parameters, its x_0 bounded where config.sample.clip_x0 says so."""
+    sample = config.sample
     table = schedule.levels(noise_schedule(config.schedule))
     said = adapter.eps_fn(network(config.model), params, table, config.model.prediction, labels)
-    return clip_x0(said, table) if config.sample.clip_x0 else said
+    if not sample.clip_x0:
+        return said
+    if sample.clip_quantile:
+        return threshold_x0(said, table, sample.clip_quantile, sample.clip_range)
+    return clip_x0(said, table, -sample.clip_range, sample.clip_range)
 
 
 def start(config: Config, index: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from ddim_jax import cli, data, generate, images, schedule, sharding, train_state, update
+from ddim_jax import cli, data, generate, images, schedule, sharding, train_state, update, weights
 from ddim_jax import config as config_lib
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.config import Config, ConfigError, Process, blame
@@ -66,13 +66,20 @@ def main(options: types.SimpleNamespace) -> None:
 
     with only_one(workdir), Checkpoints(workdir, config.train.keep, config.train.keep_every) as checkpoints:
         state = init(init_key)
-        begin = checkpoints.latest() or 0
+        latest = checkpoints.latest()
+        begin = latest or 0
         if begin:
             checkpoints.check_network(begin, state.params)
-            saved = config_lib.parse(checkpoints.config(begin))
+            saved = config_lib.parse_saved(checkpoints.config(begin))
             config_lib.check_same(config, saved, config_lib.RESUMED_WITH, f"the run in {workdir}")
             state = checkpoints.restore(begin, jax.tree.map(placed, state))
             print(f"goes on from step {begin} of {workdir}")
+        elif (
+            latest == 0 or config.pretrained
+        ):  # the parameters alone: a run converted from elsewhere, or a published one
+            found = weights.find(config, str(workdir) if latest == 0 else None, mesh)
+            state = state._replace(params=found.params, ema_params=jax.tree.map(jax.numpy.copy, found.params))
+            print(f"starts from {found.source}")
         record = dataclasses.asdict(config)
         with images.replacing(workdir / "config.json") as file:
             file.write(json.dumps(record, indent=1).encode())

@@ -38,7 +38,21 @@ class Transition(NamedTuple):
 Transitions = Transition
 
 
-def _transitions(noise_schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> Transitions:
+def transitions(noise_schedule: NoiseSchedule, t: Sequence[int], s: Sequence[int]) -> Transitions:
+    """The steps t[i] -> s[i], (S,) ints each, in 0..T, t[i] != s[i]; ValueError otherwise. Leaves (S,), on the host.
+
+    A step need not begin where the one before it ended, so the habits of other samplers can be followed: diffusers
+    steps from t to t - T // S whatever level comes next.
+    """
+    T = noise_schedule.num_steps
+    t, s = np.asarray(t), np.asarray(s)
+    for name, levels in (("t", t), ("s", s)):
+        if levels.ndim != 1 or not np.issubdtype(levels.dtype, np.integer):
+            raise ValueError(f"{name} must be a list of ints, got {levels.tolist()}")
+        if levels.size and not 0 <= levels.min() <= levels.max() <= T:
+            raise ValueError(f"{name} must stay within 0..{T}, got {levels.min()}..{levels.max()}")
+    if t.shape != s.shape or (t == s).any():
+        raise ValueError(f"t and s must be of one length and differ in every step, got {t.tolist()} and {s.tolist()}")
     alpha_bar = np.asarray(noise_schedule.alpha_bar, np.float64)
     ab_t, ab_s = alpha_bar[t], alpha_bar[s]
     beta = np.maximum(1 - ab_t / ab_s, 0)
@@ -46,30 +60,35 @@ def _transitions(noise_schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) ->
     return Transition(t, s, ab_t, ab_s, 1 - ab_t, 1 - ab_s, beta, posterior_variance)
 
 
-def descend(noise_schedule: NoiseSchedule, tau: Sequence[int]) -> Transitions:
-    """The steps of the generative process: tau[S] -> tau[S-1] -> ... -> tau[0] = 0. Leaves (S,), on the host."""
-    tau = check(noise_schedule.num_steps, tau)[::-1]
-    return _transitions(noise_schedule, tau[:-1], tau[1:])
+def descend(noise_schedule: NoiseSchedule, tau: Sequence[int], end: int = 0) -> Transitions:
+    """The steps of the generative process: tau[S] -> tau[S-1] -> ... -> tau[0] = end. Leaves (S,), on the host.
+
+    end: 0, the image itself, or the level that tau begins with and the process is to stop at.
+    """
+    tau = check(noise_schedule.num_steps, tau, end)[::-1]
+    return transitions(noise_schedule, tau[:-1], tau[1:])
 
 
-def ascend(noise_schedule: NoiseSchedule, tau: Sequence[int]) -> Transitions:
-    """The same pairs the other way, 0 = tau[0] -> ... -> tau[S]: the steps that encode an image. Leaves (S,), on
+def ascend(noise_schedule: NoiseSchedule, tau: Sequence[int], end: int = 0) -> Transitions:
+    """The same pairs the other way, end = tau[0] -> ... -> tau[S]: the steps that encode an image. Leaves (S,), on
     the host.
     """
-    tau = check(noise_schedule.num_steps, tau)
-    return _transitions(noise_schedule, tau[:-1], tau[1:])
+    tau = check(noise_schedule.num_steps, tau, end)
+    return transitions(noise_schedule, tau[:-1], tau[1:])
 
 
-def check(num_train_steps: int, tau: Sequence[int]) -> np.ndarray:
-    """tau as an int array, or ValueError: at least one step, whole numbers from 0 to T, first 0, strictly ascending."""
+def check(num_train_steps: int, tau: Sequence[int], end: int = 0) -> np.ndarray:
+    """tau as an int array, or ValueError: at least one step, whole numbers from 0 to T, first `end`, strictly
+    ascending.
+    """
     given = np.asarray(tau)
     if given.ndim != 1 or given.size < 2:
         raise ValueError(f"tau needs at least one step, got {given.tolist()}")
     tau = given.astype(np.int32)
     if not np.array_equal(tau, given):
         raise ValueError(f"tau must hold whole numbers, got {given[tau != given][0]}")
-    if tau[0] != 0:
-        raise ValueError(f"tau must begin with 0, the image itself, got {tau[0]}")
+    if tau[0] != end:
+        raise ValueError(f"tau must begin with {end}{', the image itself' if end == 0 else ''}, got {tau[0]}")
     falls = np.flatnonzero(np.diff(tau) <= 0)
     if falls.size:
         raise ValueError(f"tau must ascend strictly, got {tau[falls[0]]} and then {tau[falls[0] + 1]}")
@@ -154,3 +173,13 @@ def explicit(num_train_steps: int, steps: Sequence[int]) -> np.ndarray:
     """A tau of your own: the levels in ascending order, each in 1..T; a 0 in front is optional. (S+1,) ints."""
     steps = list(steps)
     return check(num_train_steps, steps if steps[:1] == [0] else [0, *steps])
+
+
+def moved(num_train_steps: int, tau: Sequence[int], offset: int = 0, end: int = 0) -> np.ndarray:
+    """tau with `offset` added to its levels (diffusers' steps_offset) and `end` in place of the image (1 where its
+    set_alpha_to_one is False). (S+1,) ints, fewer where levels are at or below `end`.
+
+    A step from a level to itself moves nothing; those that `end` would make are left out.
+    """
+    levels = np.asarray(tau)[1:] + offset
+    return check(num_train_steps, [end, *levels[levels > end].tolist()], end)

@@ -1,9 +1,13 @@
-"""Where the parameters to sample come from: a run's checkpoint, or the file that ships with the package."""
+"""Where the parameters to sample come from: a run's checkpoint, a published one, or the file that ships with the
+package.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,54 +16,94 @@ from jax.sharding import Mesh
 
 from ddim_jax import config as config_lib
 from ddim_jax import pretrained, sharding, train_state
-from ddim_jax.checkpoint import Checkpoints, check_same_shapes
-from ddim_jax.config import Config, ConfigError
+from ddim_jax.checkpoint import Checkpoints
+from ddim_jax.config import Config, ConfigError, ModelConfig
+from ddim_jax.pretrained import Published
 
 
 class Weights(NamedTuple):
     params: Any  # replicated over the mesh
     source: str  # for people: where they came from
-    digest: str  # SHA-256 of all leaves
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all leaves."""
+        total = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(self.params)[0]:
+            total.update(jax.tree_util.keystr(path).encode())
+            total.update(np.ascontiguousarray(leaf).data)
+        return total.hexdigest()
 
 
 def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
-    """The latest checkpoint of workdir, or the shipped weights of config.name where workdir is None.
+    """The latest checkpoint of workdir; without one what config.pretrained names, or the weights that ship for
+    config.name.
 
     Raises CheckpointError or ConfigError where there are none, where they are of another network, or where the
     network was trained with another schedule or prediction than the config says.
     """
-    model = config_lib.network(config.model)
-    like = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
+    if workdir is not None and config.pretrained:
+        raise ConfigError(f"config.pretrained is {config.pretrained!r} and --workdir is {workdir!r}: give one of them")
+    shipped = pretrained.shipped(config.name)
     if workdir is not None:
-        with Checkpoints(pathlib.Path(workdir)) as checkpoints:
-            step = checkpoints.require_latest()
-            source = f"{workdir}, step {step}"
-            placed = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)), like
-            )
-            checkpoints.check_network(step, like)
-            params = checkpoints.restore_params(step, placed, config.sample.ema)
-            saved = checkpoints.config(step)
+        published = of_run(workdir)
+    elif config.pretrained:
+        published = describe(config.pretrained)
+    elif shipped is not None:
+        published = pretrained.open_checkpoint(str(shipped))
+        published = published._replace(source=f"weights shipped with ddim_jax ({shipped.name})")
     else:
-        path = pretrained.shipped(config.name)
-        if path is None:
-            raise ConfigError(
-                f"no weights for config.name {config.name!r} ship with ddim_jax (those that do: "
-                f"{', '.join(pretrained.shipped_names())}); give --workdir of a trained run"
-            )
-        params, saved = pretrained.load(path)
-        if not config.sample.ema:
-            raise ConfigError("config.sample.ema: the weights that ship are the moving average; False needs --workdir")
-        source = f"weights shipped with ddim_jax ({path.name})"
-        check_same_shapes(params, like, source)
-        params = sharding.put_replicated(mesh, params)
-    config_lib.check_same(config, config_lib.parse(saved), config_lib.SAMPLED_WITH, source)
-    return Weights(params, source, digest(params))
+        raise ConfigError(
+            f"no weights for config.name {config.name!r} ship with ddim_jax (those that do: "
+            f"{', '.join(pretrained.shipped_names())}); give --config.pretrained, or --workdir of a trained run"
+        )
+    config_lib.check_same(config, published, config_lib.SAMPLED_WITH, published.source)
+    return Weights(published.read(params_like(config.model, mesh), config.sample.ema), published.source)
 
 
-def digest(params: Any) -> str:
-    total = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        total.update(jax.tree_util.keystr(path).encode())
-        total.update(np.asarray(leaf).tobytes())
-    return total.hexdigest()
+def params_like(config: ModelConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters of config.model, replicated over the mesh."""
+    model = config_lib.network(config)
+    like = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
+    placed = sharding.replicated(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), like)
+
+
+def describe(where: str) -> Published:
+    """What the checkpoint at a path, or under a hub id, says of itself: a run of ours, or a published one."""
+    is_run = (pathlib.Path(where) / "checkpoints").is_dir()
+    return of_run(where) if is_run else pretrained.open_checkpoint(where)
+
+
+def of_run(workdir: str) -> Published:
+    """What the latest checkpoint of a run says of itself."""
+    with Checkpoints(pathlib.Path(workdir)) as checkpoints:
+        step = checkpoints.require_latest()
+        config = checkpoints.config(step)
+
+    def read(like: Any, ema: bool) -> Any:
+        with Checkpoints(pathlib.Path(workdir)) as checkpoints:
+            checkpoints.check_network(step, like)
+            return checkpoints.restore_params(step, like, ema)
+
+    return pretrained.describe_own(config, step, f"{workdir}, step {step}", read)
+
+
+def described(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config in which config.pretrained decides: name, schedule and model (but for dropout and
+    dtype) are the checkpoint's, and so is what config.sample leaves open.
+    """
+    published = describe(values["pretrained"])
+    model = dataclasses.asdict(published.model)
+    del model["dropout"], model["dtype"]
+    sample = dict(values["sample"])
+    for group in pretrained.SAMPLED:
+        if sample[group[0]] is None:
+            sample |= {field: published.sample[field] for field in group}
+    return {
+        **values,
+        "name": published.name,
+        "model": {**values["model"], **model},
+        "schedule": dataclasses.asdict(published.schedule),
+        "sample": sample,
+    }

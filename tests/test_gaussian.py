@@ -36,7 +36,7 @@ def test_sigma_is_within_its_bound_and_proportional_to_eta(pair, eta):
 def test_float32_keeps_the_bound_at_eta_one():
     """1 - alpha_bar_s - sigma^2 may not fall below 0 in float32, for any pair: its root would be NaN."""
     t, s = np.triu_indices(1001, 1)
-    transitions = jax.tree.map(lambda leaf: leaf.astype(np.float32), trajectory._transitions(LINEAR, s, t))
+    transitions = jax.tree.map(lambda leaf: leaf.astype(np.float32), trajectory.transitions(LINEAR, s, t))
     assert (transitions.one_minus_alpha_bar_s - gaussian.sigma_squared(np.float32(1), transitions) >= 0).all()
 
 

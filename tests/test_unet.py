@@ -75,7 +75,7 @@ def test_sinusoid_is_sin_before_cos_at_ten_thousand_to_the_power(x64):
 
 def test_group_norm_is_flax_s():
     x = jax.random.normal(jax.random.key(0), (3, 5, 4, 12)) * 3 + 7
-    ours, theirs = GroupNorm(4), nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False)
+    ours, theirs = GroupNorm(4, 1e-6), nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False)
     params = {"scale": jnp.linspace(-1, 2, 12), "bias": jnp.linspace(3, -1, 12)}
     np.testing.assert_allclose(
         ours.apply({"params": params}, x), theirs.apply({"params": params}, x), rtol=1e-4, atol=2e-5
@@ -84,14 +84,14 @@ def test_group_norm_is_flax_s():
 
 def test_attention_by_hand():
     """softmax(q k / sqrt(c)) v for each head, with loops."""
-    module = Attention(groups=2, head_channels=4, dtype=jnp.float32)
+    module = Attention(groups=2, epsilon=1e-6, head_channels=4, dtype=jnp.float32)
     x = jax.random.normal(jax.random.key(0), (2, 3, 3, 8))
     params = jax.tree.map(
         lambda leaf: 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape),
         module.init(jax.random.key(1), x)["params"],
     )
     out = np.asarray(module.apply({"params": params}, x))
-    h = np.asarray(GroupNorm(2).apply({"params": params["norm"]}, x)).reshape(2, 9, 8)
+    h = np.asarray(GroupNorm(2, 1e-6).apply({"params": params["norm"]}, x)).reshape(2, 9, 8)
     q, k, v = (
         h @ np.asarray(params[name]["kernel"]) + np.asarray(params[name]["bias"]) for name in ("query", "key", "value")
     )

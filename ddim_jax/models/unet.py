@@ -1,9 +1,10 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B), numerically the one whose weights are published.
 
 What makes it that one: padding on the right and bottom only before a stride-2 convolution, GroupNorm with
-epsilon 1e-6, sinusoids with frequencies `10000^(-i / (half - 1))` and sin before cos. Parameters are float32;
-`dtype` is what convolutions compute in, while normalisation, softmax and the output stay in float32. Images
-are (B, H, W, C), channels last.
+epsilon 1e-6, sinusoids with frequencies `10000^(-i / (half - 1))` and sin before cos. These are the defaults of
+fields, because networks trained with diffusers were published with the other choice of each. Parameters are
+float32; `dtype` is what convolutions compute in, while normalisation, softmax and the output stay in float32.
+Images are (B, H, W, C), channels last.
 """
 
 from __future__ import annotations
@@ -21,19 +22,24 @@ from ddim_jax.schedule import Array
 _INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 _ZERO = nn.initializers.zeros
 
+# Rows and columns of zeros (before, after) each axis of the image, where a stride-2 convolution halves it.
+HALVE_PADDING = {"end": ((0, 1), (0, 1)), "both": ((1, 1), (1, 1))}
 
-def sinusoid(time: Array, features: int) -> Array:
-    """Embeds times (B,) as (B, features) float32: sin, then cos, of `time * 10000^(-i / (half - 1))`, i = 0..half-1.
 
-    features: even, at least 4. The frequencies are rounded from float64, which a float64 network agrees with
-    best: at time 999 one unit in their last place moves the sinusoids by 6e-5.
+def sinusoid(time: Array, features: int, shift: float = 1.0, cos_first: bool = False) -> Array:
+    """Embeds times (B,) as (B, features), at least float32: sin, then cos, of `time * 10000^(-i / (half - shift))`,
+    i = 0..half-1.
+
+    features: even, at least 4. shift: below half. cos_first: cos, then sin. The frequencies are rounded from
+    float64, which a float64 network agrees with best: at time 999 one unit in their last place moves the sinusoids
+    by 6e-5.
     """
     half = features // 2
-    frequencies = np.exp(-np.log(10000.0) / (half - 1) * np.arange(half))
-    angles = time.astype(jnp.promote_types(time.dtype, jnp.float32))[:, None] * frequencies[None].astype(
-        jnp.promote_types(time.dtype, jnp.float32)
-    )
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    frequencies = np.exp(-np.log(10000.0) / (half - shift) * np.arange(half))
+    dtype = jnp.promote_types(time.dtype, jnp.float32)
+    angles = time.astype(dtype)[:, None] * frequencies[None].astype(dtype)
+    waves = (jnp.cos(angles), jnp.sin(angles)) if cos_first else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.concatenate(waves, axis=-1)
 
 
 class GroupNorm(nn.Module):
@@ -44,7 +50,7 @@ class GroupNorm(nn.Module):
     """
 
     groups: int
-    epsilon: float = 1e-6
+    epsilon: float
 
     @nn.compact
     def __call__(self, x):
@@ -67,18 +73,19 @@ class ResBlock(nn.Module):
 
     channels: int
     groups: int
+    epsilon: float
     dropout: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x, embedding, train):
         conv = dict(kernel_size=(3, 3), padding=1, dtype=self.dtype)
-        h = nn.silu(GroupNorm(self.groups, name="norm_0")(x))
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm_0")(x))
         h = nn.Conv(self.channels, kernel_init=_INIT, name="conv_0", **conv)(h)
         h += nn.Dense(self.channels, kernel_init=_INIT, dtype=self.dtype, name="embedding")(nn.silu(embedding))[
             :, None, None
         ]
-        h = nn.silu(GroupNorm(self.groups, name="norm_1")(h))
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm_1")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = nn.Conv(self.channels, kernel_init=_ZERO, name="conv_1", **conv)(h)
         if x.shape[-1] != self.channels:
@@ -90,6 +97,7 @@ class Attention(nn.Module):
     """Self-attention over the H W positions, scaled by 1 / sqrt(channels of a head), with a residual connection."""
 
     groups: int
+    epsilon: float
     head_channels: int | None
     dtype: Any
 
@@ -98,7 +106,7 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         heads = channels // (self.head_channels or channels)
         dense = dict(dtype=self.dtype)
-        h = GroupNorm(self.groups, name="norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.groups, self.epsilon, name="norm")(x).reshape(batch, height * width, channels)
         query, key, value = (
             nn.Dense(channels, kernel_init=_INIT, name=name, **dense)(h).reshape(batch, height * width, heads, -1)
             for name in ("query", "key", "value")
@@ -111,8 +119,9 @@ class UNet(nn.Module):
     """eps, x_0 or v from (x_t, time); with the defaults the 35,746,307 parameters of DDPM's CIFAR-10 network.
 
     image_size: H = W, halved len(channel_mult) - 1 times. attention_resolutions: sizes at which every block is
-    followed by attention; the middle always has one. head_channels: channels of an attention head, None for a
-    single head. num_classes: 0 for none, else `labels` are required.
+    followed by attention. middle_attention: whether the middle has one. head_channels: channels of an attention
+    head, None for a single head. halve_padding: a name in HALVE_PADDING. frequency_shift, cos_first: see `sinusoid`.
+    num_classes: 0 for none, else `labels` are required.
     """
 
     image_size: int = 32
@@ -121,8 +130,13 @@ class UNet(nn.Module):
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
+    middle_attention: bool = True
     head_channels: int | None = None
     groups: int = 32
+    norm_epsilon: float = 1e-6
+    halve_padding: str = "end"
+    frequency_shift: float = 1.0
+    cos_first: bool = False
     dropout: float = 0.1
     num_classes: int = 0
     dtype: Any = jnp.float32
@@ -146,10 +160,16 @@ class UNet(nn.Module):
                     f"groups {self.groups} does not divide the {width} channels that channels {self.channels} and "
                     f"channel_mult {self.channel_mult} give"
                 )
+        attended = [width for size, width in zip(sizes, widths, strict=True) if size in self.attention_resolutions]
+        for width in attended + widths[-1:] * self.middle_attention:
             if self.head_channels and width % self.head_channels:
                 raise ValueError(f"head_channels {self.head_channels} does not divide {width} channels")
         if self.channels % 2 or self.channels < 4:
             raise ValueError(f"channels must be even and at least 4, got {self.channels}")
+        if not self.frequency_shift < self.channels // 2:
+            raise ValueError(
+                f"frequency_shift must be below half of channels {self.channels}, got {self.frequency_shift}"
+            )
 
     @nn.compact
     def __call__(self, x: Array, time: Array, labels: Array | None = None, train: bool = False) -> Array:
@@ -163,14 +183,17 @@ class UNet(nn.Module):
             )
         if (labels is None) != (self.num_classes == 0):
             raise ValueError(f"a network with num_classes {self.num_classes} got labels {labels}")
-        block = lambda mult, name: ResBlock(self.channels * mult, self.groups, self.dropout, self.dtype, name=name)
-        attention = lambda name: Attention(self.groups, self.head_channels, self.dtype, name=name)
+        block = lambda mult, name: ResBlock(
+            self.channels * mult, self.groups, self.norm_epsilon, self.dropout, self.dtype, name=name
+        )
+        attention = lambda name: Attention(self.groups, self.norm_epsilon, self.head_channels, self.dtype, name=name)
         conv = lambda features, name, init=_INIT, **kw: nn.Conv(
             features, (3, 3), kernel_init=init, dtype=self.dtype, name=name, **kw
         )
         dense = lambda name: nn.Dense(4 * self.channels, kernel_init=_INIT, dtype=self.dtype, name=name)
 
-        embedding = dense("time_1")(nn.silu(dense("time_0")(sinusoid(time, self.channels))))
+        embedding = sinusoid(time, self.channels, self.frequency_shift, self.cos_first)
+        embedding = dense("time_1")(nn.silu(dense("time_0")(embedding)))
         if self.num_classes:
             embedding += nn.Embed(self.num_classes, 4 * self.channels, dtype=self.dtype, name="class")(labels)
 
@@ -184,11 +207,12 @@ class UNet(nn.Module):
                     h = attention(f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level < last:
-                h = conv(h.shape[-1], f"down_{level}_halve", strides=2, padding=((0, 1), (0, 1)))(h)
+                h = conv(h.shape[-1], f"down_{level}_halve", strides=2, padding=HALVE_PADDING[self.halve_padding])(h)
                 skips.append(h)
 
         h = block(self.channel_mult[-1], "middle_block_0")(h, embedding, train)
-        h = attention("middle_attention")(h)
+        if self.middle_attention:
+            h = attention("middle_attention")(h)
         h = block(self.channel_mult[-1], "middle_block_1")(h, embedding, train)
 
         for level, mult in reversed(list(enumerate(self.channel_mult))):
@@ -200,6 +224,6 @@ class UNet(nn.Module):
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
                 h = conv(h.shape[-1], f"up_{level}_double", padding=1)(h)
 
-        h = nn.silu(GroupNorm(self.groups, name="norm_out")(h))
+        h = nn.silu(GroupNorm(self.groups, self.norm_epsilon, name="norm_out")(h))
         h = conv(self.image_channels, "conv_out", init=_ZERO, padding=1)(h)
         return h.astype(jnp.promote_types(h.dtype, jnp.float32))

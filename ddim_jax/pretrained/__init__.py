@@ -1,5 +1,52 @@
-"""Weights as one file each, and those that ship with the package."""
+"""Trained networks of others, and our own as one file: opened without running what is in them."""
 
-from ddim_jax.pretrained.safetensors_file import load, save, shipped, shipped_names
+from __future__ import annotations
 
-__all__ = ["load", "save", "shipped", "shipped_names"]
+import pathlib
+
+from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.pretrained import diffusers_folder, official, safetensors_file
+from ddim_jax.pretrained.card import model_card
+from ddim_jax.pretrained.diffusers_folder import save as save_diffusers
+from ddim_jax.pretrained.files import Folder, hub_repository
+from ddim_jax.pretrained.published import SAMPLED, Published, describe_own
+from ddim_jax.pretrained.safetensors_file import save, shipped, shipped_names
+
+__all__ = [
+    "SAMPLED",
+    "Published",
+    "describe_own",
+    "model_card",
+    "open_checkpoint",
+    "save",
+    "save_diffusers",
+    "shipped",
+    "shipped_names",
+]
+
+SUPPORTED = (
+    "a diffusers folder (with model_index.json), a repository of it on the hub (owner/name), a folder with the "
+    "official code's ckpt.pth, a .pth, .ckpt or .safetensors file, a workdir"
+)
+
+
+def open_checkpoint(where: str) -> Published:
+    """What the checkpoint at a path, or under an id of the Hugging Face hub ("owner/name", "owner/name@revision"),
+    says of itself. CheckpointError if there is none of a format that is supported.
+    """
+    path = pathlib.Path(where)
+    if path.is_dir():
+        folder = Folder(path)
+        if diffusers_folder.is_there(folder):
+            return diffusers_folder.open_folder(folder)
+        if folder.find(official.CHECKPOINT):
+            return official.open_file(path / official.CHECKPOINT)
+        raise CheckpointError(f"{where} is a folder without a checkpoint; supported: {SUPPORTED}")
+    if path.is_file():
+        return safetensors_file.open_file(path) if safetensors_file.is_ours(path) else official.open_file(path)
+    repository = hub_repository(where)
+    if repository is None:
+        raise CheckpointError(f"there is no file or folder {where}; supported: {SUPPORTED}")
+    if not diffusers_folder.is_there(repository):
+        raise CheckpointError(f"{where} has no model_index.json{repository.why_missing()}; supported: {SUPPORTED}")
+    return diffusers_folder.open_folder(repository)

@@ -1,42 +1,54 @@
-"""Parameters in the safetensors format: data, never code. The config travels in the file's own metadata."""
+"""Our own parameters in the safetensors format. The config travels in the file's own metadata."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from ddim_jax import images
+from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.pretrained import tensors
+from ddim_jax.pretrained.published import Published, describe_own, no_raw_parameters
 
 _FOLDER = pathlib.Path(__file__).parent
 
 
-def save(path: pathlib.Path, params: Any, config: dict[str, Any], step: int) -> None:
-    """Writes nested dicts of arrays as tensors named "module/leaf", the config (JSON values) and the step as
-    metadata.
+def save(path: pathlib.Path, params: Any, config: Mapping[str, Any], step: int | None) -> None:
+    """Writes nested dicts of arrays as tensors named "module/leaf", the config (JSON values) and the step (None:
+    not known) as metadata.
     """
     flat = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
     content = safetensors.numpy.save(
-        flat, metadata={"format": "ddim_jax", "config": json.dumps(config), "step": str(step)}
+        flat, metadata={"format": "ddim_jax", "config": json.dumps(config), "step": str(step or "")}
     )
     with images.replacing(path) as file:
         file.write(content)
 
 
-def load(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    """(params, config) of a file that `save` wrote. ValueError if it is anything else."""
+def is_ours(path: pathlib.Path) -> bool:
+    """Whether `save` wrote it."""
+    return path.suffix == ".safetensors" and tensors.open_safetensors(path)[1].get("format") == "ddim_jax"
+
+
+def open_file(path: pathlib.Path) -> Published:
+    """What a file that `save` wrote says. CheckpointError if it is damaged."""
+    found, metadata = tensors.open_safetensors(path)
+
+    def read(like: Any, ema: bool) -> Any:
+        no_raw_parameters(str(path), ema)
+        return tensors.read(found, like, "config.model")
+
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            flat = {name: file.get_tensor(name) for name in file.keys()}
-        return flax.traverse_util.unflatten_dict(flat, sep="/"), json.loads(metadata["config"])
-    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path} is no weights file of ddim_jax: {error}") from error
+        step = int(metadata["step"]) if metadata["step"] else None
+        return describe_own(json.loads(metadata["config"]), step, str(path), read)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is no weights file of ddim_jax: {error!r}") from error
 
 
 def shipped_names() -> list[str]:

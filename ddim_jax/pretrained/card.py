@@ -1,0 +1,70 @@
+"""The README.md of a network that leaves the project: what it is, how to sample it, how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ddim_jax.pretrained.diffusers_folder import TAUS
+
+_CARD = """\
+---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [ddim, ddpm, jax, ddim_jax]
+---
+
+# {name}
+
+A U-Net of DDPM with {count:,} parameters for images of {size}x{size}x{channels}, which predicts {prediction}. \
+Written by ddim_jax from {source}.
+
+## Sample it
+
+With diffusers:
+
+```python
+from diffusers import DDIMPipeline
+
+pipeline = DDIMPipeline.from_pretrained("THIS_FOLDER")
+image = pipeline(batch_size=1, num_inference_steps=50, eta=0.0{clipped}).images[0]
+```
+
+{notes}With ddim_jax, any process of the DDIM family over any tau:
+
+```bash
+python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_FOLDER --config.sample.steps=50
+```
+
+## How it was made
+
+```json
+{config}
+```
+"""
+
+
+def model_card(config: Mapping[str, Any], source: str, count: int) -> str:
+    """Markdown with the front matter of the Hugging Face hub. config: model, schedule and sample, and all else that
+    is known. count: of parameters.
+    """
+    model, sample = config["model"], config["sample"]
+    notes = []
+    if sample["tau"] not in TAUS:
+        notes.append(f"Its tau was {sample['tau']}, which diffusers does not have; its own spacing stands in for it.")
+    if sample["clip_x0"]:
+        notes.append("The predicted x_0 is clipped, and eps derived again from it, which that argument asks for.")
+    if model["num_classes"]:
+        notes.append("The network is class-conditional: the pipeline cannot pass classes, its unet takes class_labels.")
+    return _CARD.format(
+        name=config["name"],
+        count=count,
+        size=model["image_size"],
+        channels=model["image_channels"],
+        prediction={"eps": "the noise", "x0": "the image", "v": "v"}[model["prediction"]],
+        source=source,
+        clipped=", use_clipped_model_output=True" if sample["clip_x0"] else "",
+        notes="".join(f"{note}\n" for note in notes) + ("\n" if notes else ""),
+        config=json.dumps(config, indent=1),
+    )

@@ -1,0 +1,366 @@
+"""Checkpoints of Hugging Face diffusers: unconditional and class-conditional pipelines of a `UNet2DModel`, in and
+out. Its own code is not needed for either.
+
+What a setting means is read off diffusers' `UNet2DModel` and `DDIMScheduler`; a setting that is not in a file has
+the default that it has there. Whatever would change the numbers and is not supported is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+import safetensors.numpy
+
+from ddim_jax import images, schedule
+from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.pretrained import names, tensors
+from ddim_jax.pretrained.files import Folder, Repository, load_json
+from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+
+# Schedulers whose noising is that of DDPM: their alpha_bar means the same. How they step is not taken from them.
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMParallelScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+
+# Fields of UNet2DModel that must have one of these values; the first is what is assumed where the field is missing.
+FIXED = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "downsample_type": ("conv",),
+    "upsample_type": ("conv",),
+    "act_fn": ("silu", "swish"),
+    "resnet_time_scale_shift": ("default",),
+    "class_embed_type": (None,),
+}
+# The other fields that are understood, with diffusers' defaults.
+NETWORK = {
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "time_embedding_dim": None,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (224, 448, 672, 896),
+    "layers_per_block": 2,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-5,
+    "add_attention": True,
+    "num_class_embeds": None,
+    "num_train_timesteps": None,  # of learned time embeddings, which are not supported
+}
+# Fields of schedulers, with the defaults of DDIMScheduler.
+NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "clip_sample": True,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "prediction_type": "epsilon",
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "clip_sample_range": 1.0,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "rescale_betas_zero_snr": False,
+    "variance_type": "fixed_small",
+}
+
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+TAUS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
+# Where a spacing is not known to diffusers, the nearest that it knows.
+SPACINGS = {**TAUS, "uniform": "trailing", "quadratic": "trailing", "official_uniform": "leading"}
+HALVE_PADDING = {0: "end", 1: "both"}
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def is_there(files: Folder | Repository) -> bool:
+    return files.find("model_index.json") is not None
+
+
+def open_folder(files: Folder | Repository) -> Published:
+    """What a pipeline's folder, or its repository on the hub, says. CheckpointError if it is not of this kind."""
+    _check_pipeline(load_json(files.find("model_index.json")), files.source)
+    unet = _required(files, "unet/config.json", "config.json")
+    noise = _required(files, "scheduler/scheduler_config.json", "scheduler_config.json")
+    # The tensors stand beside their config.json, in unet/ or, in the first repositories, in the root.
+    folder = "unet/" if unet.parent.name == "unet" else ""
+
+    def read(like: Any, ema: bool) -> Any:
+        no_raw_parameters(files.source, ema)
+        path = _required(files, f"{folder}{WEIGHTS}.safetensors", f"{folder}{WEIGHTS}.bin")
+        if path.suffix == ".bin":
+            found = tensors.from_torch(str(path), tensors.load_torch(path))
+        else:
+            found, _ = tensors.open_safetensors(path)
+        old = any(".attentions." in name and name.endswith(".query.weight") for name in found.shapes)
+        layout = names.DIFFUSERS_OLD if old else names.DIFFUSERS
+        return tensors.read(found._replace(layout=layout), like, "its unet/config.json")
+
+    model = network_fields(load_json(unet), f"{files.source}: unet/config.json")
+    schedule_fields, prediction, sample = noise_fields(load_json(noise), f"{files.source}: scheduler_config.json")
+    return describe(
+        files.name,
+        files.source,
+        model | {"prediction": prediction},
+        schedule_fields,
+        sample,
+        read,
+    )
+
+
+def _required(files: Folder | Repository, *candidates: str) -> pathlib.Path:
+    found = files.find(*candidates)
+    if found is None:
+        raise CheckpointError(f"{files.source} has no {' or '.join(candidates)}{files.why_missing()}")
+    return found
+
+
+def _check_pipeline(index: Mapping[str, Any], source: str) -> None:
+    supported = f"supported: {', '.join(PIPELINES)} of a UNet2DModel and a scheduler"
+    components = {name: value for name, value in index.items() if not name.startswith("_")}
+    kind = lambda name: (components.get(name) or [None, None])[-1]
+    present = [name for name in components if isinstance(components[name], list) and kind(name)]
+    other = [name for name in present if name not in ("unet", "scheduler")]
+    found = f"{source} is a {index.get('_class_name')}"
+    if kind("unet") != "UNet2DModel":
+        raise CheckpointError(f"{found} whose unet is {kind('unet') or 'not there'}; {supported}")
+    if other:
+        raise CheckpointError(f"{found} with {', '.join(other)} beside its unet; {supported}")
+    if index.get("_class_name") not in PIPELINES:
+        raise CheckpointError(f"{found}; {supported}")
+
+
+def _refuse(where: str, name: str, found: Any, supported: str):
+    raise CheckpointError(f"{where}: {name} = {found!r} is not supported; supported: {supported}")
+
+
+def _settings(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of all fields of defaults. CheckpointError for one of another kind than its default."""
+    settings = {**defaults, **{name: values[name] for name in defaults if name in values}}
+    for name, default in defaults.items():
+        kind = {bool: bool, str: str, tuple: (list, tuple)}.get(type(default), (int, float))
+        value, open_ = settings[name], default is None or (name == "attention_head_dim" and settings[name] is None)
+        if not open_ and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+            raise CheckpointError(f"{where}: {name} must be like {default!r}, got {value!r}")
+    return settings
+
+
+def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of config.model that a `UNet2DModel`'s config.json means, but for the prediction. CheckpointError,
+    naming the setting, for what ddim_jax's network cannot be.
+    """
+    refuse = partial(_refuse, where)
+    if values.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        refuse("_class_name", values["_class_name"], "UNet2DModel")
+    for name, supported in FIXED.items():
+        if values.get(name, supported[0]) not in supported:
+            refuse(name, values[name], " or ".join(map(repr, supported)))
+    for name in values:
+        if not name.startswith("_") and name not in FIXED and name not in NETWORK and values[name] is not None:
+            refuse(name, values[name], ", ".join([*NETWORK, *FIXED]))
+    unet = _settings(values, NETWORK, where)
+
+    channels, *_ = widths = unet["block_out_channels"]
+    if not all(isinstance(width, int) and width > 0 and width % channels == 0 for width in widths):
+        refuse("block_out_channels", widths, "multiples of the first")
+    size = unet["sample_size"]
+    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+        size = size[0]
+    if not isinstance(size, int) or isinstance(size, bool):
+        refuse("sample_size", size, "the height of square images")
+    if unet["in_channels"] != unet["out_channels"]:
+        refuse("out_channels", unet["out_channels"], f"in_channels, which is {unet['in_channels']}")
+    if unet["time_embedding_dim"] not in (None, 4 * channels):
+        refuse("time_embedding_dim", unet["time_embedding_dim"], f"4 times the first of block_out_channels, {channels}")
+    if unet["attn_norm_num_groups"] not in (None, unet["norm_num_groups"]):
+        refuse("attn_norm_num_groups", unet["attn_norm_num_groups"], f"norm_num_groups, {unet['norm_num_groups']}")
+    if unet["downsample_padding"] not in HALVE_PADDING:
+        refuse("downsample_padding", unet["downsample_padding"], " or ".join(map(str, HALVE_PADDING)))
+
+    attended = {}
+    for direction in ("down", "up"):
+        types = [str(name).removeprefix("UNetRes") for name in unet[f"{direction}_block_types"]]
+        plain, attention = f"{direction.capitalize()}Block2D", f"Attn{direction.capitalize()}Block2D"
+        for name in types:
+            if name not in (plain, attention):
+                refuse(f"{direction}_block_types", name, f"{plain} or {attention}")
+        if len(types) != len(widths):
+            refuse(f"{direction}_block_types", types, f"one for each of block_out_channels {list(widths)}")
+        attended[direction] = [name == attention for name in types]
+    if attended["up"] != attended["down"][::-1]:
+        refuse("up_block_types", unet["up_block_types"], "attention at the sizes where down_block_types has it")
+
+    return {
+        "image_size": size,
+        "image_channels": unet["in_channels"],
+        "channels": channels,
+        "channel_mult": tuple(width // channels for width in widths),
+        "num_res_blocks": unet["layers_per_block"],
+        "attention_resolutions": tuple(size >> level for level, attends in enumerate(attended["down"]) if attends),
+        "middle_attention": unet["add_attention"],
+        "head_channels": unet["attention_head_dim"] or 0,
+        "groups": unet["norm_num_groups"],
+        "norm_epsilon": unet["norm_eps"],
+        "halve_padding": HALVE_PADDING[unet["downsample_padding"]],
+        "frequency_shift": unet["freq_shift"],
+        "cos_first": unet["flip_sin_to_cos"],
+        "num_classes": unet["num_class_embeds"] or 0,
+    }
+
+
+def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """(fields of config.schedule, the prediction, fields of config.sample) of a scheduler_config.json.
+    CheckpointError, naming the setting, for noise that is not supported.
+    """
+    refuse = partial(_refuse, where)
+    if values.get("_class_name", "DDIMScheduler") not in SCHEDULERS:
+        refuse("_class_name", values["_class_name"], ", ".join(SCHEDULERS))
+    noise = _settings(values, NOISE, where)
+    if noise["rescale_betas_zero_snr"]:
+        refuse("rescale_betas_zero_snr", True, "False: with alpha_bar_T = 0 no eps tells x_0")
+    if noise["variance_type"].startswith("learned"):
+        refuse("variance_type", noise["variance_type"], "a fixed variance: the network then predicts nothing else")
+    for name, table in (("prediction_type", PREDICTIONS), ("timestep_spacing", TAUS)):
+        if noise[name] not in table:
+            refuse(name, noise[name], ", ".join(table))
+
+    betas = noise["trained_betas"]
+    if betas is None and noise["beta_schedule"] not in SCHEDULES:
+        refuse("beta_schedule", noise["beta_schedule"], ", ".join(SCHEDULES))
+    schedule_fields = {
+        "name": SCHEDULES[noise["beta_schedule"]] if betas is None else "from_betas",
+        "num_steps": noise["num_train_timesteps"] if betas is None else len(betas),
+        "beta_start": noise["beta_start"],
+        "beta_end": noise["beta_end"],
+        "betas": tuple(betas or ()),
+    }
+    thresholding = noise["thresholding"]
+    sample = {
+        "clip_x0": thresholding or noise["clip_sample"],
+        "clip_range": noise["sample_max_value"] if thresholding else noise["clip_sample_range"],
+        "clip_quantile": noise["dynamic_thresholding_ratio"] if thresholding else 0.0,
+        "tau": TAUS[noise["timestep_spacing"]],
+        "tau_offset": noise["steps_offset"] if noise["timestep_spacing"] == "leading" else 0,
+        "tau_end": 0 if noise["set_alpha_to_one"] else 1,
+    }
+    return schedule_fields, PREDICTIONS[noise["prediction_type"]], sample
+
+
+def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a `UNet2DModel` for the fields of config.model: the inverse of `network_fields`."""
+    levels = len(model["channel_mult"])
+    attends = [model["image_size"] >> level in model["attention_resolutions"] for level in range(levels)]
+    kinds = lambda direction: [("Attn" if attends_here else "") + f"{direction}Block2D" for attends_here in attends]
+    return {
+        "_class_name": "UNet2DModel",
+        **{name: supported[0] for name, supported in FIXED.items()},
+        "sample_size": model["image_size"],
+        "in_channels": model["image_channels"],
+        "out_channels": model["image_channels"],
+        "freq_shift": _int_if_whole(model["frequency_shift"]),
+        "flip_sin_to_cos": model["cos_first"],
+        "down_block_types": kinds("Down"),
+        "up_block_types": kinds("Up")[::-1],
+        "block_out_channels": [model["channels"] * mult for mult in model["channel_mult"]],
+        "layers_per_block": model["num_res_blocks"],
+        "downsample_padding": {name: padding for padding, name in HALVE_PADDING.items()}[model["halve_padding"]],
+        "dropout": model["dropout"],
+        "attention_head_dim": model["head_channels"] or None,
+        "norm_num_groups": model["groups"],
+        "norm_eps": model["norm_epsilon"],
+        "add_attention": model["middle_attention"],
+        "num_class_embeds": model["num_classes"] or None,
+    }
+
+
+def _int_if_whole(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler_config.json of a DDIMScheduler for a config with the sections model, schedule and sample: the
+    inverse of `noise_fields`, where diffusers has the setting.
+    """
+    noise, sample = config["schedule"], config["sample"]
+    theirs = {ours: name for name, ours in SCHEDULES.items() if ours != "sigmoid"}  # DDIMScheduler has no sigmoid
+    betas = list(noise["betas"]) if noise["name"] == "from_betas" else None
+    if noise["name"] == "sigmoid":
+        alpha_bar = schedule.sigmoid(noise["num_steps"], noise["beta_start"], noise["beta_end"]).alpha_bar
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
+    thresholding = bool(sample["clip_x0"] and sample["clip_quantile"])
+    clip_range = {"sample_max_value" if thresholding else "clip_sample_range": sample["clip_range"]}
+    return {
+        **NOISE,
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": noise["num_steps"],
+        "beta_start": noise["beta_start"],
+        "beta_end": noise["beta_end"],
+        "beta_schedule": theirs.get(noise["name"], "linear"),
+        "trained_betas": betas,
+        "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[config["model"]["prediction"]],
+        "clip_sample": bool(sample["clip_x0"]) and not thresholding,
+        "thresholding": thresholding,
+        "dynamic_thresholding_ratio": sample["clip_quantile"] or NOISE["dynamic_thresholding_ratio"],
+        **clip_range,
+        "timestep_spacing": SPACINGS.get(sample["tau"], "trailing"),
+        "steps_offset": sample["tau_offset"],
+        "set_alpha_to_one": sample["tau_end"] == 0,
+    }
+
+
+def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str) -> None:
+    """Writes the folder that `DDIMPipeline.from_pretrained` reads. config: model, schedule and sample, with tau and
+    clip_x0 decided. card: the README.md. The file that makes it a pipeline, model_index.json, comes last.
+    """
+    levels = len(config["model"]["channel_mult"])
+    state = {
+        names.theirs(path, names.DIFFUSERS, levels): np.ascontiguousarray(
+            names.to_theirs(path, np.asarray(leaf), names.DIFFUSERS)
+        )
+        for path, leaf in flax.traverse_util.flatten_dict(params).items()
+    }
+    index = {
+        "_class_name": "DDIMPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+    as_json = lambda values: (json.dumps(values, indent=2) + "\n").encode()
+    for name, content in {
+        f"unet/{WEIGHTS}.safetensors": safetensors.numpy.save(state, metadata={"format": "pt"}),
+        "unet/config.json": as_json(unet_config(config["model"])),
+        "scheduler/scheduler_config.json": as_json(scheduler_config(config)),
+        "README.md": card.encode(),
+        "model_index.json": as_json(index),
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with images.replacing(folder / name) as file:
+            file.write(content)

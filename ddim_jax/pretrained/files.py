@@ -1,0 +1,91 @@
+"""The files of a checkpoint, in a folder or in a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from ddim_jax.checkpoint import CheckpointError
+
+_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+class Folder:
+    """Files of a folder."""
+
+    def __init__(self, path: pathlib.Path):
+        self.name, self.source, self._path = path.resolve().name, str(path), path
+
+    def find(self, *names: str) -> pathlib.Path | None:
+        """The first of these that is there, None if none is."""
+        return next((self._path / name for name in names if (self._path / name).is_file()), None)
+
+    def why_missing(self) -> str:
+        return ""
+
+
+class Repository:
+    """Files of a repository of the hub: fetched when they are asked for, kept in huggingface_hub's own cache."""
+
+    def __init__(self, repository: str, revision: str | None):
+        self.name = repository.split("/")[1]
+        self.source = f"{repository}@{revision}" if revision else repository
+        self._repository, self._revision, self._offline = repository, revision, ""
+
+    def find(self, *names: str) -> pathlib.Path | None:
+        """The first of these that is there, fetched; None if none is. CheckpointError if the repository cannot be
+        asked.
+        """
+        # In here: it is slow to import, and reads HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT then.
+        from huggingface_hub import errors, hf_hub_download
+
+        for name in names:
+            try:
+                return pathlib.Path(
+                    hf_hub_download(
+                        self._repository, name, revision=self._revision, local_files_only=bool(self._offline)
+                    )
+                )
+            except errors.LocalEntryNotFoundError:
+                self._offline = (
+                    "HF_HUB_OFFLINE is set and the file is not in its cache"
+                    if os.environ.get("HF_HUB_OFFLINE")
+                    else "the hub cannot be reached and the file is not in its cache"
+                )
+            except errors.EntryNotFoundError:
+                pass
+            except errors.GatedRepoError as error:
+                raise CheckpointError(f"{self.source} is gated: log in with `hf auth login`") from error
+            except errors.RevisionNotFoundError as error:
+                raise CheckpointError(f"{self._repository} on the hub has no revision {self._revision!r}") from error
+            except errors.RepositoryNotFoundError as error:
+                raise CheckpointError(
+                    f"{self._repository} is neither a file or folder here nor a repository on the hub that you may read"
+                ) from error
+            except (errors.HFValidationError, OSError) as error:
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise CheckpointError(f"{self.source} cannot be fetched from the hub: {reason}") from error
+        return None
+
+    def why_missing(self) -> str:
+        return f" ({self._offline})" if self._offline else ""
+
+
+def hub_repository(where: str) -> Repository | None:
+    """The repository that "owner/name" or "owner/name@revision" means, None if it is no such id."""
+    match = _HUB_ID.fullmatch(where)
+    return Repository(match["repository"], match["revision"]) if match else None
+
+
+def load_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object, or CheckpointError."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,69 @@
+"""What a checkpoint says of itself, whatever its format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ddim_jax import config as config_lib
+from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.config import ConfigError, ModelConfig, ScheduleConfig
+
+
+class Published(NamedTuple):
+    """A trained network as its files describe it; no tensor is read yet."""
+
+    name: str  # for output folders
+    source: str  # for people
+    model: ModelConfig  # but for dropout and dtype: how a network is trained and computed is the user's choice
+    schedule: ScheduleConfig
+    sample: Mapping[str, Any]  # the fields SAMPLED of config.sample: how its authors sample it
+    config: Mapping[str, Any]  # all of the config that it was trained with, where it is ours; else nothing
+    step: int | None  # how many updates made it, where that is known
+    read: Callable[[Any, bool], Any]  # (like, ema) -> params, in float32; see `tensors.read`
+
+
+# What of config.sample goes with a network: two groups, each decided by its first field.
+SAMPLED = (("tau", "tau_offset", "tau_end"), ("clip_x0", "clip_range", "clip_quantile"))
+
+
+def describe(
+    name: str,
+    source: str,
+    model: Mapping[str, Any],
+    schedule: Mapping[str, Any],
+    sample: Mapping[str, Any],
+    read: Callable[[Any, bool], Any],
+    config: Mapping[str, Any] | None = None,
+    step: int | None = None,
+) -> Published:
+    """A Published of the fields of config.model, config.schedule and config.sample, checked. CheckpointError for
+    fields that no network can have.
+    """
+    try:
+        parsed = config_lib.section(ModelConfig, {"dropout": 0.0, "dtype": "float32", **model}, "model")
+        noise = config_lib.section(ScheduleConfig, schedule, "schedule")
+        config_lib.network(parsed)
+        config_lib.noise_schedule(noise)
+    except ConfigError as error:
+        raise CheckpointError(f"{source} cannot be used: {error}") from error
+    return Published(name, source, parsed, noise, sample, config or {}, step, read)
+
+
+def describe_own(
+    config: Mapping[str, Any], step: int | None, source: str, read: Callable[[Any, bool], Any]
+) -> Published:
+    """The Published of a config that ddim_jax saved, also an earlier version."""
+    try:
+        config = config_lib.filled(config)
+        name, model, schedule, sample = (config[section] for section in ("name", "model", "schedule", "sample"))
+        sampled = {field: sample[field] for group in SAMPLED for field in group}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the config of {source} is not whole: {error!r}") from error
+    return describe(name, source, model, schedule, sampled, read, config, step)
+
+
+def no_raw_parameters(source: str, ema: bool) -> None:
+    """CheckpointError if the raw parameters are asked of a checkpoint that holds one set alone."""
+    if not ema:
+        raise CheckpointError(f"config.sample.ema: {source} holds one set of parameters, False is not possible")

@@ -1,0 +1,475 @@
+"""Beside PyTorch: diffusers' network, scheduler and pipeline, and the official DDIM code's network, on the same
+weights and the same noise.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e '.[parity]'")
+diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip install -e '.[parity]'")
+
+from conftest import meshes, run  # noqa: E402
+from official_model import Model  # noqa: E402
+
+from ddim_jax import config as config_lib  # noqa: E402
+from ddim_jax import gaussian, generate, pretrained, samplers, schedule, trajectory, weights  # noqa: E402
+from ddim_jax.models import adapter  # noqa: E402
+from ddim_jax.models.unet import sinusoid  # noqa: E402
+
+torch.set_num_threads(1)
+
+# What google/ddpm-cifar10-32 and its kin were published with; what diffusers assumes; other shapes.
+DDPM = dict(
+    attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, norm_num_groups=8
+)
+CIFAR10 = dict(
+    DDPM,
+    sample_size=32,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    norm_num_groups=32,
+)
+
+
+def blocks(*attends):
+    return dict(
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
+    )
+
+
+VARIANTS = {
+    "ddpm": dict(DDPM, sample_size=8, block_out_channels=(16, 32), layers_per_block=2, **blocks(0, 1)),
+    "diffusers_defaults": dict(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, **blocks(1, 1)
+    ),
+    "three_levels": dict(
+        DDPM, sample_size=(8, 8), block_out_channels=(16, 16, 48), layers_per_block=1, **blocks(0, 1, 0)
+    )
+    | dict(downsample_padding=1, in_channels=1, out_channels=1),
+    "one_level": dict(DDPM, sample_size=4, block_out_channels=(16,), layers_per_block=3, **blocks(0))
+    | dict(flip_sin_to_cos=True, dropout=0.5),
+    "classes": dict(DDPM, sample_size=8, block_out_channels=(16, 32), layers_per_block=1, **blocks(0, 0))
+    | dict(num_class_embeds=5, add_attention=False, freq_shift=0),
+}
+
+
+def randomise(net, seed=0):
+    """Weights that keep the size of what passes through them; norms and biases that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        for module in net.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.weight += 1
+    return net.eval()
+
+
+def publish(folder, net, scheduler=None):
+    diffusers.DDPMPipeline(net, scheduler or diffusers.DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+def read(where):
+    """(published, flax module, params)"""
+    published = weights.describe(where)
+    params = published.read(weights.params_like(published.model, meshes()[0]), True)
+    return published, config_lib.network(published.model), params
+
+
+def to_torch(x):
+    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2))
+
+
+def from_torch(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def difference(ours, theirs):
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def inputs(published, batch, dtype=np.float32):
+    rng = np.random.default_rng(batch)
+    model = published.model
+    x = rng.normal(size=(batch, model.image_size, model.image_size, model.image_channels)).astype(dtype)
+    labels = rng.integers(0, model.num_classes, batch).astype(np.int32) if model.num_classes else None
+    return x, labels
+
+
+def torch_labels(labels):
+    return {} if labels is None else {"class_labels": torch.tensor(labels)}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, tmp_path_factory):
+    net = randomise(diffusers.UNet2DModel(**VARIANTS[request.param]))
+    return net, publish(tmp_path_factory.mktemp("published") / request.param, net)
+
+
+# --- the network ---
+
+
+def test_output_is_diffusers_s_in_float32(variant):
+    net, where = variant
+    published, module, params = read(where)
+    apply = jax.jit(module.apply)
+    for batch, time, tolerance in [(3, [0, 1, 20], 5e-6), (1, [5], 5e-6), (3, [999, 998, 900], 1e-4)]:
+        x, labels = inputs(published, batch)
+        with torch.no_grad():
+            theirs = from_torch(net(to_torch(x), torch.tensor(time), **torch_labels(labels)).sample)
+        assert difference(apply({"params": params}, x, jnp.asarray(time), labels), theirs) < tolerance
+
+
+def test_output_is_diffusers_s_in_float64(variant, x64):
+    """At time 0 with its own embedding, which is exact there; at the others given ours."""
+    net, where = variant
+    published, module, params = read(where)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
+    apply = jax.jit(module.clone(dtype=jnp.float64).apply)
+    x, labels = inputs(published, 2, np.float64)
+    own = net.time_proj
+
+    class Ours(torch.nn.Module):
+        def forward(self, time):
+            fields = (published.model.channels, published.model.frequency_shift, published.model.cos_first)
+            return torch.tensor(np.asarray(sinusoid(jnp.asarray(time.numpy(), jnp.float64), *fields)))
+
+    try:
+        net.double()
+        for embedding, time in [(own, [0.0, 0.0]), (Ours(), [0.0, 999.0]), (Ours(), [500.0, 3.0])]:
+            net.time_proj = embedding
+            with torch.no_grad():
+                theirs = from_torch(net(to_torch(x), torch.tensor(time), **torch_labels(labels)).sample)
+            assert theirs.dtype == np.float64
+            assert difference(apply({"params": params}, x, jnp.asarray(time), labels), theirs) < 1e-12
+    finally:
+        net.time_proj = own
+        net.float()
+
+
+def ddim_of_diffusers(net, scheduler, x, steps, labels=None, eta=0.0, noises=None):
+    """What DDIMPipeline does between its noise and its image."""
+    scheduler.set_timesteps(steps)
+    x = to_torch(x)
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            said = net(x, time, **torch_labels(labels)).sample
+            x = scheduler.step(said, time, x, use_clipped_model_output=True).prev_sample
+    return from_torch(x)
+
+
+def ours(where, params, x, steps, labels=None):
+    """A DDIM run, all of it as the checkpoint says."""
+    values = config_of(where)
+    values["sample"]["steps"] = steps
+    config = config_lib.parse(weights.described(values))
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    eps_fn = generate.eps_fn(config, params, labels)
+    return np.asarray(samplers.integrate(process.sampler, eps_fn, process.transitions, x))
+
+
+def config_of(where):
+    from configs import default
+
+    values = default.get_config().to_dict()
+    values["pretrained"] = str(where)
+    return values
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_fifty_steps_end_where_diffusers_s_do(variant, tmp_path, clip):
+    net, _ = variant
+    scheduler = diffusers.DDIMScheduler(clip_sample=clip)
+    where = publish(tmp_path / "pipeline", net, scheduler)
+    published, _, params = read(where)
+    x, labels = inputs(published, 2)
+    theirs = ddim_of_diffusers(net, scheduler, x, 50, labels)
+    assert difference(ours(where, params, x, 50, labels), theirs) < 1e-4
+
+
+def test_the_cifar10_network_at_full_size(tmp_path):
+    net = randomise(diffusers.UNet2DModel(**CIFAR10))
+    where = publish(tmp_path / "ddpm-cifar10-32", net)
+    published, module, params = read(where)
+    assert published.name == "ddpm-cifar10-32"
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 35_746_307
+    from configs import cifar10
+
+    cifar10 = config_lib.parse(cifar10.get_config().to_dict())
+    assert dataclasses.replace(published.model, dropout=0.1) == cifar10.model and published.schedule == cifar10.schedule
+    apply = jax.jit(module.apply)
+    x, _ = inputs(published, 2)
+    for time, tolerance in [([0, 10], 5e-6), ([999, 999], 1e-4)]:
+        with torch.no_grad():
+            theirs = from_torch(net(to_torch(x), torch.tensor(time)).sample)
+        assert difference(apply({"params": params}, x, jnp.asarray(time)), theirs) < tolerance
+
+
+# --- in and out ---
+
+
+def tensors_of(folder):
+    return safetensors.numpy.load_file(f"{folder}/unet/diffusion_pytorch_model.safetensors")
+
+
+def test_to_ddim_jax_and_back_is_the_same_bit_for_bit(variant, tmp_path):
+    net, where = variant
+    for format_, to in [("safetensors", "w.safetensors"), ("orbax", "run"), ("diffusers", "again")]:
+        done = run("ddim_jax.convert", "--from", where, "--to", tmp_path / to, "--format", format_)
+        assert done.returncode == 0, done.stderr
+        done = run("ddim_jax.convert", "--from", tmp_path / to, "--to", tmp_path / f"back_{to}", "--format=diffusers")
+        assert done.returncode == 0, done.stderr
+        there, back = tensors_of(where), tensors_of(tmp_path / f"back_{to}")
+        assert there.keys() == back.keys()
+        for name in there:
+            assert there[name].dtype == back[name].dtype and there[name].shape == back[name].shape
+            np.testing.assert_array_equal(there[name], back[name], err_msg=name)
+        loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path / f"back_{to}")
+        ignored = {"_use_default_values", "_name_or_path", "_diffusers_version", "dropout", "sample_size"}
+        for name, value in net.config.items():
+            assert name in ignored or getattr(loaded.unet.config, name) in (value, list([value])) or list(
+                loaded.unet.config[name]
+            ) == list(value), name
+
+
+def test_our_network_samples_the_same_in_ddim_pipeline(tmp_path):
+    """The digits that ship: their grid, drawn by diffusers from our noise."""
+    from configs import digits
+
+    digits = config_lib.parse(digits.get_config().to_dict())
+    done = run(
+        "ddim_jax.convert", "--from", pretrained.shipped("digits"), "--to", tmp_path / "digits", "--format=diffusers"
+    )
+    assert done.returncode == 0, done.stderr
+    pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "digits")
+    _, x = generate.start(digits, jnp.arange(9))
+    pipeline.scheduler.set_timesteps(50)
+    theirs = ddim_of_diffusers(pipeline.unet, pipeline.scheduler, x, 50)
+    config = dataclasses.replace(digits, sample=dataclasses.replace(digits.sample, steps=50, num_images=9))
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    params = weights.find(config, None, meshes()[0]).params
+    ours = samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x)
+    assert difference(ours, theirs) < 1e-4
+    assert len(pipeline(batch_size=2, num_inference_steps=2, output_type="np").images) == 2
+    card = (tmp_path / "digits" / "README.md").read_text()
+    assert "DDIMPipeline.from_pretrained" in card and '"learning_rate": 0.001' in card
+
+
+def test_old_attention_names_and_the_flat_layout_are_read(tmp_path):
+    """The first repositories: config and tensors in the root, query, key, value, proj_attn, a .bin beside."""
+    net = randomise(diffusers.UNet2DModel(**VARIANTS["ddpm"]))
+    where = publish(tmp_path / "new", net)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    new = tmp_path / "new"
+    (flat / "config.json").write_text((new / "unet" / "config.json").read_text())
+    (flat / "scheduler_config.json").write_text((new / "scheduler" / "scheduler_config.json").read_text())
+    (flat / "model_index.json").write_text((new / "model_index.json").read_text())
+    old = {}
+    for name, tensor in net.state_dict().items():
+        for now, then in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]:
+            name = name.replace(now, then)
+        old[name] = tensor
+    torch.save(old, flat / "diffusion_pytorch_model.bin")
+    expected, there = read(where)[2], read(str(flat))[2]
+    jax.tree.map(np.testing.assert_array_equal, expected, there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_read_as_float32(tmp_path, dtype):
+    net = randomise(diffusers.UNet2DModel(**VARIANTS["ddpm"])).to(dtype)
+    params = read(publish(tmp_path / "half", net))[2]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(
+        params["conv_in"]["kernel"], net.conv_in.weight.detach().float().numpy().transpose(2, 3, 1, 0)
+    )
+
+
+# --- the official code ---
+
+OFFICIAL = dict(ch=32, ch_mult=[1, 2], num_res_blocks=2, attn_resolutions=[16], in_channels=3, out_ch=3, dropout=0.1)
+
+
+def official_yaml(image_size):
+    """As the official code dumps its argparse.Namespace."""
+    lines = ["!!python/object:argparse.Namespace"]
+    sections = {
+        "data": dict(dataset="CIFAR10", image_size=image_size, channels=3, logit_transform=False, rescaled=True),
+        "model": dict(OFFICIAL, type="simple", resamp_with_conv=True, ema=True, ema_rate=0.9999),
+        "diffusion": dict(beta_schedule="quad", beta_start=0.0002, beta_end=0.01, num_diffusion_timesteps=500),
+    }
+    for section, fields in sections.items():
+        lines.append(f"{section}: !!python/object:argparse.Namespace")
+        lines += [f"  {name}: {json.dumps(value)}" for name, value in fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+def assert_same_output(net, module, params):
+    x = np.random.default_rng(0).normal(size=(2, module.image_size, module.image_size, 3)).astype(np.float32)
+    for time, tolerance in [([0, 20], 5e-6), ([999, 400], 1e-4)]:
+        with torch.no_grad():
+            theirs = from_torch(net(to_torch(x), torch.tensor(time)))
+        assert difference(jax.jit(module.apply)({"params": params}, x, jnp.asarray(time)), theirs) < tolerance
+
+
+def test_the_official_checkpoint_and_its_moving_average(tmp_path):
+    raw, ema = (randomise(Model(resolution=32, **OFFICIAL), seed) for seed in (0, 1))
+    folder = tmp_path / "cifar10_run"
+    folder.mkdir()
+    optimizer = torch.optim.Adam(raw.parameters())
+    parallel = {f"module.{name}": tensor for name, tensor in raw.state_dict().items()}
+    torch.save([parallel, optimizer.state_dict(), 3, 1234, dict(ema.state_dict())], folder / "ckpt.pth")
+    (folder / "config.yml").write_text(official_yaml(32))
+    for where in (folder, folder / "ckpt.pth"):
+        published, module, params = read(str(where))
+        assert published.name == "cifar10_run"
+        assert_same_output(ema, module, params)
+    assert (published.schedule.name, published.schedule.num_steps) == ("scaled_linear", 500)
+    assert (published.schedule.beta_start, published.schedule.beta_end) == (0.0002, 0.01)
+    raw_params = published.read(weights.params_like(published.model, meshes()[0]), False)
+    assert_same_output(raw, module, raw_params)
+
+
+def test_a_bare_state_dict_tells_its_network(tmp_path):
+    """As the port of Ho's models comes, in PyTorch's format and as safetensors. Attention is at 16x16."""
+    net = randomise(Model(resolution=32, **OFFICIAL))
+    torch.save(net.state_dict(), tmp_path / "ema_cifar10.ckpt")
+    safetensors.numpy.save_file({n: t.numpy() for n, t in net.state_dict().items()}, tmp_path / "ema.safetensors")
+    for name in ("ema_cifar10.ckpt", "ema.safetensors"):
+        published, module, params = read(str(tmp_path / name))
+        assert published.name == name.split(".")[0]
+        assert module.image_size == 32 and published.schedule.num_steps == 1000
+        assert_same_output(net, module, params)
+
+
+def test_the_official_model_of_this_test_has_the_published_size():
+    cifar10 = dict(ch=128, ch_mult=[1, 2, 2, 2], num_res_blocks=2, attn_resolutions=[16])
+    net = Model(resolution=32, in_channels=3, out_ch=3, dropout=0.1, **cifar10)
+    assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307
+
+
+# --- the scheduler ---
+
+T = 1000
+BASE = dict(num_train_timesteps=T, beta_start=1e-4, beta_end=0.02)
+GRID = [
+    {},
+    dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    dict(beta_schedule="squaredcos_cap_v2"),
+    dict(trained_betas=np.geomspace(1e-4, 0.05, T).tolist()),
+    dict(num_train_timesteps=400),
+    dict(prediction_type="sample"),
+    dict(prediction_type="v_prediction"),
+    dict(clip_sample=False),
+    dict(clip_sample=False, prediction_type="v_prediction", beta_schedule="scaled_linear"),
+    dict(clip_sample_range=0.4),
+    dict(thresholding=True, sample_max_value=1.5, dynamic_thresholding_ratio=0.9),
+    dict(thresholding=True, clip_sample=False, prediction_type="v_prediction"),
+    dict(set_alpha_to_one=False),
+    dict(set_alpha_to_one=False, steps_offset=1),
+    dict(steps_offset=3, clip_sample=False, prediction_type="sample"),
+    dict(timestep_spacing="trailing"),
+    dict(timestep_spacing="trailing", set_alpha_to_one=False, prediction_type="v_prediction"),
+    dict(timestep_spacing="linspace"),
+    dict(timestep_spacing="linspace", set_alpha_to_one=False, beta_schedule="squaredcos_cap_v2", clip_sample=False),
+]
+
+
+def model_output(x, time, xp):
+    """Any function of x and time."""
+    return xp.sin(2 * x) + 0.3 * xp.cos(0.01 * time + 3 * x)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("settings", GRID, ids=lambda settings: "-".join(map(str, settings))[:60] or "defaults")
+def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
+    """Our step between diffusers' own pairs of levels, on the same x and the same noise."""
+    settings = BASE | settings
+    scheduler = diffusers.DDIMScheduler(**settings)
+    noise_config, prediction, sample = pretrained.diffusers_folder.noise_fields(dict(scheduler.config), "test")
+    noise_schedule = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, noise_config, "test"))
+    table = schedule.levels(noise_schedule)
+    np.testing.assert_allclose(table.alpha_bar[1:], scheduler.alphas_cumprod.numpy(), rtol=2e-6)
+
+    steps = 50
+    scheduler.set_timesteps(steps)
+    t = scheduler.timesteps.numpy() + 1
+    s = np.maximum(t - settings["num_train_timesteps"] // steps, sample["tau_end"])
+    moves = t != s  # to itself: where set_alpha_to_one is False and t = 1
+    transitions = trajectory.transitions(noise_schedule, t[moves], s[moves])
+
+    def said(x, t):
+        level = schedule.level_at(table, t, x)
+        return gaussian.PREDICTIONS[prediction](x, model_output(x, t - 1, jnp), level)
+
+    eps_fn = said
+    if sample["clip_x0"] and sample["clip_quantile"]:
+        eps_fn = gaussian.threshold_x0(said, table, sample["clip_quantile"], sample["clip_range"])
+    elif sample["clip_x0"]:
+        eps_fn = gaussian.clip_x0(said, table, -sample["clip_range"], sample["clip_range"])
+    sampler = samplers.ddim(eta)
+    step = jax.jit(lambda x, transition, noise: sampler.step(x, (), transition, eps_fn, noise)[0])
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 4, 4, 3))
+    for i, (time, moved) in enumerate(zip(scheduler.timesteps, moves, strict=True)):
+        noise = rng.normal(size=x.shape)
+        theirs = scheduler.step(
+            model_output(to_torch(x), float(time), torch),
+            time,
+            to_torch(x),
+            eta=eta,
+            use_clipped_model_output=True,
+            variance_noise=to_torch(noise) if eta else None,
+        ).prev_sample
+        if moved:
+            transition = jax.tree.map(lambda leaf, i=i: leaf[i], transitions)
+            np.testing.assert_allclose(step(x, transition, noise), from_torch(theirs), rtol=1e-5, atol=2e-5)
+        else:
+            np.testing.assert_allclose(x, from_torch(theirs), rtol=1e-5, atol=1e-5)
+        x = from_torch(theirs)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("num_train_steps", [1000, 250])
+def test_tau_is_diffusers_s_list_of_timesteps(spacing, num_train_steps):
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=num_train_steps, timestep_spacing=spacing)
+    for steps in range(2, num_train_steps + 1):
+        scheduler.set_timesteps(steps)
+        theirs = [0, *(scheduler.timesteps.numpy()[::-1] + 1)]
+        np.testing.assert_array_equal(trajectory.__dict__[spacing](num_train_steps, steps), theirs, err_msg=str(steps))
+
+
+def test_sigmoid_is_that_of_diffusers_s_ddpm_scheduler():
+    scheduler = diffusers.DDPMScheduler(beta_schedule="sigmoid", beta_start=3e-4, beta_end=0.01)
+    fields, _, _ = pretrained.diffusers_folder.noise_fields(dict(scheduler.config), "test")
+    ours = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, fields, "test")).alpha_bar
+    np.testing.assert_allclose(ours[1:], scheduler.alphas_cumprod.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", GRID, ids=lambda settings: "-".join(map(str, settings))[:60] or "defaults")
+def test_the_scheduler_is_written_as_it_was_read(settings):
+    theirs = dict(diffusers.DDIMScheduler(**(BASE | settings)).config)
+    noise_fields = pretrained.diffusers_folder.noise_fields
+    noise, prediction, sample = noise_fields(theirs, "test")
+    written = pretrained.diffusers_folder.scheduler_config(
+        {"model": {"prediction": prediction}, "schedule": noise, "sample": sample}
+    )
+    assert noise_fields(written, "test") == (noise, prediction, sample)
+    known = dict(diffusers.DDIMScheduler.from_config(written).config)
+    for name in BASE | settings:
+        if name != "trained_betas" and not (name == "num_train_timesteps" and "trained_betas" in settings):
+            assert known[name] == (BASE | settings)[name], name
