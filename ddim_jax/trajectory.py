@@ -133,9 +133,12 @@ def leading(num_train_steps: int, num_steps: int) -> np.ndarray:
 
 
 def trailing(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """diffusers' "trailing" spacing: `round(i T / S)`, ends at T (Lin et al. 2023, table 2). (S+1,) ints."""
-    i = _counter(num_train_steps, num_steps)
-    return _from_zero(num_train_steps, np.round(i * num_train_steps / num_steps))
+    """diffusers' "trailing" spacing: `round(T - i T / S)`, i = 0..S-1, ends at T (Lin et al. 2023, table 2). (S+1,)
+    ints. By the same floating-point sum as there, which decides where a level would lie halfway.
+    """
+    _counter(num_train_steps, num_steps)
+    levels = np.arange(num_train_steps, 0, -num_train_steps / num_steps)[:num_steps]
+    return _from_zero(num_train_steps, np.round(levels[::-1]))
 
 
 def linspace(num_train_steps: int, num_steps: int) -> np.ndarray:

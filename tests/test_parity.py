@@ -4,6 +4,7 @@ weights and the same noise.
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,11 @@ import safetensors.numpy
 torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e '.[parity]'")
 diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip install -e '.[parity]'")
 
-from conftest import meshes, run  # noqa: E402
+from conftest import meshes  # noqa: E402
 from official_model import Model  # noqa: E402
 
 from ddim_jax import config as config_lib  # noqa: E402
-from ddim_jax import gaussian, generate, pretrained, samplers, schedule, trajectory, weights  # noqa: E402
-from ddim_jax.models import adapter  # noqa: E402
+from ddim_jax import convert, gaussian, generate, pretrained, samplers, schedule, trajectory, weights  # noqa: E402
 from ddim_jax.models.unet import sinusoid  # noqa: E402
 
 torch.set_num_threads(1)
@@ -225,24 +225,28 @@ def tensors_of(folder):
     return safetensors.numpy.load_file(f"{folder}/unet/diffusion_pytorch_model.safetensors")
 
 
+def convert_(source, to, format_=None):
+    given = {"from": str(source), "to": str(to), "format": format_, "ema": True, "overwrite": False}
+    convert.main(types.SimpleNamespace(**given))
+
+
 def test_to_ddim_jax_and_back_is_the_same_bit_for_bit(variant, tmp_path):
+    """Through each of the formats: the tensors, and all that the config of the network says."""
     net, where = variant
     for format_, to in [("safetensors", "w.safetensors"), ("orbax", "run"), ("diffusers", "again")]:
-        done = run("ddim_jax.convert", "--from", where, "--to", tmp_path / to, "--format", format_)
-        assert done.returncode == 0, done.stderr
-        done = run("ddim_jax.convert", "--from", tmp_path / to, "--to", tmp_path / f"back_{to}", "--format=diffusers")
-        assert done.returncode == 0, done.stderr
-        there, back = tensors_of(where), tensors_of(tmp_path / f"back_{to}")
+        convert_(where, tmp_path / to, format_)
+        convert_(tmp_path / to, tmp_path / f"back_{format_}")
+        there, back = tensors_of(where), tensors_of(tmp_path / f"back_{format_}")
         assert there.keys() == back.keys()
         for name in there:
             assert there[name].dtype == back[name].dtype and there[name].shape == back[name].shape
             np.testing.assert_array_equal(there[name], back[name], err_msg=name)
-        loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path / f"back_{to}")
-        ignored = {"_use_default_values", "_name_or_path", "_diffusers_version", "dropout", "sample_size"}
-        for name, value in net.config.items():
-            assert name in ignored or getattr(loaded.unet.config, name) in (value, list([value])) or list(
-                loaded.unet.config[name]
-            ) == list(value), name
+        loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path / f"back_{format_}").unet.config
+        before, after = (json.loads(json.dumps(dict(config))) for config in (net.config, loaded))
+        if isinstance(before["sample_size"], list):
+            before["sample_size"] = before["sample_size"][0]
+        for name in VARIANTS["ddpm"] | VARIANTS["classes"] | {"dropout": 0, "in_channels": 0, "act_fn": 0}:
+            assert before[name] == after[name], name
 
 
 def test_our_network_samples_the_same_in_ddim_pipeline(tmp_path):
@@ -250,10 +254,7 @@ def test_our_network_samples_the_same_in_ddim_pipeline(tmp_path):
     from configs import digits
 
     digits = config_lib.parse(digits.get_config().to_dict())
-    done = run(
-        "ddim_jax.convert", "--from", pretrained.shipped("digits"), "--to", tmp_path / "digits", "--format=diffusers"
-    )
-    assert done.returncode == 0, done.stderr
+    convert_(pretrained.shipped("digits"), tmp_path / "digits")
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "digits")
     _, x = generate.start(digits, jnp.arange(9))
     pipeline.scheduler.set_timesteps(50)
@@ -402,7 +403,7 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
     noise_config, prediction, sample = pretrained.diffusers_folder.noise_fields(dict(scheduler.config), "test")
     noise_schedule = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, noise_config, "test"))
     table = schedule.levels(noise_schedule)
-    np.testing.assert_allclose(table.alpha_bar[1:], scheduler.alphas_cumprod.numpy(), rtol=2e-6)
+    np.testing.assert_allclose(table.alpha_bar[1:], scheduler.alphas_cumprod.numpy(), rtol=2e-5)
 
     steps = 50
     scheduler.set_timesteps(steps)
@@ -450,6 +451,8 @@ def test_tau_is_diffusers_s_list_of_timesteps(spacing, num_train_steps):
     for steps in range(2, num_train_steps + 1):
         scheduler.set_timesteps(steps)
         theirs = [0, *(scheduler.timesteps.numpy()[::-1] + 1)]
+        if len(theirs) == steps + 2:  # trailing: its sum of floats may end a hair above 0, one timestep more, -1
+            assert spacing == "trailing" and theirs.pop(0) == theirs[0] == 0
         np.testing.assert_array_equal(trajectory.__dict__[spacing](num_train_steps, steps), theirs, err_msg=str(steps))
 
 

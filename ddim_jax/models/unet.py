@@ -111,7 +111,11 @@ class Attention(nn.Module):
             nn.Dense(channels, kernel_init=_INIT, name=name, **dense)(h).reshape(batch, height * width, heads, -1)
             for name in ("query", "key", "value")
         )
-        h = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        logits = jnp.einsum(
+            "bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32)
+        )
+        weights = jax.nn.softmax(logits / (channels // heads) ** 0.5, axis=-1)  # jax.nn's attention: float32 at most
+        h = jnp.einsum("bhqk,bkhc->bqhc", weights.astype(value.dtype), value).reshape(x.shape)
         return x + nn.Dense(channels, kernel_init=_ZERO, name="out", **dense)(h)
 
 

@@ -233,6 +233,7 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "halve_padding": HALVE_PADDING[unet["downsample_padding"]],
         "frequency_shift": unet["freq_shift"],
         "cos_first": unet["flip_sin_to_cos"],
+        "dropout": unet["dropout"],
         "num_classes": unet["num_class_embeds"] or 0,
     }
 

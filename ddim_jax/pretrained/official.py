@@ -127,6 +127,7 @@ def _network_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
         "channel_mult": tuple(model["ch_mult"]),
         "num_res_blocks": model["num_res_blocks"],
         "attention_resolutions": tuple(model["attn_resolutions"]),
+        "dropout": model.get("dropout", 0.0),
     }
 
 

@@ -15,7 +15,7 @@ class Published(NamedTuple):
 
     name: str  # for output folders
     source: str  # for people
-    model: ModelConfig  # but for dropout and dtype: how a network is trained and computed is the user's choice
+    model: ModelConfig
     schedule: ScheduleConfig
     sample: Mapping[str, Any]  # the fields SAMPLED of config.sample: how its authors sample it
     config: Mapping[str, Any]  # all of the config that it was trained with, where it is ours; else nothing
