@@ -68,3 +68,16 @@ def start(module, *args, devices=1):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def ok(process):
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def error_line(process):
+    """The one line that a mistake may print, beside a progress bar."""
+    lines = [line for line in process.stderr.splitlines() if line.strip() and "step/s" not in line]
+    assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
+    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    return lines[0]

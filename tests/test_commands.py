@@ -10,23 +10,10 @@ import time
 import numpy as np
 import pytest
 import safetensors
-from conftest import ROOT, run, start
+from conftest import ROOT, error_line, ok, run, start
 from PIL import Image
 
 SMOKE = ("--config", "configs/smoke.py")
-
-
-def ok(process):
-    assert process.returncode == 0, process.stderr
-    return process
-
-
-def error_line(process):
-    """The one line that a mistake may print, beside a progress bar."""
-    lines = [line for line in process.stderr.splitlines() if line.strip() and "step/s" not in line]
-    assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
-    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
-    return lines[0]
 
 
 @pytest.fixture(scope="session")

@@ -121,3 +121,20 @@ def test_clipping_keeps_x0_and_eps_in_agreement(x64):
     assert (abs(free) > 1).any() and (abs(free) < 1).any()
     np.testing.assert_allclose(x_0, np.clip(free, -1, 1), rtol=1e-12)
     np.testing.assert_allclose(gaussian.q_marginal(x_0, clipped(x, 400), level), x, rtol=1e-12, atol=1e-12)
+
+
+def test_thresholding_is_the_one_of_imagen(x64):
+    """For each image by itself: the bound is a quantile of its own absolute values, in [1, maximum]."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 5, 5, 3)) * np.array([0.1, 0.5, 0.6, 40.0]).reshape(4, 1, 1, 1))
+    bounded = gaussian.threshold_x0(lambda x, t: 0.1 * x, TABLE, 0.9, 3.0)
+    level = schedule.level_at(TABLE, 400, x)
+    free = np.asarray(gaussian.predict_x0(x, 0.1 * x, level))
+    x_0 = gaussian.predict_x0(x, bounded(x, 400), level)
+    reached = []
+    for image, before in zip(np.asarray(x_0), free, strict=True):
+        s = min(max(np.quantile(abs(before), 0.9), 1), 3)
+        reached.append(s)
+        np.testing.assert_allclose(image, np.clip(before, -s, s) / s, rtol=1e-10, atol=1e-12)
+    assert reached[0] == 1 and 1 < reached[2] < 3 and reached[3] == 3
+    np.testing.assert_allclose(gaussian.q_marginal(x_0, bounded(x, 400), level), x, rtol=1e-12, atol=1e-12)

@@ -102,13 +102,14 @@ def test_classes_in_turn_or_all_alike():
 
 
 def test_clipping_keeps_the_last_prediction_in_range():
-    """Without noise the last step is the predicted x_0: with clip_x0 it cannot leave [-1, 1]."""
+    """Without noise the last step is the predicted x_0: with clip_x0 it cannot leave its range."""
     from ddim_jax import samplers
 
     config, process = make(eta=0.0)
     reach = []
-    for clip in (False, True):
-        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, clip_x0=clip))
+    for fields in (dict(), dict(clip_x0=True), dict(clip_x0=True, clip_range=0.5),
+                   dict(clip_x0=True, clip_range=9.0, clip_quantile=0.5)):  # fmt: skip
+        config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **fields))
         _, x = generate.start(config, np.arange(8))
         params = jax.tree.map(lambda leaf: 3 * leaf, params_of(config))
         reach.append(
@@ -116,4 +117,4 @@ def test_clipping_keeps_the_last_prediction_in_range():
                 abs(samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x)).max()
             )
         )
-    assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4
+    assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4 and reach[2] <= 0.5 + 1e-4 and reach[3] <= 1 + 1e-4

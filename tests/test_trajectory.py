@@ -117,3 +117,46 @@ def test_what_cancels_agrees_with_exact_arithmetic(t):
     exact = (1 - keep) / (1 - keep * (1 - betas[t - 1])) * betas[t - 1]
     assert float(down.beta[0]) == pytest.approx(float(betas[t - 1]), rel=1e-11)
     assert float(down.posterior_variance[0]) == pytest.approx(float(exact), rel=1e-11)
+
+
+def test_a_tau_may_be_moved_and_may_stop_before_the_image():
+    tau = trajectory.leading(1000, 4)
+    assert trajectory.moved(1000, tau).tolist() == tau.tolist() == [0, 1, 251, 501, 751]
+    assert trajectory.moved(1000, tau, offset=1, end=1).tolist() == [1, 2, 252, 502, 752]
+    assert trajectory.moved(1000, tau, end=1).tolist() == [1, 251, 501, 751]  # no step from 1 to 1
+    with pytest.raises(ValueError, match=r"within 1\.\.1000, got 1001"):
+        trajectory.moved(1000, tau, offset=250)
+    with pytest.raises(ValueError, match="at least one step"):
+        trajectory.moved(1000, [0, 1], end=1)
+
+
+def test_a_run_stops_before_the_image_only_when_it_is_told_to():
+    noise_schedule = schedule.linear()
+    down = trajectory.descend(noise_schedule, [1, 2, 500], end=1)
+    assert list(zip(down.t, down.s, strict=True)) == [(500, 2), (2, 1)]
+    assert down.alpha_bar_s[-1] == noise_schedule.alpha_bar[1]
+    assert trajectory.ascend(noise_schedule, [1, 2, 500], end=1).t.tolist() == [1, 2]
+    with pytest.raises(ValueError, match="must begin with 0, the image itself, got 1"):
+        trajectory.descend(noise_schedule, [1, 2, 500])
+    with pytest.raises(ValueError, match="must begin with 1, got 0"):
+        trajectory.descend(noise_schedule, [0, 2, 500], end=1)
+
+
+def test_any_pairs_are_steps():
+    steps = trajectory.transitions(schedule.linear(), [1000, 889, 3], [900, 789, 5])
+    assert steps.t.tolist() == [1000, 889, 3] and steps.beta[2] == 0 and steps.beta[0] > 0
+
+
+@pytest.mark.parametrize(
+    "t, s, said",
+    [
+        ([5], [5], "differ in every step"),
+        ([5, 4], [3], "of one length"),
+        ([1001], [5], r"t must stay within 0\.\.1000, got 1001"),
+        ([5], [-1], r"s must stay within 0\.\.1000, got -1"),
+        ([5.0], [1.0], "t must be a list of ints"),
+    ],
+)
+def test_pairs_that_are_no_steps_are_refused(t, s, said):
+    with pytest.raises(ValueError, match=said):
+        trajectory.transitions(schedule.linear(), t, s)

@@ -73,6 +73,15 @@ def test_sinusoid_is_sin_before_cos_at_ten_thousand_to_the_power(x64):
         np.testing.assert_allclose(out[:, 4 + i], np.cos(time / 10000**power), atol=1e-12)
 
 
+def test_sinusoid_in_the_ways_of_others(x64):
+    """diffusers' own defaults: cos before sin, the lowest frequency above 1/10000."""
+    time = np.array([0, 1, 10, 999])
+    out = np.asarray(sinusoid(jnp.asarray(time, jnp.float64), 8, shift=0.0, cos_first=True))
+    for i, power in enumerate([0, 1 / 4, 2 / 4, 3 / 4]):
+        np.testing.assert_allclose(out[:, i], np.cos(time / 10000**power), atol=1e-12)
+        np.testing.assert_allclose(out[:, 4 + i], np.sin(time / 10000**power), atol=1e-12)
+
+
 def test_group_norm_is_flax_s():
     x = jax.random.normal(jax.random.key(0), (3, 5, 4, 12)) * 3 + 7
     ours, theirs = GroupNorm(4, 1e-6), nn.GroupNorm(4, epsilon=1e-6, use_fast_variance=False)
@@ -163,7 +172,8 @@ def test_classes_and_time_matter_and_are_required():
         (dict(image_size=2, channel_mult=(1, 1, 1)), "multiple of 4"),
         (dict(attention_resolutions=(5,)), r"5, but the network's sizes are \[8, 4\]"),
         (dict(groups=3), "groups 3 does not divide"),
-        (dict(head_channels=5), "head_channels 5"),
+        (dict(head_channels=5), "head_channels 5 does not divide 16"),
+        (dict(frequency_shift=4.0), "frequency_shift must be below half of channels 8, got 4.0"),
         (dict(channels=7, groups=7), "channels must be even"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -42,6 +43,7 @@ class Repository:
         # In here: it is slow to import, and reads HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT then.
         from huggingface_hub import errors, hf_hub_download
 
+        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
         for name in names:
             try:
                 return pathlib.Path(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,10 +28,15 @@ class Tensors(NamedTuple):
 
 def open_safetensors(path: pathlib.Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a .safetensors file, and its metadata. CheckpointError if it is damaged or not one."""
+
+    def read(name: str) -> np.ndarray:  # opened for each: what was read of a mapped file counts until it is closed
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return file.get_tensor(name)
+
     try:
-        file = safetensors.safe_open(path, framework="numpy")
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        return Tensors(str(path), shapes, file.get_tensor), file.metadata() or {}
+        with safetensors.safe_open(path, framework="numpy") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return Tensors(str(path), shapes, read), file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no complete .safetensors file: {error}") from error
 
@@ -49,7 +55,7 @@ def load_torch(path: pathlib.Path) -> Any:
     if not path.exists():
         raise CheckpointError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a pickle can fail in any way
         said = str(error)
         found = said[said.find("Unsupported") :] if "Unsupported" in said else said
