@@ -78,7 +78,7 @@ def write_safetensors(to: pathlib.Path, params: Any, published: Published) -> No
 
 
 def write_diffusers(to: pathlib.Path, params: Any, published: Published) -> None:
-    card = pretrained.model_card(as_config(published), published.source, params_count(params))
+    card = pretrained.model_card(as_config(published), published.step, params_count(params))
     pretrained.save_diffusers(to, params, as_config(published), card)
 
 

@@ -318,7 +318,11 @@ def test_weights_in_one_file_are_those_of_the_run(trained, tmp_path):
             ("--config", "configs/cifar10.py", "--workdir", "/tmp/never"),
             "data set 'npz' needs a file in config.data.path, got ''",
         ),
-        ("convert", ("--from", "/nowhere", "--to", "x.safetensors"), "/nowhere holds no checkpoints"),
+        (
+            "convert",
+            ("--from", "/nowhere", "--to", "x.safetensors"),
+            "there is no file or folder /nowhere; supported: a diffusers",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(module, args, said):

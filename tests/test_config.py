@@ -52,7 +52,11 @@ def build(values):
         ("sample.tau_end", 1000, "config.sample.tau_offset and tau_end: tau needs at least one step"),
         ("sample.clip_range", 0.0, "config.sample.clip_range: must be above 0, got 0.0"),
         ("sample.clip_quantile", 1.0, "config.sample.clip_quantile: must be in [0, 1), got 1.0"),
-        ("model.halve_padding", "ends", "config.model.halve_padding: 'ends' is not one of end, both (did you mean 'end'?)"),
+        (
+            "model.halve_padding",
+            "ends",
+            "config.model.halve_padding: 'ends' is not one of end, both (did you mean 'end'?)",
+        ),
         ("sample.eta", -0.1, "config.sample.eta: must be at least 0, got -0.1"),
         ("sample.eta", 3.0, "config.sample.eta: eta must be in [0, 1.* got 3.0"),
         ("sample.eta", float("nan"), "config.sample.eta: must be finite, got nan"),

@@ -4,6 +4,7 @@ weights and the same noise.
 
 import dataclasses
 import json
+import pickle
 import types
 
 import jax
@@ -20,6 +21,7 @@ from official_model import Model  # noqa: E402
 
 from ddim_jax import config as config_lib  # noqa: E402
 from ddim_jax import convert, gaussian, generate, pretrained, samplers, schedule, trajectory, weights  # noqa: E402
+from ddim_jax.checkpoint import CheckpointError  # noqa: E402
 from ddim_jax.models.unet import sinusoid  # noqa: E402
 
 torch.set_num_threads(1)
@@ -160,7 +162,7 @@ def test_output_is_diffusers_s_in_float64(variant, x64):
         net.float()
 
 
-def ddim_of_diffusers(net, scheduler, x, steps, labels=None, eta=0.0, noises=None):
+def ddim_of_diffusers(net, scheduler, x, steps, labels=None):
     """What DDIMPipeline does between its noise and its image."""
     scheduler.set_timesteps(steps)
     x = to_torch(x)
@@ -216,6 +218,10 @@ def test_the_cifar10_network_at_full_size(tmp_path):
         with torch.no_grad():
             theirs = from_torch(net(to_torch(x), torch.tensor(time)).sample)
         assert difference(apply({"params": params}, x, jnp.asarray(time)), theirs) < tolerance
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    scheduler.save_pretrained(tmp_path / "ddpm-cifar10-32" / "scheduler")
+    theirs = ddim_of_diffusers(net, scheduler, x[:1], 50)
+    assert difference(ours(where, params, x[:1], 50), theirs) < 1e-4
 
 
 # --- in and out ---
@@ -360,6 +366,108 @@ def test_the_official_model_of_this_test_has_the_published_size():
     cifar10 = dict(ch=128, ch_mult=[1, 2, 2, 2], num_res_blocks=2, attn_resolutions=[16])
     net = Model(resolution=32, in_channels=3, out_ch=3, dropout=0.1, **cifar10)
     assert sum(parameter.numel() for parameter in net.parameters()) == 35_746_307
+
+
+class Code:
+    """What a pickle can do: call anything."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def save(content, legacy=False):
+    return lambda path: torch.save(content(path), path, _use_new_zipfile_serialization=not legacy)
+
+
+STATE = Model(resolution=32, **OFFICIAL).state_dict()
+MALICIOUS = {
+    "code": save(lambda path: [STATE, Code(path.with_name("executed"))]),
+    "code in the old format": save(lambda path: {"state_dict": Code(path.with_name("executed"))}, legacy=True),
+    "code in a bare pickle": lambda path: path.write_bytes(pickle.dumps(Code(path.with_name("executed")))),
+}
+
+
+@pytest.mark.parametrize("write", MALICIOUS.values(), ids=MALICIOUS)
+@pytest.mark.parametrize("name", ["ckpt.pth", "unet/diffusion_pytorch_model.bin"])
+def test_code_in_a_pickle_is_never_executed(tmp_path, write, name):
+    if name.startswith("unet"):
+        publish(tmp_path, diffusers.UNet2DModel(**VARIANTS["one_level"]))
+        (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    write(tmp_path / name)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read as tensors alone \(nothing in it was executed\): Unsupported"
+    ) as caught:
+        read(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("executed"))
+
+
+@pytest.mark.parametrize(
+    "write, said",
+    [
+        (save(lambda path: {"epoch": 3, "loss": 0.1}), r"holds no state dict .*, but a dict with 'epoch', 'loss'"),
+        (save(lambda path: []), "holds no state dict"),
+        (save(lambda path: torch.ones(3)), "holds no state dict .*, but a Tensor"),
+        (save(lambda path: {"layer.weight": torch.ones(3)}), "holds tensors named layer.weight .*official DDIM code"),
+        (lambda path: path.write_bytes(b"PK" + bytes(300)), "cannot be read as tensors alone"),
+        (lambda path: path.write_bytes(b""), "cannot be read as tensors alone"),
+        (
+            save(lambda path: {**STATE, "extra": torch.ones(1)}),
+            r"it has extra with shape \(1,\), which the network that its tensors",
+        ),
+        (
+            save(lambda path: {name: tensor for name, tensor in STATE.items() if name != "mid.attn_1.q.bias"}),
+            "it has no mid.attn_1.q.bias, which the network that its tensors tell expects",
+        ),
+        (
+            save(lambda path: {name: tensor for name, tensor in STATE.items() if ".attn." not in name}),
+            r"does not tell the size of its images .* put the config.yml of the official code beside it",
+        ),
+    ],
+)
+def test_other_pickles_are_named(tmp_path, write, said):
+    write(tmp_path / "ckpt.pth")
+    with pytest.raises(CheckpointError, match=said) as caught:
+        read(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        (
+            "resamp_with_conv: true",
+            "resamp_with_conv: false",
+            "resamp_with_conv = False is not supported; supported: True",
+        ),
+        ("rescaled: true", "rescaled: false", "rescaled = False is not supported"),
+        ('"quad"', '"jsd"', "beta_schedule = 'jsd' is not supported; supported: linear, quad, sigmoid, const"),
+        ("image_size: 32", "image_size: 33", "config.model: image_size 33 cannot be halved 1 times"),
+        ("ch: 32", "ch: many", "model.ch must be of type int, got 'many'"),
+        ("diffusion:", "diffusor:", "is no config of the official code"),
+        ("ch: 32", "ch: !!python/object/apply:os.system ['touch executed']", "model.ch must be of type int, got None"),
+        ("ch: 32", "ch: [", "is no config of the official code"),
+    ],
+)
+def test_what_the_official_config_says_is_checked(tmp_path, monkeypatch, old, new, said):
+    monkeypatch.chdir(tmp_path)
+    torch.save(STATE, tmp_path / "ckpt.pth")
+    (tmp_path / "config.yml").write_text(official_yaml(32))
+    read(str(tmp_path))
+    text = official_yaml(32)
+    assert old in text
+    (tmp_path / "config.yml").write_text(text.replace(old, new, 1))
+    with pytest.raises(CheckpointError, match=said):
+        read(str(tmp_path))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_old_file_format_and_a_list_without_average(tmp_path):
+    torch.save([STATE, {}, 1, 2], tmp_path / "ckpt.pth", _use_new_zipfile_serialization=False)
+    np.testing.assert_array_equal(read(str(tmp_path))[2]["conv_in"]["bias"], STATE["conv_in.bias"].numpy())
 
 
 # --- the scheduler ---

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shutil
+import sys
 import threading
 
 import jax
@@ -436,3 +437,11 @@ def test_half_precision_is_read_without_pytorch(folder):
     expected = content["conv_in.weight"].astype(jnp.bfloat16).astype(np.float32)
     safetensors.numpy.save_file({name: array.astype(jnp.bfloat16) for name, array in content.items()}, folder / WEIGHTS)
     np.testing.assert_array_equal(load(folder)["conv_in"]["kernel"], expected.transpose(2, 3, 1, 0))
+
+
+def test_without_pytorch_its_own_format_names_the_extra(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (folder / WEIGHTS).unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match=r"to read it, pip install 'ddim-jax\[torch\]' \(a .safetensors file"):
+        load(folder)

@@ -17,8 +17,8 @@ tags: [ddim, ddpm, jax, ddim_jax]
 
 # {name}
 
-A U-Net of DDPM with {count:,} parameters for images of {size}x{size}x{channels}, which predicts {prediction}. \
-Written by ddim_jax from {source}.
+A U-Net of DDPM with {count:,} parameters for images of {size}x{size}x{channels}, which predicts {prediction}, \
+written by ddim_jax{updates}.
 
 ## Sample it
 
@@ -45,9 +45,9 @@ python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_F
 """
 
 
-def model_card(config: Mapping[str, Any], source: str, count: int) -> str:
+def model_card(config: Mapping[str, Any], step: int | None, count: int) -> str:
     """Markdown with the front matter of the Hugging Face hub. config: model, schedule and sample, and all else that
-    is known. count: of parameters.
+    is known. step: the number of updates, where it is known. count: of parameters.
     """
     model, sample = config["model"], config["sample"]
     notes = []
@@ -63,7 +63,7 @@ def model_card(config: Mapping[str, Any], source: str, count: int) -> str:
         size=model["image_size"],
         channels=model["image_channels"],
         prediction={"eps": "the noise", "x0": "the image", "v": "v"}[model["prediction"]],
-        source=source,
+        updates=f" after {step:,} updates" if step else "",
         clipped=", use_clipped_model_output=True" if sample["clip_x0"] else "",
         notes="".join(f"{note}\n" for note in notes) + ("\n" if notes else ""),
         config=json.dumps(config, indent=1),

@@ -89,7 +89,6 @@ NOISE = {
     "sample_max_value": 1.0,
     "timestep_spacing": "leading",
     "rescale_betas_zero_snr": False,
-    "variance_type": "fixed_small",
 }
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
@@ -248,8 +247,8 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     noise = _settings(values, NOISE, where)
     if noise["rescale_betas_zero_snr"]:
         refuse("rescale_betas_zero_snr", True, "False: with alpha_bar_T = 0 no eps tells x_0")
-    if noise["variance_type"].startswith("learned"):
-        refuse("variance_type", noise["variance_type"], "a fixed variance: the network then predicts nothing else")
+    if str(values.get("variance_type")).startswith("learned"):  # of DDPMScheduler
+        refuse("variance_type", values["variance_type"], "a fixed variance: the network then predicts nothing else")
     for name, table in (("prediction_type", PREDICTIONS), ("timestep_spacing", TAUS)):
         if noise[name] not in table:
             refuse(name, noise[name], ", ".join(table))

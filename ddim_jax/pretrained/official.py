@@ -46,7 +46,11 @@ def open_file(path: pathlib.Path) -> Published:
         config = _load_config(beside)
         model, noise, said = _network_fields(config, beside), _noise_fields(config, beside), f"the {CONFIG} beside it"
     else:
-        model, noise, said = _network_of(sets[True].shapes, path), _noise_fields({}, path), "what its tensors tell"
+        model, noise, said = (
+            _network_of(sets[True].shapes, path),
+            _noise_fields({}, path),
+            "the network that its tensors tell",
+        )
 
     def read(like: Any, ema: bool) -> Any:
         if len(sets) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -57,15 +58,11 @@ def load_torch(path: pathlib.Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a pickle can fail in any way
-        said = str(error)
-        found = said[said.find("Unsupported") :] if "Unsupported" in said else said
-        reason = "it holds more than tensors and was not executed" if "weights_only" in said else "it is damaged"
-        raise CheckpointError(f"{path} cannot be read: {reason}: {_first_sentence(found)}") from error
-
-
-def _first_sentence(text: str) -> str:
-    lines = text.strip().splitlines() or ["no reason given"]
-    return lines[0].split(". ")[0][:200]
+        told = re.search(r"unsupported[^.\n]*.[^.\n]*", str(error), re.IGNORECASE)
+        reason = told[0] if told else (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be read as tensors alone (nothing in it was executed): {reason[:200]}"
+        ) from error
 
 
 def from_torch(source: str, state: Any) -> Tensors:
