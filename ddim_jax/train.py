@@ -74,9 +74,7 @@ def main(options: types.SimpleNamespace) -> None:
             config_lib.check_same(config, saved, config_lib.RESUMED_WITH, f"the run in {workdir}")
             state = checkpoints.restore(begin, jax.tree.map(placed, state))
             print(f"goes on from step {begin} of {workdir}")
-        elif (
-            latest == 0 or config.pretrained
-        ):  # the parameters alone: a run converted from elsewhere, or a published one
+        elif latest == 0 or config.pretrained:  # parameters without an optimizer: converted into a run, or published
             found = weights.find(config, str(workdir) if latest == 0 else None, mesh)
             state = state._replace(params=found.params, ema_params=jax.tree.map(jax.numpy.copy, found.params))
             print(f"starts from {found.source}")
