@@ -8,7 +8,7 @@ from scipy import linalg
 from configs import digits
 from ddim_jax import config as config_lib
 from ddim_jax import data, generate, weights
-from ddim_jax.evaluation import digits_classifier, frechet
+from ddim_jax.evaluation import digits_classifier, frechet, inception, metrics
 
 RNG = np.random.default_rng(0)
 
@@ -59,3 +59,84 @@ def test_the_shipped_weights_draw_digits():
     assert frechet.distance(frechet.moments(seen.features), reference) < 0.1 * frechet.distance(
         frechet.moments(noise.features), reference
     )
+
+
+def test_kid_is_a_difference_of_moments():
+    """In one dimension (x y + 1)^3 is sum_k C(3, k) x^k y^k, so MMD^2 = sum_k C(3, k) (E a^k - E b^k)^2; for points of
+    equal weights, less what the pairs of a point with itself add.
+    """
+    a, b = np.array([0.5, 1.0, -1.0, 2.0]), np.array([0.0, 0.3, 1.5, 1.0])
+    expected = 0.0
+    for k, binomial in enumerate([1, 3, 3, 1]):
+        pairs = lambda x, k=k: ((x**k).sum() ** 2 - (x ** (2 * k)).sum()) / 12
+        expected += binomial * (pairs(a) + pairs(b) - 2 * (a**k).mean() * (b**k).mean())
+    kid = metrics.kid(a[:, None], b[:, None], subset_size=4, num_subsets=3)
+    assert kid.mean == pytest.approx(expected, rel=1e-12) and kid.std == pytest.approx(0, abs=1e-12)
+
+
+def test_kid_of_one_distribution_is_zero_without_bias():
+    rng = np.random.default_rng(0)
+    values = [metrics.kid(*rng.normal(size=(2, 50, 8)), subset_size=50, num_subsets=1).mean for _ in range(300)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 300**0.5
+    far = metrics.kid(rng.normal(size=(50, 8)), rng.normal(size=(50, 8)) + 1, subset_size=20, num_subsets=10)
+    assert far.mean > 10 * np.std(values) and far.std > 0
+
+
+def test_the_inception_score_of_what_is_certain_and_of_what_is_not():
+    certain = 100 * np.eye(5)[np.arange(50) % 5]
+    assert metrics.inception_score(certain) == pytest.approx((5, 0), abs=1e-9)
+    assert metrics.inception_score(np.zeros((20, 5))) == pytest.approx((1, 0), abs=1e-12)
+    assert metrics.inception_score(100 * np.eye(5)[np.arange(50) // 10], splits=5) == pytest.approx((1, 0), abs=1e-9)
+    half = np.log(np.array([[0.9, 0.1], [0.1, 0.9]]))
+    assert metrics.inception_score(half, splits=1).mean == pytest.approx(
+        np.exp(np.log(2) + 0.9 * np.log(0.9) + 0.1 * np.log(0.1))
+    )
+
+
+def test_precision_and_recall_by_hand():
+    """Real images at 0, 1, 2, 10 with reach 1, 1, 1, 8; samples at 0.5, 2.9, 30, 31 with reach 2.4, 2.4, 1, 1."""
+    column = lambda *values: np.array(values)[:, None]
+    found = metrics.precision_recall(column(0.5, 2.9, 30, 31), column(0, 1, 2, 10.0), neighbours=1)
+    assert found == (0.5, 0.75)
+    assert metrics.precision_recall(column(0, 1, 2.0), column(0, 1, 2.0), neighbours=1) == (1, 1)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(37, 4)), rng.normal(size=(23, 4)) + 0.5
+    whole = metrics.precision_recall(a, b)
+    monkeypatch.setattr(metrics, "BLOCK", 5)
+    assert metrics.precision_recall(a, b) == whole
+
+
+def test_features_that_mean_nothing_are_refused():
+    good, bad = np.ones((5, 3)), np.ones((5, 3))
+    bad[3, 1] = np.nan
+    with pytest.raises(ValueError, match="those of image 3 are not"):
+        metrics.kid(good, bad, subset_size=2)
+    with pytest.raises(ValueError, match="those of image 3 are not"):
+        frechet.moments(bad)
+    with pytest.raises(ValueError, match=r"of one D, got \(5, 3\) and \(5, 2\)"):
+        metrics.precision_recall(good, good[:, :2])
+    with pytest.raises(ValueError, match=r"subset_size must be in 2\.\.5, the number of images, got 1000"):
+        metrics.kid(good, good)
+    with pytest.raises(ValueError, match=r"splits must be in 1\.\.5, the number of images, got 10"):
+        metrics.inception_score(good)
+    with pytest.raises(ValueError, match=r"neighbours must be in 1\.\.4, below the number of images, got 5"):
+        metrics.precision_recall(good, good, neighbours=5)
+
+
+def test_resize_as_tensorflow_1_does():
+    """Output pixel i is input pixel i H / size: the first is the first, and beyond the last centre the last repeats."""
+    row = np.array([0.0, 10, 20, 40])
+    image = np.broadcast_to(row[None, None, :, None], (1, 4, 4, 1)).astype(np.float32)
+    out = np.asarray(inception.resize(image, 8))
+    np.testing.assert_allclose(out[0, :, :, 0], np.broadcast_to([0, 5, 10, 15, 20, 30, 40, 40], (8, 8)), rtol=1e-6)
+    np.testing.assert_allclose(inception.resize(image, 2)[0, 0, :, 0], [0, 20], rtol=1e-6)
+    np.testing.assert_array_equal(inception.resize(image, 4), image)
+
+
+def test_images_of_another_kind_are_refused():
+    for images in (np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.uint8)):
+        with pytest.raises(ValueError, match=r"images must be uint8 \(B, H, W, 1 or 3\)"):
+            inception.apply({}, images)

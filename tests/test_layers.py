@@ -24,12 +24,12 @@ ALLOWED = {
     "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax", "chex"}),
     "sharding": (set(), CORE),
     "checkpoint": ({"train_state"}, CORE | {"orbax"}),
-    "evaluation": ({"data"}, CORE | {"flax", "optax"}),
     "config": ({"registry", "trajectory", "samplers", "schedule", "data", "models"}, CORE),
     "pretrained": (
         {"checkpoint", "config", "images", "schedule"},
         CORE | {"flax", "safetensors", "yaml", "huggingface_hub", "torch"},
     ),
+    "evaluation": ({"checkpoint", "data", "pretrained", "schedule"}, CORE | {"flax", "optax"}),
     "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
     "generate": ({"config", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
     "cli": ({"config", "checkpoint", "weights"}, {"absl", "ml_collections"}),

@@ -14,10 +14,22 @@ class Moments(NamedTuple):
     cov: np.ndarray  # (D, D) float64, unbiased
 
 
+def checked(*sets: np.ndarray) -> list[np.ndarray]:
+    """Float64 (N, D) each, of one D, finite; ValueError otherwise."""
+    sets = [np.asarray(features, np.float64) for features in sets]
+    for features in sets:
+        if features.ndim != 2 or features.shape[1] != sets[0].shape[1]:
+            raise ValueError(f"features must be (N, D) of one D, got {' and '.join(str(f.shape) for f in sets)}")
+        if not np.isfinite(features).all():
+            row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
+            raise ValueError(f"features must be finite, those of image {row} are not")
+    return sets
+
+
 def moments(features: np.ndarray) -> Moments:
-    """Mean and covariance of features (N, D), N >= 2."""
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) < 2:
+    """Mean and covariance of features (N, D), N >= 2, finite; ValueError otherwise."""
+    (features,) = checked(features)
+    if len(features) < 2:
         raise ValueError(f"features must be (N, D) with N at least 2, got shape {features.shape}")
     return Moments(features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
 

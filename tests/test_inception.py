@@ -1,0 +1,173 @@
+"""FID's network and the metrics beside torch-fidelity's and pytorch-fid's."""
+
+import contextlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e '.[parity]'")
+
+from ddim_jax.checkpoint import CheckpointError  # noqa: E402
+from ddim_jax.evaluation import frechet, inception, metrics  # noqa: E402
+
+TORCHVISION = ("", ".transforms", ".transforms.functional", ".datasets", ".models")
+
+
+class Any_(type):
+    """A class of which every attribute is such a class again."""
+
+    def __getattr__(cls, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Any_(name, (), {})
+
+
+@contextlib.contextmanager
+def torchvision_or_nothing():
+    """A torchvision in which everything is an empty class, where none fits this PyTorch: both packages import it for
+    what is not used here.
+    """
+    try:
+        import torchvision  # noqa: F401
+
+        yield
+        return
+    except (ImportError, RuntimeError):
+        pass
+    forget = lambda: [sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "torchvision"]
+    forget()
+    for suffix in TORCHVISION:
+        module = types.ModuleType(f"torchvision{suffix}")
+        module.__path__, module.__getattr__ = [], lambda name: Any_(name, (), {})
+        sys.modules[module.__name__] = module
+        parent, _, name = module.__name__.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], name, module)
+    try:
+        yield
+    finally:
+        forget()
+
+
+with torchvision_or_nothing():
+    reason = "parity with torch-fidelity: pip install --no-deps torch-fidelity pytorch-fid"
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason=reason)
+    fid_score = pytest.importorskip("pytorch_fid.fid_score", reason=reason)
+    from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(torch-fidelity's network, the file of its random weights)"""
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    generator = torch.Generator().manual_seed(0)
+    make = fidelity.FeatureExtractorInceptionV3
+    state = {}
+
+    def random(state_dict):  # it loads weights when it is made: these instead
+        for name, tensor in state_dict.items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            if name.endswith("conv.weight"):
+                state[name] = noise * (2 / tensor[0].numel()) ** 0.5
+            elif name.endswith("running_var"):
+                state[name] = 0.5 + noise.abs()
+            elif name.endswith("num_batches_tracked"):
+                state[name] = tensor
+            else:
+                state[name] = 0.1 * noise + (1 if name.endswith("bn.weight") else 0)
+        return state
+
+    class Empty(make):
+        def load_state_dict(self, state_dict, **kwargs):
+            return torch.nn.Module.load_state_dict(self, random(torch.nn.Module.state_dict(self)))
+
+    torch.save({}, path)
+    net = Empty("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
+    torch.save(state, path)
+    return net, path
+
+
+def difference(ours, theirs):
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("size", [32, 299])
+def test_features_and_logits_are_torch_fidelity_s(published, size):
+    net, path = published
+    params = inception.load(path)
+    images = np.random.default_rng(size).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    features, logits = (leaf.numpy() for leaf in net(torch.tensor(images.transpose(0, 3, 1, 2))))
+    ours = jax.jit(inception.apply)(params, images)
+    assert difference(ours.features, features) < 1e-4
+    assert difference(ours.logits, logits) < 1e-4
+
+
+def test_weights_as_safetensors_and_what_is_not_them(published, tmp_path):
+    _, path = published
+    state = {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
+    safetensors.numpy.save_file(state, tmp_path / "w.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, inception.load(tmp_path / "w.safetensors"), inception.load(path))
+    state["Mixed_6e.branch_pool.bn.bias"] = np.ones(191, np.float32)
+    safetensors.numpy.save_file(state, tmp_path / "shape.safetensors")
+    del state["Mixed_6e.branch_pool.bn.bias"]
+    safetensors.numpy.save_file(state, tmp_path / "missing.safetensors")
+    for name, said in [
+        ("shape", r"Mixed_6e.branch_pool.bn.bias has shape \(191,\), FID's Inception network expects \(192,\)"),
+        ("missing", "it has no Mixed_6e.branch_pool.bn.bias, which FID's Inception network expects"),
+        ("nothing", "the weights of FID's Inception network, pt_inception-2015-12-05-6726825d.pth, are wanted"),
+    ]:
+        with pytest.raises(CheckpointError, match=said):
+            inception.load(tmp_path / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def sets():
+    """Features of two sets of images that differ a little, more of them than dimensions."""
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(16, 16)) / 4
+    return [
+        (rng.normal(size=(n, 16)) @ mix + shift + 0.1 * rng.exponential(size=(n, 16))).astype(np.float32)
+        for n, shift in ((400, 0), (300, 0.2))
+    ]
+
+
+def test_fid_is_theirs(sets):
+    a, b = (frechet.moments(features) for features in sets)
+    ours = frechet.distance(a, b)
+    theirs = metric_fid.fid_statistics_to_metric(
+        {"mu": a.mean, "sigma": a.cov}, {"mu": b.mean, "sigma": b.cov}, verbose=False
+    )["frechet_inception_distance"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours == pytest.approx(fid_score.calculate_frechet_distance(a.mean, a.cov, b.mean, b.cov), rel=1e-6)
+    of_features = metric_fid.fid_features_to_statistics(torch.tensor(sets[0], dtype=torch.float64))
+    np.testing.assert_allclose(a.cov, of_features["sigma"], rtol=1e-9)
+
+
+def test_kid_is_theirs(sets):
+    """Of whole sets, where no random subset is drawn."""
+    a, b = (torch.tensor(features[:300], dtype=torch.float64) for features in sets)
+    theirs = metric_kid.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=300, verbose=False)
+    ours = metrics.kid(a.numpy(), b.numpy(), subset_size=300, num_subsets=1)
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6) and ours.std == 0
+
+
+def test_the_inception_score_is_theirs(sets):
+    logits = 3 * sets[0]
+    theirs = metric_isc.isc_features_to_metric(torch.tensor(logits), splits=7, shuffle=False)
+    ours = metrics.inception_score(logits, splits=7)
+    assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert ours.std == pytest.approx(theirs["inception_score_std"], rel=1e-5)
+
+
+def test_precision_and_recall_are_theirs(sets):
+    a, b = (torch.tensor(features, dtype=torch.float64) for features in sets)
+    precision, recall = metric_prc.calculate_precision_recall_full(a, b, 3)
+    ours = metrics.precision_recall(a.numpy(), b.numpy())
+    assert 0.05 < precision < 0.99 and 0.05 < recall < 0.99
+    assert (ours.precision, ours.recall) == pytest.approx((precision, recall), abs=1e-6)
