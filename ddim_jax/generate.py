@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -53,18 +52,23 @@ def start(config: Config, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     return keys, _initial_noise(keys, image_shape(config))
 
 
-def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: int = 0) -> Iterator[np.ndarray]:
-    """Images first .. num_images - 1 of config.sample in batches of uint8 (b, H, W, C) on the host.
-
-    Every batch but the last has the same size, a multiple of the devices; what is drawn beyond num_images is
-    dropped, so that one program serves all. params: replicated over the mesh.
+def batch_indices(config: Config, mesh: Mesh, first: int, total: int) -> Iterator[np.ndarray]:
+    """The indices first .. total - 1 in batches of one size, a multiple of the devices, so that one program serves
+    all. The last may go beyond total - 1: what is made of that is to be dropped.
     """
-    sample = config.sample
-    size = -(-min(sample.batch_size, sample.num_images) // mesh.size) * mesh.size
-    for begin in range(first, sample.num_images, size):
-        index = np.arange(begin, begin + size)
-        labels = jax.tree.map(partial(sharding.put_indices, mesh), labels_of(config, index))
-        keys, x = start(config, sharding.put_indices(mesh, index))
+    size = -(-min(config.sample.batch_size, total) // mesh.size) * mesh.size
+    for begin in range(first, total, size):
+        yield np.arange(begin, begin + size)
+
+
+def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: int = 0) -> Iterator[np.ndarray]:
+    """Images first .. num_images - 1 of config.sample in batches of uint8 (b, H, W, C) on the host. params:
+    replicated over the mesh.
+    """
+    total = config.sample.num_images
+    for index in batch_indices(config, mesh, first, total):
+        labels = _split(mesh, labels_of(config, index))
+        keys, x = start(config, sharding.split_batch(mesh, index))
         x = samplers.integrate(
             process.sampler,
             eps_fn(config, params, labels),
@@ -72,4 +76,31 @@ def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: in
             x,
             keys if process.sampler.stochastic else None,
         )
-        yield sharding.to_host(_to_uint8(x))[: sample.num_images - begin]
+        yield sharding.to_host(_to_uint8(x))[: total - index[0]]
+
+
+def encode(
+    config: Config, process: Process, params: Any, mesh: Mesh, x_0: np.ndarray, labels: np.ndarray | None
+) -> np.ndarray:
+    """The latents x_T (B, H, W, C), float32 on the host, of images x_0 (B, H, W, C) in [-1, 1]: Eq. (13) up the levels
+    of the process's tau. B: a multiple of the devices. labels: (B,) ints for a network with classes.
+    """
+    said, x_0 = eps_fn(config, params, _split(mesh, labels)), sharding.split_batch(mesh, x_0)
+    noise = noise_schedule(config.schedule)
+    return sharding.to_host(samplers.invert(said, noise, process.tau, x_0, end=config.sample.tau_end))
+
+
+def decode(
+    config: Config, process: Process, params: Any, mesh: Mesh, x_T: np.ndarray, labels: np.ndarray | None
+) -> np.ndarray:
+    """What the process makes of latents x_T (B, H, W, C): images in [-1, 1] and a little beyond, float32 on the host.
+    The process must be deterministic.
+    """
+    said = eps_fn(config, params, _split(mesh, labels))
+    return sharding.to_host(
+        samplers.integrate(process.sampler, said, process.transitions, sharding.split_batch(mesh, x_T))
+    )
+
+
+def _split(mesh: Mesh, labels: np.ndarray | None) -> jax.Array | None:
+    return None if labels is None else sharding.split_batch(mesh, labels)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -63,30 +63,32 @@ def write_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: in
         )
 
 
-def write_npz(
-    path: pathlib.Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], labels: np.ndarray | None = None
-) -> None:
-    """Images (N, H, W, C) as uint8 `arr_0`, and labels as `arr_1`: the layout that the ADM evaluation suite reads.
+def write_npz(path: pathlib.Path, length: int, parts: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> None:
+    """Arrays (N, ...) by their names, N = length. Images as uint8 `arr_0` with labels as `arr_1` are the layout that
+    the ADM evaluation suite reads.
 
-    parts: consecutive pieces of the N images, so that they are never all in memory. shape: (N, H, W, C).
+    parts: gives consecutive pieces of all arrays, anew for each array, so that none is ever whole in memory.
     """
+    first = next(iter(parts()))
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for part in parts:
-                member.write(np.ascontiguousarray(part, np.uint8).data)
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, labels, allow_pickle=False)
+        for name, piece in first.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                descr = np.lib.format.dtype_to_descr(piece.dtype)
+                header = {"descr": descr, "fortran_order": False, "shape": (length, *piece.shape[1:])}
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts():
+                    member.write(np.ascontiguousarray(part[name]).data)
 
 
-def read_npz(path: pathlib.Path) -> Iterator[np.ndarray]:
-    """The images (H, W, C) of a file that `write_npz` wrote, one after the other, without the others in memory."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+def read_npz(path: pathlib.Path, name: str = "arr_0") -> Iterator[np.ndarray]:
+    """The items of an array (N, ...) of a file that `write_npz` wrote, one after the other, without the others in
+    memory.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
         np.lib.format.read_magic(member)
         (count, *shape), _, dtype = np.lib.format.read_array_header_1_0(member)
         for _ in range(count):
-            yield np.frombuffer(member.read(int(np.prod(shape))), dtype).reshape(shape)
+            yield np.frombuffer(member.read(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
 
 
 def _pil(image: np.ndarray) -> Image.Image:

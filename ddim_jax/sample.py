@@ -8,28 +8,29 @@ on where it was when the same command is given again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
-import shutil
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import cli, generate, images, registry, samplers, sharding, weights
+from ddim_jax import cli, generate, images, output, registry, samplers, sharding, weights
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config, ConfigError, Process
+from ddim_jax.config import Config, Process
 from ddim_jax.data.scaling import to_uint8
 
 GRID_IMAGES = 100
 FILM_IMAGES = 8
 FILM_COLUMNS = 11
 FILM_FRAMES = 60
+
+WRITTEN = ("samples.npz", "grid.png", "film.png", "film.gif", "png", "samples.parts")
 
 OPTIONS = {
     "workdir": (None, "Sample the latest checkpoint of this run, not the weights that ship with the package."),
@@ -50,7 +51,7 @@ def main(options: types.SimpleNamespace) -> None:
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out or default_folder(config, options.workdir))
 
-    claim(out, fingerprint(config, process, found), options.overwrite)
+    output.claim(out, fingerprint(config, process, found), WRITTEN, options.overwrite)
     steps = len(process.tau) - 1
     fewer_or_more = config.sample.tau in registry.TAUS and steps != config.sample.steps
     asked = f" ({config.sample.steps} were asked for)" if fewer_or_more else ""
@@ -88,79 +89,16 @@ def fingerprint(config: Config, process: Process, found: weights.Weights) -> dic
     return json.loads(json.dumps(as_dict))
 
 
-def claim(out: pathlib.Path, ours: dict[str, Any], overwrite: bool) -> None:
-    """Makes the folder this run's own, or raises ConfigError because another run's images, or foreign files, are
-    in it.
-    """
-    record = out / "run.json"
-    known = ["run.json", "samples.npz", "grid.png", "film.png", "film.gif", "png", "parts"]
-    present = [name for name in known if (out / name).exists()]
-    if record.exists():
-        try:
-            theirs = json.loads(record.read_text())
-        except json.JSONDecodeError:
-            theirs = {}
-        difference = next(_differences("", theirs, ours), None)
-        if difference is None:
-            return
-        reason = f"{out} holds images of another run ({difference})"
-    elif present:
-        reason = f"{out} already holds {present[0]}"
-    else:
-        reason = None
-    if reason and not overwrite:
-        raise ConfigError(f"{reason}; give another --out, or --overwrite to replace it")
-    for name in present:
-        _remove(out / name)
-    with images.replacing(record) as file:
-        file.write(json.dumps(ours, indent=1).encode())
-
-
-def _remove(path: pathlib.Path) -> None:
-    """A file, or a folder of files whose names are numbers; whatever else somebody put into that folder stays."""
-    if not path.is_dir():
-        path.unlink()
-        return
-    for file in path.iterdir():
-        if file.stem.isdigit():
-            file.unlink()
-    with contextlib.suppress(OSError):
-        path.rmdir()
-
-
-def _differences(path: str, theirs: Any, ours: Any):
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in [*ours, *theirs]:
-            yield from _differences(f"{path}.{name}" if path else name, theirs.get(name), ours.get(name))
-    elif theirs != ours:
-        yield f"{path} is {str(theirs)[:40]} there, {str(ours)[:40]} here"
-
-
 def draw_all(out: pathlib.Path, config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh) -> pathlib.Path:
-    """samples.npz with all images. Finished batches wait as parts/FIRST.npy, so that none is drawn twice."""
-    npz, parts = out / "samples.npz", out / "parts"
-    if npz.exists():
-        shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed after its last word
-        return npz
-    parts.mkdir(exist_ok=True)
-    done = 0
-    while (parts / f"{done:08d}.npy").exists():
-        done += len(np.load(parts / f"{done:08d}.npy", mmap_mode="r", allow_pickle=False))
-    with tqdm(total=config.sample.num_images, initial=done, desc="sampling", unit="image") as bar:
-        for batch in generate.batches(config, process, params, mesh, done):
-            with images.replacing(parts / f"{done:08d}.npy") as file:
-                np.save(file, batch, allow_pickle=False)
-            done += len(batch)
-            bar.update(len(batch))
-    index = np.arange(config.sample.num_images)
-    images.write_npz(
-        npz,
-        (config.sample.num_images, *generate.image_shape(config)),
-        (np.load(part, allow_pickle=False) for part in sorted(parts.glob("*.npy"))),
-        generate.labels_of(config, index),
-    )
-    shutil.rmtree(parts)
-    return npz
+    """samples.npz with all images, and their classes where the network has them."""
+
+    def batches(first: int) -> Iterator[dict[str, np.ndarray]]:
+        for images_ in generate.batches(config, process, params, mesh, first):
+            labels = generate.labels_of(config, np.arange(first, first + len(images_)))
+            yield {"arr_0": images_} | ({} if labels is None else {"arr_1": labels})
+            first += len(images_)
+
+    return output.gather(out / "samples.npz", batches, config.sample.num_images, "sampling")
 
 
 def film(out: pathlib.Path, config: Config, process: Process, params: Any) -> list[pathlib.Path]:

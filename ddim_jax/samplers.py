@@ -154,7 +154,12 @@ def trajectory(
 
 
 def invert(
-    eps_fn: EpsFn, noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, evaluate_at: str = "current"
+    eps_fn: EpsFn,
+    noise_schedule: NoiseSchedule,
+    tau: np.ndarray,
+    x_0: Array,
+    evaluate_at: str = "current",
+    end: int = 0,
 ) -> Array:
     """Encodes images into latents: Eq. (13) integrated from 0 to tau[S], the steps of tau upwards. Returns x_T
     (B, ...).
@@ -162,9 +167,9 @@ def invert(
     Deterministic, one network call a step; not the noising process (4). `integrate(ddim(0.), ...)` over `descend`
     of the same tau decodes, with an error that falls like 1/S. evaluate_at: the level that the network is told in
     the step t -> s, s > t: "current", t, the level that x is at (explicit Euler), or "next", s, as in other
-    implementations.
+    implementations. end: the level of x_0 that tau begins with.
     """
-    transitions = tau_lib.ascend(noise_schedule, tau)
+    transitions = tau_lib.ascend(noise_schedule, tau, end)
     told = {"current": transitions.t, "next": transitions.s}
     if evaluate_at not in told:
         raise ValueError(f"evaluate_at must be one of {', '.join(told)}, got {evaluate_at!r}")

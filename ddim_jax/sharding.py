@@ -30,9 +30,9 @@ def put_batch(mesh: Mesh, local: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(along_batch(mesh), leaf), local)
 
 
-def put_indices(mesh: Mesh, indices: np.ndarray) -> jax.Array:
-    """A global array (B,), split along the batch, from one that every process has whole."""
-    return jax.make_array_from_callback(indices.shape, along_batch(mesh), lambda part: indices[part])
+def split_batch(mesh: Mesh, batch: np.ndarray) -> jax.Array:
+    """A global array (B, ...), split along the batch, from one that every process has whole."""
+    return jax.make_array_from_callback(batch.shape, along_batch(mesh), lambda part: batch[part])
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:

@@ -198,13 +198,13 @@ def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
     )
     ok(run(*args, "--out", tmp_path / "whole"))
     process = start(*args, "--out", tmp_path / "cut")
-    parts = tmp_path / "cut" / "parts"
-    while not (parts / "00000004.npy").exists() and process.poll() is None:
+    parts = tmp_path / "cut" / "samples.parts"
+    while not (parts / "00000004.npz").exists() and process.poll() is None:
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
     assert 2 <= len(kept) < 100
     again = start(*args, "--out", tmp_path / "cut")
     while again.poll() is None and parts.exists():
@@ -389,3 +389,95 @@ def test_the_commands_and_files_that_the_texts_name_are_there():
     scope = {}
     for block in blocks:  # they run, in their order
         exec(compile(block, "README.md", "exec"), scope)
+
+
+# --- encode ---
+
+ENCODE = ("ddim_jax.encode", "--config", "configs/digits.py")
+
+
+def test_encoding_and_decoding_returns_the_images(tmp_path):
+    """The held-out digits, with the weights that ship: the error falls with S, and is that of the files written."""
+    from PIL import Image as PILImage
+
+    from ddim_jax import data
+
+    real = data.load("digits", split="test")[np.arange(24)].images
+    errors = []
+    for steps in (5, 20, 80):
+        out = tmp_path / str(steps)
+        ok(run(*ENCODE, f"--config.sample.steps={steps}", "--count=24", "--out", out))
+        report = json.loads((out / "report.json").read_text())
+        with np.load(out / "reconstructions.npz") as file:
+            again, error = file["arr_0"], file["error"]
+        assert again.shape == (24, 8, 8, 1) and again.dtype == np.uint8
+        squares = np.square((again.astype(float) - real) / 255).mean((1, 2, 3))
+        np.testing.assert_allclose(squares, error, atol=0.003)  # they are rounded to 8 bits, and clipped
+        assert report["error_mean"] == pytest.approx(error.mean()) and report["steps"] == steps
+        errors.append(report["error_mean"])
+        assert PILImage.open(out / "pairs.png").size[0] > 20 * 8
+    assert errors[0] > 4 * errors[1] > 16 * errors[2]
+    with np.load(tmp_path / "80" / "latents.npz") as file:
+        assert file["latents"].shape == (24, 8, 8, 1) and file["latents"].dtype == np.float32
+        assert 0.4 < file["latents"].std() < 1.2
+
+
+def test_encoding_goes_on_where_it_was(tmp_path):
+    """A batch that is there is not made again: a marked one comes out marked. The size of batches does not matter."""
+    args = (*ENCODE, "--config.sample.steps=5", "--count=7")
+    ok(run(*args, "--out", tmp_path / "whole"))
+    ok(run(*args, "--out", tmp_path / "cut", "--config.sample.batch_size=3"))
+    whole, cut = (np.load(tmp_path / name / "latents.npz")["latents"] for name in ("whole", "cut"))
+    np.testing.assert_allclose(whole, cut, atol=1e-4)
+    (tmp_path / "cut" / "latents.npz").unlink()
+    (tmp_path / "cut" / "reconstructions.npz").unlink()
+    (tmp_path / "cut" / "latents.parts").mkdir()
+    np.savez(tmp_path / "cut" / "latents.parts" / "00000000.npz", latents=np.zeros((3, 8, 8, 1), np.float32))
+    ok(run(*args, "--out", tmp_path / "cut", "--config.sample.batch_size=2"))
+    again = np.load(tmp_path / "cut" / "latents.npz")["latents"]
+    assert again.shape == whole.shape and (again[:3] == 0).all()
+    np.testing.assert_allclose(again[3:], whole[3:], atol=1e-4)
+    assert not list((tmp_path / "cut").glob("*.parts"))
+
+
+def test_a_folder_of_images_is_encoded_by_any_checkpoint(trained, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / "in" / f"{i}.png")
+    args = (
+        "ddim_jax.encode",
+        "--config",
+        "configs/default.py",
+        f"--config.pretrained={trained}",
+        "--out",
+        tmp_path / "out",
+    )
+    done = ok(run(*args, "--images", tmp_path / "in", "--config.sample.steps=4"))
+    assert "3 images, 4 steps up and as many down" in done.stdout
+    assert np.load(tmp_path / "out" / "latents.npz")["latents"].shape == (3, 8, 8, 1)
+    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "in" / "1.png")
+    said = error_line(run(*args, "--images", tmp_path / "in", "--config.sample.steps=4"))
+    assert "holds what another run made (images is" in said
+    (tmp_path / "in" / "2.png").write_bytes(b"broken")
+    said = error_line(run(*args, "--images", tmp_path / "in", "--config.sample.steps=4", "--overwrite"))
+    assert "--images:" in said and "2.png cannot be read as an image" in said
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        ((), "--out is missing"),
+        (
+            ("--config.sample.eta=0.5",),
+            "encoding is deterministic, sampler must be 'ddim' and eta 0; got 'ddim' and 0.5",
+        ),
+        (("--config.sample.sampler=ddpm",), "sampler must be 'ddim' and eta 0; got 'ddpm'"),
+        (("--images", "/nowhere"), "--images: there is no file or folder /nowhere"),
+        (("--images", "docs"), "--images: the network takes 8x8x1, these are"),
+        (("--images", "README.md"), "--images: README.md cannot be read as an .npz"),
+        (("--count", "360"), "--count must be in 1..359, the number of images, got 360"),
+        (("--count", "few"), "--count must be in 1..359"),
+    ],
+)
+def test_a_mistake_in_encoding_is_one_line(args, said, tmp_path):
+    assert said in error_line(run(*ENCODE, *args, *(("--out", tmp_path) if args else ())))

@@ -58,7 +58,7 @@ def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(
     config, process = make(eta)
 
     def floats(mesh, index):
-        keys, x = generate.start(config, sharding.put_indices(mesh, np.asarray(index)))
+        keys, x = generate.start(config, sharding.split_batch(mesh, np.asarray(index)))
         params = sharding.put_replicated(mesh, params_of(config))
         return sharding.to_host(
             samplers.integrate(
@@ -118,3 +118,16 @@ def test_clipping_keeps_the_last_prediction_in_range():
             )
         )
     assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4 and reach[2] <= 0.5 + 1e-4 and reach[3] <= 1 + 1e-4
+
+
+def test_latents_of_a_network_with_classes_decode_with_the_same_classes():
+    config, _ = make(num_classes=3, eta=0.0)
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=100))
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    params, x_0 = params_of(config), np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)
+    labels = np.arange(8, dtype=np.int32) % 3
+    for mesh in meshes():
+        placed = jax.tree.map(lambda leaf, mesh=mesh: sharding.put_replicated(mesh, leaf), params)
+        x_T = generate.encode(config, process, placed, mesh, x_0, labels)
+        same, other = (generate.decode(config, process, placed, mesh, x_T, c) for c in (labels, (labels + 1) % 3))
+        assert x_T.shape == x_0.shape and abs(same - x_0).mean() < 0.5 * abs(other - x_0).mean()

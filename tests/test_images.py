@@ -30,12 +30,14 @@ def test_png_and_npz_are_read_back_by_others(tmp_path, channels):
     batch = RNG.integers(0, 256, (5, 4, 6, channels), dtype=np.uint8)
     images.write_png(tmp_path / "a.png", batch[0])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")).reshape(4, 6, channels), batch[0])
-    images.write_npz(tmp_path / "a.npz", batch.shape, iter([batch[:2], batch[2:]]), np.arange(5))
+    halves = [{"arr_0": batch[i], "arr_1": np.arange(5)[i]} for i in (slice(0, 2), slice(2, 5))]
+    images.write_npz(tmp_path / "a.npz", 5, lambda: iter(halves))
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert file.files == ["arr_0", "arr_1"] and file["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(file["arr_0"], batch)
         np.testing.assert_array_equal(file["arr_1"], np.arange(5))
     np.testing.assert_array_equal(np.stack(list(images.read_npz(tmp_path / "a.npz"))), batch)
+    np.testing.assert_array_equal(np.stack(list(images.read_npz(tmp_path / "a.npz", "arr_1"))), np.arange(5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
 
 

@@ -32,9 +32,10 @@ ALLOWED = {
     "evaluation": ({"checkpoint", "data", "pretrained", "schedule"}, CORE | {"flax", "optax"}),
     "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
     "generate": ({"config", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
+    "output": ({"config", "images"}, {"numpy", "tqdm"}),
     "cli": ({"config", "checkpoint", "weights"}, {"absl", "ml_collections"}),
 }
-MAINS = {"train", "sample", "convert"}
+MAINS = {"train", "sample", "encode", "convert"}
 
 
 def imports(file):

@@ -427,7 +427,7 @@ def test_eight_devices_draw_what_one_draws():
     eps_fn, transitions = oracle.mixture(LINEAR, *MIXTURE), trajectory.descend(LINEAR, trajectory.uniform(1000, 25))
 
     def draw(mesh):
-        keys = samplers.image_keys(jax.random.key(7), sharding.put_indices(mesh, np.arange(16)))
+        keys = samplers.image_keys(jax.random.key(7), sharding.split_batch(mesh, np.arange(16)))
         return samplers.integrate(samplers.ddpm(), eps_fn, transitions, samplers.initial_noise(keys, (2,)), keys)
 
     one, eight = (draw(mesh) for mesh in meshes())

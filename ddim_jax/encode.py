@@ -1,0 +1,166 @@
+"""Encodes real images into latents and back (section 5.4).
+
+    python -m ddim_jax.encode --config configs/digits.py [--images DIR_OR_NPZ] [--workdir DIR] --out DIR
+
+Without --images it takes the test split of the config's data set. Writes `latents.npz` (x_T as float32 `latents`),
+`reconstructions.npz` (uint8 `arr_0`, and `error`), `report.json` and `pairs.png`, images above what became of them.
+The error is that of table 2: the mean square over pixels in [0, 1]. A run that was interrupted goes on where it was
+when the same command is given again.
+
+Encoding is deterministic, so eta must be 0, and nothing is clipped: what is clipped cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddim_jax import cli, data, generate, images, output, sharding, weights
+from ddim_jax import config as config_lib
+from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.data.scaling import to_uint8, to_unit
+
+PAIRS = 20
+
+WRITTEN = ("latents.npz", "reconstructions.npz", "report.json", "pairs.png", "latents.parts", "reconstructions.parts")
+
+OPTIONS = {
+    "images": (None, "A folder of images, or an .npz of them. Default: the test split of config.data."),
+    "count": (None, "Only so many of them, the first. Default: all."),
+    "workdir": (None, "Use the latest checkpoint of this run."),
+    "out": (None, "Output folder."),
+    "overwrite": (False, "Replace what another run left in the output folder."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    config = options.config
+    if options.out is None:
+        raise ConfigError("--out is missing: the folder of the results")
+    if config.sample.sampler != "ddim" or config.sample.eta:
+        raise ConfigError(
+            f"config.sample: encoding is deterministic, sampler must be 'ddim' and eta 0; got "
+            f"{config.sample.sampler!r} and {config.sample.eta}"
+        )
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, clip_x0=False))
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    source, total = load_images(options.images, options.count, config)
+    mesh = sharding.data_mesh()
+    found = weights.find(config, options.workdir, mesh)
+    out = cli.writable_folder(options.out)
+    output.claim(out, fingerprint(config, process, found, source, total), WRITTEN, options.overwrite)
+    print(f"{total} images, {len(process.tau) - 1} steps up and as many down, {found.source}")
+
+    def real(index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images in [-1, 1], and their classes for a network with classes: those of the data, where it has them.
+        Beyond the end the last image again.
+        """
+        with blame("--images"):
+            batch = source[np.minimum(index, total - 1)]
+        own = batch.labels if config.model.num_classes else None
+        return to_unit(batch.images), generate.labels_of(config, index) if own is None else own
+
+    def encoded(first: int) -> Iterator[dict[str, np.ndarray]]:
+        for index in generate.batch_indices(config, mesh, first, total):
+            latents = generate.encode(config, process, found.params, mesh, *real(index))
+            yield {"latents": latents[: total - index[0]]}
+
+    def decoded(first: int) -> Iterator[dict[str, np.ndarray]]:
+        stored = itertools.islice(images.read_npz(latents, "latents"), first, None)
+        for index in generate.batch_indices(config, mesh, first, total):
+            x_0, labels = real(index)
+            x_T = np.stack(list(itertools.islice(stored, len(index))))
+            missing = len(index) - len(x_T)
+            x_T = np.concatenate([x_T, np.repeat(x_T[-1:], missing, axis=0)])
+            again = generate.decode(config, process, found.params, mesh, x_T, labels)
+            error = np.square((again - x_0) / 2, dtype=np.float64).mean((1, 2, 3))
+            kept = slice(total - index[0])
+            yield {"arr_0": to_uint8(again[kept]), "error": error[kept]}
+
+    latents = output.gather(out / "latents.npz", encoded, total, "encoding")
+    reconstructions = output.gather(out / "reconstructions.npz", decoded, total, "decoding")
+    report = make_report(latents, reconstructions, len(process.tau) - 1)
+    with images.replacing(out / "report.json") as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+    shown = np.arange(min(PAIRS, total))
+    again = list(itertools.islice(images.read_npz(reconstructions), len(shown)))
+    images.write_png(out / "pairs.png", images.grid(np.concatenate([source[shown].images, again]), len(shown)))
+    print(
+        f"error {report['error_mean']:.3g} per pixel and image, mean square in [0, 1] (largest "
+        f"{report['error_max']:.3g}); latents have mean {report['latent_mean']:.3g}, std {report['latent_std']:.3g}"
+    )
+    for name in ("latents.npz", "reconstructions.npz", "report.json", "pairs.png"):
+        print(out / name)
+
+
+def load_images(path: str | None, count: str | None, config: Config) -> tuple[data.Source, int]:
+    """The images to encode, which must be what the network takes, and how many of them."""
+    if path is None:
+        with blame("config.data"):
+            source = data.load(config.data.name, config.data.path, "test")
+    else:
+        if not pathlib.Path(path).exists():
+            raise ConfigError(f"--images: there is no file or folder {path}")
+        with blame("--images"):
+            source = data.load("folder" if pathlib.Path(path).is_dir() else "npz", path, "test")
+    expected = generate.image_shape(config)
+    if source.image_shape != expected:
+        raise ConfigError(
+            f"--images: the network takes {'x'.join(map(str, expected))}, these are "
+            f"{'x'.join(map(str, source.image_shape))}"
+        )
+    if count is None:
+        return source, len(source)
+    if not count.isdigit() or not 1 <= int(count) <= len(source):
+        raise ConfigError(f"--count must be in 1..{len(source)}, the number of images, got {count}")
+    return source, int(count)
+
+
+def fingerprint(
+    config: Config, process: config_lib.Process, found: weights.Weights, source: data.Source, total: int
+) -> dict[str, Any]:
+    """All that the latents depend on, as JSON values; of many images, those at 1000 places."""
+    digest = hashlib.sha256()
+    for i in np.unique(np.linspace(0, total - 1, 1000).astype(int)):
+        with blame("--images"):
+            digest.update(source[np.array([i])].images.tobytes())
+    return {
+        "images": digest.hexdigest(),
+        "count": total,
+        "tau": process.tau.tolist(),
+        "label": config.sample.label,
+        "schedule": json.loads(json.dumps(dataclasses.asdict(config.schedule))),
+        "model": json.loads(json.dumps(dataclasses.asdict(config.model))),
+        "weights": found.digest,
+    }
+
+
+def make_report(latents: pathlib.Path, reconstructions: pathlib.Path, steps: int) -> dict[str, Any]:
+    """Errors, and how near the latents are to N(0, I), in float64 without all of them in memory."""
+    errors = np.array([float(error) for error in images.read_npz(reconstructions, "error")])
+    sums = np.zeros(2)
+    for x in images.read_npz(latents, "latents"):
+        sums += [x.mean(dtype=np.float64), np.square(x, dtype=np.float64).mean()]
+    mean, square = sums / len(errors)
+    return {
+        "images": len(errors),
+        "steps": steps,
+        "error_mean": float(errors.mean()),
+        "error_max": float(errors.max()),
+        "latent_mean": float(mean),
+        "latent_std": float(np.sqrt(max(square - mean**2, 0))),
+        "jax": jax.__version__,
+    }
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)
