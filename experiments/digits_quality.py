@@ -29,6 +29,7 @@ from ddim_jax.config import Config, ConfigError
 from ddim_jax.evaluation import digits_classifier, frechet
 
 PICTURED = 8
+VARIED = ("sampler", "eta", "steps", "num_images", "batch_size")  # from cell to cell, or without effect
 
 OPTIONS = {
     "workdir": (None, "Judge the latest checkpoint of this run, not the weights that ship with the package."),
@@ -62,9 +63,7 @@ def main(options: types.SimpleNamespace) -> None:
     header = {
         "weights": found.digest,
         "source": found.source,
-        "seed": options.config.sample.seed,
-        "tau": options.config.sample.tau,
-        "clip_x0": options.config.sample.clip_x0,
+        **sampled_alike(options.config),
         "held_out": {"accuracy": float(accuracy), **measure(held_out.images, reference)},
     }
     results = load(out / "cells.json", header)
@@ -129,12 +128,17 @@ def measure(drawn: np.ndarray, reference: Reference) -> dict[str, Any]:
     }
 
 
+def sampled_alike(config: Config) -> dict[str, Any]:
+    """The fields of config.sample that all cells of a table share."""
+    return {name: value for name, value in dataclasses.asdict(config.sample).items() if name not in VARIED}
+
+
 def load(path: pathlib.Path, header: dict[str, Any]) -> dict[str, Any]:
-    """The results so far; ConfigError if they are of other weights, seed, tau or clipping."""
+    """The results so far; ConfigError if they are of other weights, or sampled otherwise."""
     if not path.exists():
         return {**header, "cells": {}}
     results = json.loads(path.read_text())
-    for name in ("weights", "seed", "tau", "clip_x0"):
+    for name in sorted(header.keys() - {"source", "held_out"}):
         if results.get(name) != header[name]:
             raise ConfigError(
                 f"{path} was made with {name} {results.get(name)}, this run has {header[name]}; give another --out"

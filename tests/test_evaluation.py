@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -140,3 +141,17 @@ def test_images_of_another_kind_are_refused():
     for images in (np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"images must be uint8 \(B, H, W, 1 or 3\)"):
             inception.apply({}, images)
+
+
+@pytest.mark.parametrize("field, value", [("tau_offset", 1), ("clip_range", 2.0), ("clip_x0", True), ("seed", 1)])
+def test_cells_that_were_sampled_otherwise_are_not_put_into_one_table(tmp_path, field, value):
+    from experiments import digits_quality
+
+    config = config_lib.parse(digits.get_config().to_dict())
+    other = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **{field: value}))
+    header = lambda config: {"weights": "a", **json.loads(json.dumps(digits_quality.sampled_alike(config)))}
+    (tmp_path / "cells.json").write_text(json.dumps({**header(config), "cells": {"0/10": {}}}))
+    more = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=20, eta=1.0, batch_size=7))
+    assert digits_quality.load(tmp_path / "cells.json", header(more))["cells"] == {"0/10": {}}
+    with pytest.raises(config_lib.ConfigError, match=f"was made with {field} .*, this run has {value}"):
+        digits_quality.load(tmp_path / "cells.json", header(other))
