@@ -90,7 +90,7 @@ def _config() -> Config:
         section, _, name = field.partition(".")
         if section == "schedule" or (section == "model" and name not in ("dropout", "dtype")):
             raise ConfigError(f"config.{field}: with config.pretrained it is the checkpoint's own; leave it out")
-    return config_lib.parse(weights.described(values))
+    return config_lib.parse(weights.completed(values))
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

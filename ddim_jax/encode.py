@@ -128,7 +128,7 @@ def load_images(path: str | None, count: str | None, config: Config) -> tuple[da
 def fingerprint(
     config: Config, process: config_lib.Process, found: weights.Weights, source: data.Source, total: int
 ) -> dict[str, Any]:
-    """All that the latents depend on, as JSON values; of many images, those at 1000 places."""
+    """All that the latents depend on; of many images, those at 1000 places."""
     digest = hashlib.sha256()
     for i in np.unique(np.linspace(0, total - 1, 1000).astype(int)):
         with blame("--images"):
@@ -138,8 +138,8 @@ def fingerprint(
         "count": total,
         "tau": process.tau.tolist(),
         "label": config.sample.label,
-        "schedule": json.loads(json.dumps(dataclasses.asdict(config.schedule))),
-        "model": json.loads(json.dumps(dataclasses.asdict(config.model))),
+        "schedule": dataclasses.asdict(config.schedule),
+        "model": dataclasses.asdict(config.model),
         "weights": found.digest,
     }
 

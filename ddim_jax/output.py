@@ -22,9 +22,10 @@ def claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overw
     """Makes the folder this run's own, or raises ConfigError because another run's results, or foreign files, are
     in it.
 
-    ours: all that the results depend on, as JSON values. written: the names of all files and folders that the
+    ours: all that the results depend on, JSON can hold it. written: the names of all files and folders that the
     command may write; these alone are removed to overwrite.
     """
+    ours = json.loads(json.dumps(ours))  # tuples become lists, as in what is read
     record = out / RECORD
     present = [name for name in (RECORD, *written) if (out / name).exists()]
     if record.exists():

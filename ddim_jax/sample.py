@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import types
 from collections.abc import Iterator
@@ -81,12 +80,11 @@ def default_folder(config: Config, workdir: str | None) -> pathlib.Path:
 
 
 def fingerprint(config: Config, process: Process, found: weights.Weights) -> dict[str, Any]:
-    """All that the images depend on, as JSON values. Not the batch size: it does not change them."""
+    """All that the images depend on. Not the batch size: it does not change them."""
     sample = dataclasses.asdict(config.sample) | {"tau": process.tau.tolist()}
     del sample["batch_size"], sample["steps"]
     schedule, model = dataclasses.asdict(config.schedule), dataclasses.asdict(config.model)
-    as_dict = {"sample": sample, "schedule": schedule, "model": model, "weights": found.digest}
-    return json.loads(json.dumps(as_dict))
+    return {"sample": sample, "schedule": schedule, "model": model, "weights": found.digest}
 
 
 def draw_all(out: pathlib.Path, config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh) -> pathlib.Path:

@@ -89,7 +89,7 @@ def of_run(workdir: str) -> Published:
     return pretrained.describe_own(config, step, f"{workdir}, step {step}", read)
 
 
-def described(values: Mapping[str, Any]) -> dict[str, Any]:
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config in which config.pretrained decides: name, schedule and model (but for dropout and
     dtype) are the checkpoint's, and so is what config.sample leaves open.
     """

@@ -177,7 +177,7 @@ def ours(where, params, x, steps, labels=None):
     """A DDIM run, all of it as the checkpoint says."""
     values = config_of(where)
     values["sample"]["steps"] = steps
-    config = config_lib.parse(weights.described(values))
+    config = config_lib.parse(weights.completed(values))
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     eps_fn = generate.eps_fn(config, params, labels)
     return np.asarray(samplers.integrate(process.sampler, eps_fn, process.transitions, x))

@@ -94,9 +94,9 @@ def test_every_parameter_has_its_own_name_in_every_layout(layout):
             random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
         )[0]
     ]
-    called = [names.theirs(path, layout, 2) for path in paths]
+    called = [layout.name(path, 2) for path in paths]
     assert len(set(called)) == len(paths)
-    assert names.theirs(("up_0_block_1", "conv_0", "kernel"), layout, 4) in (
+    assert layout.name(("up_0_block_1", "conv_0", "kernel"), 4) in (
         "up_blocks.3.resnets.1.conv1.weight",
         "up.0.block.1.conv1.weight",
     )
@@ -109,14 +109,14 @@ def test_every_parameter_has_its_own_name_in_every_layout(layout):
 def test_the_checkpoint_decides_what_the_config_leaves_open(original, folder):
     edit(folder / NOISE, timestep_spacing="leading", steps_offset=1, set_alpha_to_one=False, clip_sample=True)
     values = default.get_config().to_dict() | {"pretrained": str(folder)}
-    config = config_lib.parse(weights.described(values))
+    config = config_lib.parse(weights.completed(values))
     assert config.name == "ddpm-smoke" and config.model.image_size == 8 and config.schedule.num_steps == 100
     assert (config.sample.tau, config.sample.tau_offset, config.sample.tau_end) == ("leading", 1, 1)
     assert config.sample.clip_x0 and config.model.dropout == 0.1  # the user's, of configs/default.py
     tau = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule)).tau
     assert tau.tolist() == [1, *range(2, 101, 2)]
     values["sample"].update(tau="quadratic", clip_x0=False)
-    config = config_lib.parse(weights.described(values))
+    config = config_lib.parse(weights.completed(values))
     assert (config.sample.tau, config.sample.tau_offset, config.sample.tau_end) == ("quadratic", 0, 0)
     assert not config.sample.clip_x0
 

@@ -11,13 +11,13 @@ import pathlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.checkpoint import CheckpointError, check_shapes
+from ddim_jax.checkpoint import CheckpointError
 from ddim_jax.pretrained import tensors
+from ddim_jax.pretrained.names import Layout
 from ddim_jax.schedule import Array
 
 SIZE = 299
@@ -192,8 +192,8 @@ class Inception(nn.Module):
         )(x)
         x = _mixed_8("Mixed_7b", max_pool=False)(x)
         features = _mixed_8("Mixed_7c", max_pool=True)(x).mean((1, 2))
-        kernel = self.param("fc", nn.initializers.lecun_normal(), (FEATURES, CLASSES))
-        return Output(features, jnp.matmul(features, kernel, precision="highest"))
+        logits = nn.Dense(CLASSES, use_bias=False, precision="highest", name="fc")(features)
+        return Output(features, logits)
 
 
 def apply(params: Any, images: Array) -> Output:
@@ -204,8 +204,17 @@ def apply(params: Any, images: Array) -> Output:
     return Inception().apply({"params": params}, (resize(images) - 128) / 128)
 
 
-_LEAVES = {"kernel": "conv.weight", "scale": "bn.weight", "bias": "bn.bias", "mean": "bn.running_mean"}
-_LEAVES["variance"] = "bn.running_var"
+_LEAVES = {
+    "kernel": "conv.weight",
+    "scale": "bn.weight",
+    "bias": "bn.bias",
+    "mean": "bn.running_mean",
+    "variance": "bn.running_var",
+}
+
+
+def _name(path: tuple[str, ...], num_levels: int) -> str:
+    return "fc.weight" if path[0] == "fc" else ".".join([*path[:-1], _LEAVES[path[-1]]])
 
 
 def load(path: str | pathlib.Path) -> Any:
@@ -219,16 +228,11 @@ def load(path: str | pathlib.Path) -> Any:
         found, _ = tensors.open_safetensors(path)
     else:
         found = tensors.from_torch(str(path), tensors.load_torch(path))
-    like = flax.traverse_util.flatten_dict(
-        jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
-    )
-    names = {where: "fc.weight" if where == ("fc",) else ".".join([*where[:-1], _LEAVES[where[-1]]]) for where in like}
-    theirs = lambda shape: (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-    expected = {names[where]: theirs(leaf.shape) for where, leaf in like.items()}
     unused = lambda name: name == "fc.bias" or name.endswith(".num_batches_tracked")
-    there = {name: shape for name, shape in found.shapes.items() if not unused(name)}
-    check_shapes(there, expected, str(path), "FID's Inception network")
-    ours = lambda tensor: tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-    return flax.traverse_util.unflatten_dict(
-        {where: jnp.asarray(ours(found.read(name)), jnp.float32) for where, name in names.items()}
+    shapes = {name: shape for name, shape in found.shapes.items() if not unused(name)}
+    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"],
     )
+    return tensors.read(found._replace(shapes=shapes, layout=Layout(_name)), like, "FID's Inception network")

@@ -343,7 +343,7 @@ def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str
     """
     levels = len(config["model"]["channel_mult"])
     state = {
-        names.theirs(path, names.DIFFUSERS, levels): np.ascontiguousarray(
+        names.DIFFUSERS.name(path, levels): np.ascontiguousarray(
             names.to_theirs(path, np.asarray(leaf), names.DIFFUSERS)
         )
         for path, leaf in flax.traverse_util.flatten_dict(params).items()

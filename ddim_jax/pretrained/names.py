@@ -7,7 +7,8 @@ from 0, {j} from 1. The official DDIM code and the PyTorch port of Ho's models s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -48,48 +49,52 @@ ATTENTION = [
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
-class Layout(NamedTuple):
-    """One way to name the tensors, and to lay them out. The convolutions of all three are (out, in, H, W)."""
+Path = tuple[str, ...]
 
-    network: Mapping[str, str | None]  # a row of NETWORK -> their name
-    inner: Mapping[str, str]  # a module in a block or an attention -> their name
-    convolutions: frozenset[str]  # those that we compute as matrices: (out, in, 1, 1) there
+
+class Layout(NamedTuple):
+    """One way to name the tensors of a network, and to lay them out. Convolutions are (out, in, H, W) in all."""
+
+    name: Callable[[Path, int], str]  # (path of our parameter, number of resolutions) -> their name
+    convolutions: frozenset[str] = frozenset()  # modules that we compute as matrices: (out, in, 1, 1) there
+
+
+_NUMBER = r"(?P<\1>\\d+)"
+_OURS = {re.compile(re.sub(r"\{(\w+)\}", _NUMBER, row[0])): row[0] for row in NETWORK}
 
 
 def _layout(column: int, attention_column: int, convolutions: tuple[str, ...]) -> Layout:
+    network = {row[0]: row[column] for row in NETWORK}
     inner = {row[0]: row[column] for row in BLOCK} | {row[0]: row[attention_column] for row in ATTENTION}
-    return Layout({row[0]: row[column] for row in NETWORK}, inner, frozenset(convolutions))
+    return Layout(partial(_theirs, network, inner), frozenset(convolutions))
+
+
+def _theirs(network: Mapping[str, str | None], inner: Mapping[str, str], path: Path, num_levels: int) -> str:
+    """("up_0_block_1", "conv_0", "kernel") is "up_blocks.3.resnets.1.conv1.weight" in diffusers, for num_levels 4.
+    KeyError where the layout has no such module.
+    """
+    top, *modules, leaf = path
+    match, row = next((found, row) for pattern, row in _OURS.items() if (found := pattern.fullmatch(top)))
+    numbers = {name: int(value) for name, value in match.groupdict().items()}
+    numbers["depth"], numbers["j"] = num_levels - 1 - numbers.get("level", 0), numbers.get("i", 0) + 1
+    if network[row] is None:
+        raise KeyError(row)
+    return ".".join([network[row].format(**numbers), *(inner[name] for name in modules), LEAVES[leaf]])
 
 
 DIFFUSERS = _layout(1, 1, ("shortcut",))
 DIFFUSERS_OLD = _layout(1, 2, ("shortcut",))
 OFFICIAL = _layout(2, 3, ("shortcut", "query", "key", "value", "out"))
 
-_NUMBER = r"(?P<\1>\\d+)"
-_OURS = {re.compile(re.sub(r"\{(\w+)\}", _NUMBER, row[0])): row[0] for row in NETWORK}
 
-
-def theirs(path: tuple[str, ...], layout: Layout, num_levels: int) -> str:
-    """The name of one of our parameters: ("up_0_block_1", "conv_0", "kernel") is "up_blocks.3.resnets.1.conv1.weight"
-    in diffusers, for num_levels 4. KeyError where the layout has no such module.
-    """
-    top, *inner, leaf = path
-    match, row = next((found, row) for pattern, row in _OURS.items() if (found := pattern.fullmatch(top)))
-    numbers = {name: int(value) for name, value in match.groupdict().items()}
-    numbers["depth"], numbers["j"] = num_levels - 1 - numbers.get("level", 0), numbers.get("i", 0) + 1
-    if layout.network[row] is None:
-        raise KeyError(row)
-    return ".".join([layout.network[row].format(**numbers), *(layout.inner[name] for name in inner), LEAVES[leaf]])
-
-
-def to_ours(path: tuple[str, ...], tensor: np.ndarray, ndim: int) -> np.ndarray:
+def to_ours(path: Path, tensor: np.ndarray, ndim: int) -> np.ndarray:
     """Their tensor as our parameter of ndim axes: channels last; matrices, and 1x1 convolutions, as (in, out)."""
     if path[-1] != "kernel":
         return tensor
     return tensor.transpose(2, 3, 1, 0) if ndim == 4 else tensor.reshape(tensor.shape[:2]).T
 
 
-def to_theirs(path: tuple[str, ...], array: np.ndarray, layout: Layout) -> np.ndarray:
+def to_theirs(path: Path, array: np.ndarray, layout: Layout) -> np.ndarray:
     """The inverse of `to_ours`."""
     if path[-1] != "kernel":
         return array

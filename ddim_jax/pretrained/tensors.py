@@ -110,7 +110,7 @@ def read(tensors: Tensors, like: Any, said: str) -> Any:
 
 
 def name_of(path: tuple[str, ...], layout: Layout | None, num_levels: int) -> str:
-    return "/".join(path) if layout is None else names.theirs(path, layout, num_levels)
+    return "/".join(path) if layout is None else layout.name(path, num_levels)
 
 
 def expected_shape(path: tuple[str, ...], shape: tuple[int, ...], layout: Layout | None) -> tuple[int, ...]:
