@@ -79,4 +79,13 @@ def get_config() -> ConfigDict:
                                           # least 1 and at most clip_range, and x_0 is divided by it
     sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
     sample.label = -1                     # the class, for class-conditional networks; -1: image i has class i mod n
+
+    config.evaluate = evaluate = ConfigDict()
+    evaluate.features = "inception"       # inception (FID's network) | digits | a function of yours: "module:function"
+    evaluate.weights = ""                 # the file of its weights; empty: the usual ones, fetched once or shipped
+    evaluate.metrics = "fid,kid,inception_score,precision_recall"   # also confidence, nearest
+    evaluate.num_images = 50_000          # exactly so many samples are judged
+    evaluate.batch_size = 50              # over all devices
+    evaluate.reference = ""               # real images, or statistics of them; empty: those of config.data
+    evaluate.split = "train"              # train | test: which of config.data's
     return config

@@ -18,4 +18,6 @@ def get_config():
     config.train.update(num_steps=5000, batch_size=128, learning_rate=1e-3, warmup=500, ema_decay=0.999,
                         log_every=50, checkpoint_every=500, keep_every=0, grid_every=1000)
     config.sample.update(num_images=100, batch_size=100)
+    config.evaluate.update(features="digits", num_images=1000, batch_size=500,
+                           metrics="fid,kid,inception_score,precision_recall,confidence,nearest")
     return config

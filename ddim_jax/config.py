@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import registry, trajectory
-from ddim_jax.data import DATASETS
+from ddim_jax.data import DATASETS, SPLITS
 from ddim_jax.models.unet import HALVE_PADDING, UNet
 from ddim_jax.samplers import Sampler
 from ddim_jax.schedule import NoiseSchedule
@@ -158,6 +158,17 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    features: str = _field()
+    weights: str = _field()
+    metrics: str = _field()
+    num_images: int = _at_least(2)
+    batch_size: int = _at_least(1)
+    reference: str = _field()
+    split: str = _one_of({split: None for split in SPLITS})
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str = _field()
     pretrained: str = _field()
@@ -166,6 +177,7 @@ class Config:
     schedule: ScheduleConfig = _field()
     train: TrainConfig = _field()
     sample: SampleConfig = _field()
+    evaluate: EvaluateConfig = _field()
 
 
 # Fields that may be left open, as None: a published checkpoint then decides, and without one it is this.
@@ -182,6 +194,15 @@ BEFORE = {
         "cos_first": False,
     },
     "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0},
+    "evaluate": {
+        "features": "inception",
+        "weights": "",
+        "metrics": "fid",
+        "num_images": 50_000,
+        "batch_size": 50,
+        "reference": "",
+        "split": "train",
+    },
 }
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import pathlib
 import types
@@ -23,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ddim_jax import cli, data, generate, images, output, sharding, weights
 from ddim_jax import config as config_lib
@@ -46,12 +46,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     if options.out is None:
         raise ConfigError("--out is missing: the folder of the results")
-    if config.sample.sampler != "ddim" or config.sample.eta:
-        raise ConfigError(
-            f"config.sample: encoding is deterministic, sampler must be 'ddim' and eta 0; got "
-            f"{config.sample.sampler!r} and {config.sample.eta}"
-        )
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, clip_x0=False))
+    config = deterministic(config)
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     source, total = load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
@@ -59,6 +54,45 @@ def main(options: types.SimpleNamespace) -> None:
     out = cli.writable_folder(options.out)
     output.claim(out, fingerprint(config, process, found, source, total), WRITTEN, options.overwrite)
     print(f"{total} images, {len(process.tau) - 1} steps up and as many down, {found.source}")
+
+    latents, reconstructions = round_trip(out, config, process, found.params, mesh, source, total)
+    report = make_report(latents, reconstructions, len(process.tau) - 1)
+    with images.replacing(out / "report.json") as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+    shown = np.arange(min(PAIRS, total))
+    again = images.open_npz(reconstructions)["arr_0"][shown]
+    images.write_png(out / "pairs.png", images.grid(np.concatenate([source[shown].images, again]), len(shown)))
+    print(
+        f"error {report['error_mean']:.3g} per pixel and image, mean square in [0, 1] (largest "
+        f"{report['error_max']:.3g}); latents have mean {report['latent_mean']:.3g}, std {report['latent_std']:.3g}"
+    )
+    for name in ("latents.npz", "reconstructions.npz", "report.json", "pairs.png"):
+        print(out / name)
+
+
+def deterministic(config: Config) -> Config:
+    """The config to encode with: nothing is clipped. ConfigError if its process draws noise."""
+    sample = config.sample
+    if sample.sampler != "ddim" or sample.eta:
+        raise ConfigError(
+            f"config.sample: encoding is deterministic, sampler must be 'ddim' and eta 0; got "
+            f"{sample.sampler!r} and {sample.eta}"
+        )
+    return dataclasses.replace(config, sample=dataclasses.replace(sample, clip_x0=False))
+
+
+def round_trip(
+    out: pathlib.Path,
+    config: Config,
+    process: config_lib.Process,
+    params: Any,
+    mesh: Mesh,
+    source: data.Source,
+    total: int,
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """The first `total` images of the source up into `out/latents.npz`, and down again into
+    `out/reconstructions.npz`. What is there already is not made again.
+    """
 
     def real(index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Images in [-1, 1], and their classes for a network with classes: those of the data, where it has them.
@@ -71,35 +105,20 @@ def main(options: types.SimpleNamespace) -> None:
 
     def encoded(first: int) -> Iterator[dict[str, np.ndarray]]:
         for index in generate.batch_indices(config, mesh, first, total):
-            latents = generate.encode(config, process, found.params, mesh, *real(index))
+            latents = generate.encode(config, process, params, mesh, *real(index))
             yield {"latents": latents[: total - index[0]]}
 
     def decoded(first: int) -> Iterator[dict[str, np.ndarray]]:
-        stored = itertools.islice(images.read_npz(latents, "latents"), first, None)
+        stored = images.open_npz(latents)["latents"]
         for index in generate.batch_indices(config, mesh, first, total):
             x_0, labels = real(index)
-            x_T = np.stack(list(itertools.islice(stored, len(index))))
-            missing = len(index) - len(x_T)
-            x_T = np.concatenate([x_T, np.repeat(x_T[-1:], missing, axis=0)])
-            again = generate.decode(config, process, found.params, mesh, x_T, labels)
+            again = generate.decode(config, process, params, mesh, stored[np.minimum(index, total - 1)], labels)
             error = np.square((again - x_0) / 2, dtype=np.float64).mean((1, 2, 3))
             kept = slice(total - index[0])
             yield {"arr_0": to_uint8(again[kept]), "error": error[kept]}
 
     latents = output.gather(out / "latents.npz", encoded, total, "encoding")
-    reconstructions = output.gather(out / "reconstructions.npz", decoded, total, "decoding")
-    report = make_report(latents, reconstructions, len(process.tau) - 1)
-    with images.replacing(out / "report.json") as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
-    shown = np.arange(min(PAIRS, total))
-    again = list(itertools.islice(images.read_npz(reconstructions), len(shown)))
-    images.write_png(out / "pairs.png", images.grid(np.concatenate([source[shown].images, again]), len(shown)))
-    print(
-        f"error {report['error_mean']:.3g} per pixel and image, mean square in [0, 1] (largest "
-        f"{report['error_max']:.3g}); latents have mean {report['latent_mean']:.3g}, std {report['latent_std']:.3g}"
-    )
-    for name in ("latents.npz", "reconstructions.npz", "report.json", "pairs.png"):
-        print(out / name)
+    return latents, output.gather(out / "reconstructions.npz", decoded, total, "decoding")
 
 
 def load_images(path: str | None, count: str | None, config: Config) -> tuple[data.Source, int]:
@@ -146,9 +165,9 @@ def fingerprint(
 
 def make_report(latents: pathlib.Path, reconstructions: pathlib.Path, steps: int) -> dict[str, Any]:
     """Errors, and how near the latents are to N(0, I), in float64 without all of them in memory."""
-    errors = np.array([float(error) for error in images.read_npz(reconstructions, "error")])
+    errors = images.open_npz(reconstructions)["error"]
     sums = np.zeros(2)
-    for x in images.read_npz(latents, "latents"):
+    for x in images.open_npz(latents)["latents"]:
         sums += [x.mean(dtype=np.float64), np.square(x, dtype=np.float64).mean()]
     mean, square = sums / len(errors)
     return {

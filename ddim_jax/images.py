@@ -80,15 +80,36 @@ def write_npz(path: pathlib.Path, length: int, parts: Callable[[], Iterable[Mapp
                     member.write(np.ascontiguousarray(part[name]).data)
 
 
-def read_npz(path: pathlib.Path, name: str = "arr_0") -> Iterator[np.ndarray]:
-    """The items of an array (N, ...) of a file that `write_npz` wrote, one after the other, without the others in
-    memory.
+def open_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz by their names. One that is stored uncompressed, as `write_npz` stores it, stays on the
+    disk until it is indexed, so it may be larger than the memory.
+
+    Raises zipfile.BadZipFile or ValueError for what is damaged, or is not plain arrays.
     """
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        np.lib.format.read_magic(member)
-        (count, *shape), _, dtype = np.lib.format.read_array_header_1_0(member)
-        for _ in range(count):
-            yield np.frombuffer(member.read(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+    with zipfile.ZipFile(path) as archive:
+        return {
+            member.filename.removesuffix(".npy"): _open_array(path, archive, member)
+            for member in archive.infolist()
+            if member.filename.endswith(".npy")
+        }
+
+
+def _open_array(path: pathlib.Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        mapped = member.compress_type == zipfile.ZIP_STORED and version == (1, 0)
+        if mapped:
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            header = file.tell()
+        if not mapped or fortran or dtype.hasobject or 0 in shape:
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False)
+    with open(path, "rb") as file:  # what the file says of the member, where it lies, is as long as two numbers in it
+        file.seek(member.header_offset + 26)
+        start = file.tell() + 4 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+    if start + header + int(np.prod(shape)) * dtype.itemsize > os.path.getsize(path):
+        raise ValueError(f"{member.filename} is cut off")
+    return np.memmap(path, dtype, "r", start + header, shape)
 
 
 def _pil(image: np.ndarray) -> Image.Image:

@@ -9,7 +9,6 @@ on where it was when the same command is given again.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import pathlib
 import types
 from collections.abc import Iterator
@@ -57,11 +56,11 @@ def main(options: types.SimpleNamespace) -> None:
     print(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
 
     npz = draw_all(out, config, process, found.params, mesh)
-    first = np.stack(list(itertools.islice(images.read_npz(npz), GRID_IMAGES)))
-    written = [npz, write(out / "grid.png", images.write_png, images.grid(first))]
+    drawn = images.open_npz(npz)["arr_0"]
+    written = [npz, write(out / "grid.png", images.write_png, images.grid(drawn[:GRID_IMAGES]))]
     if options.png:
         folder = cli.writable_folder(out / "png")
-        for i, image in enumerate(tqdm(images.read_npz(npz), "png", config.sample.num_images, unit="file")):
+        for i, image in enumerate(tqdm(drawn, "png", unit="file")):
             images.write_png(folder / f"{i:06d}.png", image)
         written.append(folder)
     if options.film:

@@ -5,20 +5,18 @@ package.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from ddim_jax import config as config_lib
 from ddim_jax import pretrained, sharding, train_state
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.config import Config, ConfigError, ModelConfig
-from ddim_jax.pretrained import Published
+from ddim_jax.pretrained import Published, tensors
 
 
 class Weights(NamedTuple):
@@ -27,12 +25,7 @@ class Weights(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all leaves."""
-        total = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_flatten_with_path(self.params)[0]:
-            total.update(jax.tree_util.keystr(path).encode())
-            total.update(np.ascontiguousarray(leaf).data)
-        return total.hexdigest()
+        return tensors.digest(self.params)
 
 
 def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:

@@ -36,9 +36,26 @@ def test_png_and_npz_are_read_back_by_others(tmp_path, channels):
         assert file.files == ["arr_0", "arr_1"] and file["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(file["arr_0"], batch)
         np.testing.assert_array_equal(file["arr_1"], np.arange(5))
-    np.testing.assert_array_equal(np.stack(list(images.read_npz(tmp_path / "a.npz"))), batch)
-    np.testing.assert_array_equal(np.stack(list(images.read_npz(tmp_path / "a.npz", "arr_1"))), np.arange(5))
+    found = images.open_npz(tmp_path / "a.npz")
+    assert list(found) == ["arr_0", "arr_1"] and isinstance(found["arr_0"], np.memmap)
+    np.testing.assert_array_equal(found["arr_0"], batch)
+    np.testing.assert_array_equal(found["arr_1"], np.arange(5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "a.png"]
+
+
+@pytest.mark.parametrize("save, mapped", [(np.savez, True), (np.savez_compressed, False)])
+def test_arrays_of_other_files(tmp_path, save, mapped):
+    """Any order in memory, any dtype, nothing at all, names that are not ASCII."""
+    batch = RNG.normal(size=(3, 4, 5))
+    arrays = {"c": batch, "f": np.asfortranarray(batch), "none": np.zeros((0, 3)), "ü": np.arange(3), "s": np.array("x")}
+    save(tmp_path / "a.npz", **arrays)
+    found = images.open_npz(tmp_path / "a.npz")
+    assert list(found) == list(arrays) and isinstance(found["c"], np.memmap) == mapped
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    save(tmp_path / "b.npz", code=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        images.open_npz(tmp_path / "b.npz")
 
 
 def test_a_gif_moves(tmp_path):

@@ -18,8 +18,8 @@ ALLOWED = {
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers"}, CORE),
     "models": ({"schedule", "gaussian"}, CORE | {"flax"}),
-    "data": (set(), {"numpy", "PIL", "sklearn"}),
     "images": (set(), {"numpy", "PIL"}),
+    "data": ({"images"}, {"numpy", "PIL", "sklearn"}),
     "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
     "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax", "chex"}),
     "sharding": (set(), CORE),
@@ -29,13 +29,16 @@ ALLOWED = {
         {"checkpoint", "config", "images", "schedule"},
         CORE | {"flax", "safetensors", "yaml", "huggingface_hub", "torch"},
     ),
-    "evaluation": ({"checkpoint", "data", "pretrained", "schedule"}, CORE | {"flax", "optax"}),
+    "evaluation": (
+        {"checkpoint", "data", "images", "pretrained", "registry", "schedule", "sharding"},
+        CORE | {"flax", "optax", "tqdm"},
+    ),
     "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
     "generate": ({"config", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
     "output": ({"config", "images"}, {"numpy", "tqdm"}),
     "cli": ({"config", "checkpoint", "weights"}, {"absl", "ml_collections"}),
 }
-MAINS = {"train", "sample", "encode", "convert"}
+MAINS = {"train", "sample", "encode", "evaluate", "convert"}
 
 
 def imports(file):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import pathlib
 import warnings
 import zipfile
+import zlib
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from ddim_jax.images import open_npz
+
 SPLITS = ("train", "test")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", *JPEG_SUFFIXES, ".webp", ".bmp")
 
 
 class Batch(NamedTuple):
@@ -22,6 +26,8 @@ class Batch(NamedTuple):
 class Source(Protocol):
     image_shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int  # 0 where there are no labels
+    crop: str  # what was cut out of the images as they are published, in words
+    jpegs: int  # how many of the images are JPEG files
 
     def __len__(self) -> int: ...
 
@@ -29,7 +35,10 @@ class Source(Protocol):
 
 
 class ArraySource:
-    """Images in memory. images: (N, H, W, C) uint8. labels: (N,) ints from 0, or None."""
+    """Images of an array, in memory or mapped from a file: (N, H, W, C) uint8. labels: (N,) ints from 0, or None."""
+
+    crop = "none"
+    jpegs = 0
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
@@ -52,11 +61,13 @@ class FolderSource:
     """A folder of image files of one size, in subfolders or not, sorted by path; decoded when asked for. No labels."""
 
     num_classes = 0
+    crop = "none"
 
     def __init__(self, folder: pathlib.Path):
         self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
             raise ValueError(f"{folder} holds no image file ({', '.join(IMAGE_SUFFIXES)})")
+        self.jpegs = sum(file.suffix.lower() in JPEG_SUFFIXES for file in self.files)
         self.image_shape = _decode(self.files[0], None).shape
 
     def __len__(self) -> int:
@@ -110,19 +121,22 @@ def npz(path: str, split: str) -> ArraySource:
     """An .npz of uint8 images (N, H, W, C) or (N, H, W), and labels (N,) if it has them.
 
     Images are `{split}_images`, else `images`, else `arr_0`; labels are `{split}_labels`, else `labels`, else `arr_1`.
+    Images that are stored uncompressed stay on the disk until they are asked for.
     """
     if not path or not pathlib.Path(path).is_file():
         raise ValueError(f"data set 'npz' needs a file in config.data.path, got {path!r}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            first = lambda names: next((file[name] for name in names if name in file), None)
-            images = first([f"{split}_images", "images", "arr_0"])
-            labels = first([f"{split}_labels", "labels", "arr_1"])
-            names = list(file)
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        arrays = open_npz(pathlib.Path(path))
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read as an .npz: {error}") from error
+    first = lambda names: next((arrays[name] for name in names if name in arrays), None)
+    images = first([f"{split}_images", "images", "arr_0"])
+    labels = first([f"{split}_labels", "labels", "arr_1"])
     if images is None:
-        raise ValueError(f"{path} holds none of {split}_images, images, arr_0; it holds {', '.join(names)}")
+        raise ValueError(f"{path} holds none of {split}_images, images, arr_0; it holds {', '.join(arrays)}")
     return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
 
 

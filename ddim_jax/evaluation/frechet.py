@@ -14,6 +14,14 @@ class Moments(NamedTuple):
     cov: np.ndarray  # (D, D) float64, unbiased
 
 
+class Scatter(NamedTuple):
+    """What moments are computed from, of features that come batch by batch."""
+
+    count: int
+    mean: np.ndarray  # (D,) float64
+    squares: np.ndarray  # (D, D) float64: sum of (x - mean)(x - mean)^T
+
+
 def checked(*sets: np.ndarray) -> list[np.ndarray]:
     """Float64 (N, D) each, of one D, finite; ValueError otherwise."""
     sets = [np.asarray(features, np.float64) for features in sets]
@@ -26,12 +34,30 @@ def checked(*sets: np.ndarray) -> list[np.ndarray]:
     return sets
 
 
-def moments(features: np.ndarray) -> Moments:
-    """Mean and covariance of features (N, D), N >= 2, finite; ValueError otherwise."""
+def scatter(features: np.ndarray) -> Scatter:
+    """Of features (N, D), N >= 1, finite; ValueError otherwise."""
     (features,) = checked(features)
-    if len(features) < 2:
-        raise ValueError(f"features must be (N, D) with N at least 2, got shape {features.shape}")
-    return Moments(features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
+    if not len(features):
+        raise ValueError(f"features must be (N, D) with N at least 1, got shape {features.shape}")
+    mean = features.mean(axis=0)
+    return Scatter(len(features), mean, (features - mean).T @ (features - mean))
+
+
+def merged(a: Scatter, b: Scatter) -> Scatter:
+    """That of both sets together (Chan, Golub, LeVeque 1979): nothing cancels, as it would in E[x^2] - E[x]^2."""
+    count, apart = a.count + b.count, b.mean - a.mean
+    squares = a.squares + b.squares + np.outer(apart, apart) * (a.count * b.count / count)
+    return Scatter(count, a.mean + apart * (b.count / count), squares)
+
+
+def moments(features: np.ndarray | Scatter) -> Moments:
+    """Mean and covariance of features (N, D), N >= 2, finite, or of what `scatter` made of them; ValueError
+    otherwise.
+    """
+    total = features if isinstance(features, Scatter) else scatter(features)
+    if total.count < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {total.count}")
+    return Moments(total.mean, total.squares / (total.count - 1))
 
 
 def distance(a: Moments, b: Moments) -> float:

@@ -8,7 +8,7 @@ names under which the PyTorch port of the weights, `pt_inception-2015-12-05-6726
 from __future__ import annotations
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.evaluation import cache
+from ddim_jax.evaluation.feature_network import FeatureNetwork, Output, feature_network, on_one_device
 from ddim_jax.pretrained import tensors
 from ddim_jax.pretrained.names import Layout
 from ddim_jax.schedule import Array
@@ -24,11 +26,8 @@ SIZE = 299
 FEATURES = 2048
 CLASSES = 1008
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-
-
-class Output(NamedTuple):
-    features: Array  # (B, 2048), the last pooling layer: of FID, KID, precision and recall
-    logits: Array  # (B, 1008), without the bias, as the Inception Score is computed
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 
 
 def resize(images: Array, size: int = SIZE) -> Array:
@@ -167,7 +166,9 @@ def _mixed_8(name: str, max_pool: bool) -> Mixed:
 
 
 class Inception(nn.Module):
-    """(B, 299, 299, 3) in [-1, 1] -> Output."""
+    """(B, 299, 299, 3) in [-1, 1] -> Output: 2048 features of the last pooling layer, for FID, KID, precision and
+    recall, and 1008 logits without the bias, as the Inception Score is computed.
+    """
 
     @nn.compact
     def __call__(self, x: Array) -> Output:
@@ -217,22 +218,26 @@ def _name(path: tuple[str, ...], num_levels: int) -> str:
     return "fc.weight" if path[0] == "fc" else ".".join([*path[:-1], _LEAVES[path[-1]]])
 
 
-def load(path: str | pathlib.Path) -> Any:
-    """The parameters in a file of the published weights: the known .pth, opened without running code in it, or the
-    same tensors as .safetensors. CheckpointError if it is missing, damaged or of another network.
+def open_network(path: str = "") -> FeatureNetwork:
+    """FID's network with the published weights, which are in a file of the user's or, without one, fetched once into
+    the cache. CheckpointError if they cannot be had.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
+    if path and not pathlib.Path(path).is_file():
         raise CheckpointError(f"there is no file {path}: the weights of FID's Inception network, {WEIGHTS}, are wanted")
+    found = pathlib.Path(path) if path else cache.fetch(URL, SHA256, "the weights of FID's Inception network")
+    return feature_network("inception-2015-12-05", apply, load(found), f"bilinear of TensorFlow 1 to {SIZE}x{SIZE}")
+
+
+def load(path: pathlib.Path) -> Any:
+    """The parameters in a file of the published weights: the known .pth, opened without running code in it, or the
+    same tensors as .safetensors. CheckpointError if it is damaged or of another network.
+    """
     if path.suffix == ".safetensors":
         found, _ = tensors.open_safetensors(path)
     else:
         found = tensors.from_torch(str(path), tensors.load_torch(path))
     unused = lambda name: name == "fc.bias" or name.endswith(".num_batches_tracked")
     shapes = {name: shape for name, shape in found.shapes.items() if not unused(name)}
-    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"],
-    )
-    return tensors.read(found._replace(shapes=shapes, layout=Layout(_name)), like, "FID's Inception network")
+    like = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    layout = Layout(_name)
+    return tensors.read(found._replace(shapes=shapes, layout=layout), on_one_device(like), "FID's Inception network")

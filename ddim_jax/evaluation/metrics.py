@@ -98,3 +98,25 @@ def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
         if a is b:
             np.fill_diagonal(squared[:, begin:], 0)
         yield np.maximum(squared, 0)
+
+
+def nearest(samples: np.ndarray, real: np.ndarray) -> float:
+    """Mean distance of a sample to the nearest real image, features (N, D) and (M, D). Where it is far below that of
+    real images held out, samples are copies.
+    """
+    samples, real = checked(samples, real)
+    return float(np.concatenate([np.sqrt(d.min(axis=1)) for d in _distances(samples, real)]).mean())
+
+
+class Confidence(NamedTuple):
+    confidence: float  # mean probability of the class that is seen
+    smallest_share: float  # of the images, of the class that is seen least
+    largest_share: float
+
+
+def confidence(logits: np.ndarray) -> Confidence:
+    """How sure a classifier is of what it sees, and whether it sees all classes. logits: (N, K)."""
+    (logits,) = checked(logits)
+    likeliest = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    shares = np.bincount(logits.argmax(axis=1), minlength=logits.shape[1]) / len(logits)
+    return Confidence(float((1 / likeliest).mean()), float(shares.min()), float(shares.max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pathlib
 import re
 import zipfile
@@ -107,6 +108,15 @@ def read(tensors: Tensors, like: Any, said: str) -> Any:
         array = np.ascontiguousarray(array, leaf.dtype)
         params[path] = jax.make_array_from_callback(array.shape, leaf.sharding, lambda part, array=array: array[part])
     return flax.traverse_util.unflatten_dict(params)
+
+
+def digest(params: Any) -> str:
+    """SHA-256 of all leaves and their places."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        total.update(jax.tree_util.keystr(path).encode())
+        total.update(np.ascontiguousarray(leaf).data)
+    return total.hexdigest()
 
 
 def name_of(path: tuple[str, ...], layout: Layout | None, num_levels: int) -> str:
