@@ -30,11 +30,13 @@ def start(
     """Runs main(options) and ends the process: exit code 0 if all went well, 2 for a mistake of the user's, 130
     for Ctrl-C.
 
-    options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text.
-    With config there is --config too, and main finds the checked Config in `options.config`.
+    options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text, a
+    list one that may be given again and again. With config there is --config too, and main finds the checked Config in
+    `options.config`, and the values that it was made of in `options.values`.
     """
     for name, (default, text) in options.items():
-        (flags.DEFINE_bool if isinstance(default, bool) else flags.DEFINE_string)(name, default, text)
+        kinds = {bool: flags.DEFINE_bool, list: flags.DEFINE_multi_string}
+        kinds.get(type(default), flags.DEFINE_string)(name, default, text)
     if config:
         config_flags.DEFINE_config_file(
             "config", None, "The config file; any field of it by --config.SECTION.FIELD=VALUE."
@@ -54,6 +56,7 @@ def start(
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
             if config:
                 given.config = _config()
+                given.values = FLAGS.config.to_dict()
             main(given)
         except (ConfigError, CheckpointError) as error:
             fail(str(error))

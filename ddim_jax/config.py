@@ -258,6 +258,38 @@ def section(kind: type, values: Mapping[str, Any], where: str) -> Any:
     return _parse(kind, values, where)
 
 
+def with_text(values: Mapping[str, Any], field: str, text: str) -> dict[str, Any]:
+    """Nested values with the field (dotted, "sample.seed") set to what the text says. ConfigError if there is no such
+    field, or if it cannot be that.
+    """
+    return _with_text(Config, values, "config", field.split("."), text)
+
+
+def _with_text(kind: type, values: Mapping[str, Any], path: str, names: list[str], text: str) -> dict[str, Any]:
+    name, *rest = names
+    fields = typing.get_type_hints(kind)
+    if name not in fields:
+        raise ConfigError(f"{path} has no field {name!r}{_nearest(name, fields)}")
+    where, inner = f"{path}.{name}", fields[name]
+    if dataclasses.is_dataclass(inner) != bool(rest):
+        raise ConfigError(f"{where} is {'no' if rest else 'a'} section of fields")
+    if rest:
+        return {**values, name: _with_text(inner, values[name], where, rest, text)}
+    with blame(where):
+        return {**values, name: _from_text(inner, text)}
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    if isinstance(kind, types.GenericAlias):
+        return tuple(_from_text(typing.get_args(kind)[0], part) for part in text.split(",") if part)
+    if kind is bool:
+        return registry.lookup({"true": True, "false": False}, text.lower())
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"must be of type {kind.__name__}, got {text!r}") from None
+
+
 def _parse(kind: type, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: must be a section of fields, got {values!r}")

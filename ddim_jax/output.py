@@ -18,12 +18,12 @@ from ddim_jax.config import ConfigError
 RECORD = "run.json"
 
 
-def claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overwrite: bool) -> None:
+def claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overwrite: bool | None = None) -> None:
     """Makes the folder this run's own, or raises ConfigError because another run's results, or foreign files, are
     in it.
 
     ours: all that the results depend on, JSON can hold it. written: the names of all files and folders that the
-    command may write; these alone are removed to overwrite.
+    command may write; these alone are removed to overwrite. overwrite: None for a command that never does.
     """
     ours = json.loads(json.dumps(ours))  # tuples become lists, as in what is read
     record = out / RECORD
@@ -42,7 +42,7 @@ def claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overw
     else:
         reason = None
     if reason and not overwrite:
-        raise ConfigError(f"{reason}; give another --out, or --overwrite to replace it")
+        raise ConfigError(f"{reason}; give another --out" + ", or --overwrite to replace it" * (overwrite is not None))
     for name in present:
         _remove(out / name)
     with images.replacing(record) as file:

@@ -15,6 +15,7 @@ ALLOWED = {
     "losses": ({"schedule", "gaussian"}, CORE),
     "trajectory": ({"schedule", "gaussian"}, CORE),
     "samplers": ({"schedule", "gaussian", "trajectory"}, CORE),
+    "latent": ({"schedule"}, CORE),
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers"}, CORE),
     "models": ({"schedule", "gaussian"}, CORE | {"flax"}),
@@ -105,6 +106,6 @@ class Refuse:
         if name.split(".")[0] in REFUSED:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-from ddim_jax import gaussian, losses, oracle, registry, samplers, schedule, trajectory
+from ddim_jax import gaussian, latent, losses, oracle, registry, samplers, schedule, trajectory
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
