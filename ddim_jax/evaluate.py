@@ -1,8 +1,8 @@
 """Judges samples beside real images.
 
     python -m ddim_jax.evaluate --config configs/digits.py --samples DIR_OR_NPZ [--out FILE.json]
-    python -m ddim_jax.evaluate --config configs/cifar10.py --config.data.path=cifar10.npz --save_reference cifar10_train.npz
-    python -m ddim_jax.evaluate --config configs/cifar10.py --config.evaluate.reference=cifar10_train.npz --samples DIR_OR_NPZ
+    python -m ddim_jax.evaluate --config configs/cifar10.py --config.data.path=cifar10.npz --save_reference train.npz
+    python -m ddim_jax.evaluate --config configs/cifar10.py --config.evaluate.reference=train.npz --samples DIR_OR_NPZ
 
 FID, KID, Inception Score, improved precision and recall (config.evaluate.metrics) of the first
 config.evaluate.num_images samples, from one pass through the network that config.evaluate.features names. The real
@@ -24,6 +24,7 @@ import jax
 from jax.sharding import Mesh
 
 from ddim_jax import cli, data, images, sharding
+from ddim_jax.checkpoint import CheckpointError
 from ddim_jax.config import Config, ConfigError, blame
 from ddim_jax.data import Source
 from ddim_jax.evaluation import judge, reference
@@ -58,11 +59,7 @@ def main(options: types.SimpleNamespace) -> None:
             raise ConfigError(f"--{name}: {path} is already there; give another, or --overwrite")
         if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
             raise ConfigError(f"--{name}: there is no folder {pathlib.Path(path).parent}")
-    accepted = [field for field in options.accept.split(",") if field]
-    fields = {field.name: None for field in dataclasses.fields(About)}
-    with blame("--accept"):
-        for field in accepted:
-            lookup(fields, field)
+    accepted = accepted_fields(options.accept)
     mesh = sharding.data_mesh()
     samples = None if options.samples is None else load_samples(options.samples, config)
     network = open_network(config)
@@ -92,6 +89,16 @@ def main(options: types.SimpleNamespace) -> None:
         print(options.out)
 
 
+def accepted_fields(text: str) -> list[str]:
+    """The fields of About that --accept lists; ConfigError for one that is none."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    fields = {field.name: None for field in dataclasses.fields(About)}
+    with blame("--accept"):
+        for name in names:
+            lookup(fields, name)
+    return names
+
+
 def metrics_of(config: Config) -> list[str]:
     """The names in config.evaluate.metrics; ConfigError for one that is none."""
     names = [name.strip() for name in config.evaluate.metrics.split(",")]
@@ -102,8 +109,12 @@ def metrics_of(config: Config) -> list[str]:
 
 
 def open_network(config: Config) -> FeatureNetwork:
-    with blame("config.evaluate.features"):
-        return judge.open_features(config.evaluate.features, config.evaluate.weights)
+    """The network that judges; ConfigError if it, or its weights, cannot be had."""
+    try:
+        with blame("config.evaluate.features"):
+            return judge.open_features(config.evaluate.features, config.evaluate.weights)
+    except CheckpointError as error:
+        raise ConfigError(f"config.evaluate.weights: {error}") from error
 
 
 def load_samples(path: str, config: Config) -> Source:
@@ -213,9 +224,7 @@ def _belonging(config: Config, network: FeatureNetwork, shape: tuple[int, int, i
         source = data.load(config.data.name, config.data.path, config.evaluate.split)
     except ValueError:
         source = None
-    return reference.about(
-        source, reference.resolution(shape), network, _data_name(config), config.evaluate.split
-    )
+    return reference.about(source, reference.resolution(shape), network, _data_name(config), config.evaluate.split)
 
 
 def _data_name(config: Config) -> str | None:

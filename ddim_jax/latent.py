@@ -21,7 +21,9 @@ def slerp(a: Array, b: Array, share: Array) -> Array:
     shortest way, and it is NaN or of any direction.
     """
     u, v = (x / jnp.sqrt(jnp.sum(x**2)) for x in (a, b))
-    theta = 2 * jnp.arctan2(jnp.sqrt(jnp.sum((u - v) ** 2)), jnp.sqrt(jnp.sum((u + v) ** 2)))  # arccos would lose digits
+    theta = 2 * jnp.arctan2(
+        jnp.sqrt(jnp.sum((u - v) ** 2)), jnp.sqrt(jnp.sum((u + v) ** 2))
+    )  # arccos would lose digits
     same = jnp.sin(theta) < 1e-4  # the quotients tend to 1 - share and share, where float32 loses them
     safe = jnp.where(same, 1.0, theta)
     weight = lambda part: jnp.where(same, part, jnp.sin(part * theta) / jnp.sin(safe))

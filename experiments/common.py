@@ -15,32 +15,32 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 from PIL import Image, ImageDraw, ImageFont
 
-from ddim_jax import cli, images, output, sharding, weights
+from ddim_jax import cli, images, output
 from ddim_jax.config import ConfigError
-from ddim_jax.weights import Weights
 
 OPTIONS = {
     "workdir": (None, "Use the latest checkpoint of this run, not config.pretrained or the weights that ship."),
     "out": (None, "Folder of the results."),
 }
-WRITTEN = ("cells", "table.csv", "table.json", "table.md", "table.png")
+FILES = ("table.csv", "table.json", "table.md", "table.png")
+WRITTEN = ("cells", *FILES)
 
 
 class Cell(NamedTuple):
     """One place of a table."""
 
     axes: dict[str, Any]  # column -> value, a number or a string
+    depends: dict[str, Any]  # what its numbers depend on beside what all cells share
     cost: float  # how much longer than the others it takes, for the estimate
     measure: Callable[[pathlib.Path], dict[str, Any]]  # (a folder of its own) -> its numbers, JSON can hold them
     temporary: tuple[str, ...] = ()  # files in the folder that go once the numbers are there
 
-    @property
-    def name(self) -> str:
-        """The name of its folder."""
-        return "_".join(_in_a_file_name(f"{axis}={value}") for axis, value in self.axes.items())
+
+def folder_of(axes: dict[str, Any]) -> pathlib.Path:
+    """Of a cell, below the output folder."""
+    return pathlib.Path("cells", "_".join(_in_a_file_name(f"{axis}={value}") for axis, value in axes.items()))
 
 
 def _in_a_file_name(text: str) -> str:
@@ -48,49 +48,35 @@ def _in_a_file_name(text: str) -> str:
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-class Begun(NamedTuple):
-    """An experiment that has its folder, its network and its devices."""
+def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **depends: Any) -> pathlib.Path:
+    """The output folder, which from now on is this experiment's own.
 
-    out: pathlib.Path
-    mesh: Mesh
-    weights: Weights
-
-
-def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **depends: Any) -> Begun:
-    """The output folder, which from now on is this experiment's own, and the weights.
-
-    depends: all that the results depend on beside the weights; ConfigError if the folder's depend on something else.
+    depends: all that the results depend on; ConfigError if those in the folder depend on something else.
     """
-    out = folder(options)
-    mesh = sharding.data_mesh()
-    found = weights.find(options.config, options.workdir, mesh)
-    output.claim(out, {"weights": found.digest, **depends}, written)
-    print(f"{found.source}, {mesh.size} device{'s' * (mesh.size > 1)}", flush=True)
-    return Begun(out, mesh, found)
-
-
-def folder(options: types.SimpleNamespace) -> pathlib.Path:
     if options.out is None:
         raise ConfigError("--out is missing: the folder of the results")
-    return cli.writable_folder(options.out)
+    out = cli.writable_folder(options.out)
+    output.claim(out, depends, written)
+    return out
 
 
 def run(out: pathlib.Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Measures the cells that are not measured yet, and returns all that are in the folder, those of earlier commands
     too: their axes and numbers, in order of the axes from the last to the first.
 
-    A cell's numbers are in its folder, `cells/NAME/result.json`, once they are complete: what was interrupted goes on
+    A cell's numbers are in its folder, `result.json`, once they are complete: what was interrupted goes on
     with the cell that it was in.
     """
     todo = []
     for cell in cells:
-        home = cli.writable_folder(out / "cells" / cell.name)
+        home = cli.writable_folder(out / folder_of(cell.axes))
+        output.claim(home, cell.depends, ("result.json", *cell.temporary))
         if not (home / "result.json").exists():
             todo.append(cell)
         _clear(home, cell)
     done, begun = 0.0, time.monotonic()
     for i, cell in enumerate(todo):
-        home = out / "cells" / cell.name
+        home = out / folder_of(cell.axes)
         numbers = cell.measure(home)
         write_json(home / "result.json", {"axes": cell.axes, "numbers": numbers})
         _clear(home, cell)
@@ -121,7 +107,13 @@ def _order(value: Any) -> tuple[float, str]:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -155,7 +147,7 @@ def markdown(head: Sequence[Any], body: Sequence[Sequence[Any]]) -> str:
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, body)]) + "\n"
 
 
-def finish(out: pathlib.Path, text: str, files: Sequence[str] = ("table.csv", "table.json", "table.md", "table.png")) -> None:
+def finish(out: pathlib.Path, text: str, files: Sequence[str] = FILES) -> None:
     """Writes the text as table.md, and tells people where all is."""
     write_text(out / "table.md", text)
     print("\n" + text)

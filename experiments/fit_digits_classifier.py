@@ -1,7 +1,7 @@
 """Fits the judge of the digits, which ships with the package, again.
 
-    python -m experiments.fit_digits_classifier --out FILE.safetensors
-    python -m ddim_jax.evaluate --config configs/digits.py --config.evaluate.weights=FILE.safetensors --samples ...
+python -m experiments.fit_digits_classifier --out FILE.safetensors
+python -m ddim_jax.evaluate --config configs/digits.py --config.evaluate.weights=FILE.safetensors --samples ...
 """
 
 from __future__ import annotations

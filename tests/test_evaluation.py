@@ -1,15 +1,21 @@
 import dataclasses
-import json
+import hashlib
+import http.server
+import threading
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import meshes
+from jax.tree_util import Partial
 from scipy import linalg
 
-from configs import digits
-from ddim_jax import config as config_lib
-from ddim_jax import data, generate, weights
-from ddim_jax.evaluation import digits_classifier, frechet, inception, metrics
+from ddim_jax import data
+from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.evaluation import cache, digits_classifier, frechet, inception, judge, metrics, reference
+from ddim_jax.evaluation.feature_network import Output, feature_network
 
 RNG = np.random.default_rng(0)
 
@@ -38,28 +44,20 @@ def test_frechet_distance_of_singular_covariances():
         frechet.moments(np.zeros((1, 5)))
 
 
-def test_the_shipped_weights_draw_digits():
-    """300 samples of DDIM at S = 20, seen by a classifier that was fitted on real digits alone. The whole table:
-    `experiments/digits_quality.py`."""
-    train, held_out = (data.load("digits", split=split) for split in data.SPLITS)
-    judge = digits_classifier.fit(train, steps=800)
-    real = judge(held_out.images)
-    assert (real.probabilities.argmax(1) == held_out.labels).mean() > 0.97
-
-    config = config_lib.parse(digits.get_config().to_dict())
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=20, num_images=300))
-    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    mesh = meshes()[0]
-    drawn = np.concatenate(list(generate.batches(config, process, weights.find(config, None, mesh).params, mesh)))
-    seen = judge(drawn)
-    assert abs(seen.probabilities.max(1).mean() - real.probabilities.max(1).mean()) < 0.05
-    shares = np.bincount(seen.probabilities.argmax(1), minlength=10) / len(drawn)
-    assert 0.03 < shares.min() and shares.max() < 0.17  # 5% to 15% within two deviations of 300 draws
-    noise = judge(RNG.integers(0, 256, drawn.shape, dtype=np.uint8))
-    reference = frechet.moments(judge(train.images).features)
-    assert frechet.distance(frechet.moments(seen.features), reference) < 0.1 * frechet.distance(
-        frechet.moments(noise.features), reference
-    )
+def test_moments_of_features_that_come_in_parts():
+    """Far from the origin, where E[x^2] - E[x]^2 would have no digit left."""
+    features = RNG.normal(size=(101, 5)) + 1e7
+    parts = [frechet.scatter(features[i : i + 7]) for i in range(0, 101, 7)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = frechet.merged(total, part)
+    ours = frechet.moments(total)
+    np.testing.assert_allclose(ours.mean, features.mean(0), rtol=1e-15)
+    np.testing.assert_allclose(ours.cov, np.cov(features, rowvar=False), rtol=1e-7, atol=1e-8)
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        frechet.moments(frechet.scatter(features[:1]))
+    with pytest.raises(ValueError, match="N at least 1"):
+        frechet.scatter(features[:0])
 
 
 def test_kid_is_a_difference_of_moments():
@@ -143,15 +141,229 @@ def test_images_of_another_kind_are_refused():
             inception.apply({}, images)
 
 
-@pytest.mark.parametrize("field, value", [("tau_offset", 1), ("clip_range", 2.0), ("clip_x0", True), ("seed", 1)])
-def test_cells_that_were_sampled_otherwise_are_not_put_into_one_table(tmp_path, field, value):
-    from experiments import digits_quality
+def test_confidence_by_hand():
+    found = metrics.confidence(np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.7, 0.1]]))
+    assert found == pytest.approx(((0.5 + 0.8 + 0.7) / 3, 0, 2 / 3))
 
-    config = config_lib.parse(digits.get_config().to_dict())
-    other = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **{field: value}))
-    header = lambda config: {"weights": "a", **json.loads(json.dumps(digits_quality.sampled_alike(config)))}
-    (tmp_path / "cells.json").write_text(json.dumps({**header(config), "cells": {"0/10": {}}}))
-    more = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=20, eta=1.0, batch_size=7))
-    assert digits_quality.load(tmp_path / "cells.json", header(more))["cells"] == {"0/10": {}}
-    with pytest.raises(config_lib.ConfigError, match=f"was made with {field} .*, this run has {value}"):
-        digits_quality.load(tmp_path / "cells.json", header(other))
+
+def test_nearest_by_hand():
+    """Of (0, 0) it is 5, of (3, 4) it is 0."""
+    assert metrics.nearest(np.array([[0.0, 0], [3, 4]]), np.array([[3.0, 4], [60, 80]])) == pytest.approx(2.5)
+
+
+def test_the_digits_classifier_that_ships_knows_digits_it_never_saw():
+    train, held_out = (data.load("digits", split=split) for split in data.SPLITS)
+    right = lambda params: (
+        np.asarray(digits_classifier.apply(params, held_out.images).logits).argmax(1) == held_out.labels
+    ).mean()
+    (params,) = digits_classifier.open_network().feature_fn.args
+    assert right(params) > 0.98
+    assert right(digits_classifier.fit(train, steps=300)) > 0.95
+    with pytest.raises(ValueError, match="takes images of 8x8x1, got 16x16x3"):
+        digits_classifier.apply(params, np.zeros((1, 16, 16, 3), np.uint8))
+
+
+class Counting:
+    """A source that remembers how many of its images were ever asked for at once."""
+
+    image_shape, num_classes, crop, jpegs = (8, 8, 1), 0, "none", 0
+
+    def __init__(self, images):
+        self.images, self.most = images, 0
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, indices):
+        self.most = max(self.most, len(indices))
+        return data.Batch(self.images[indices], None)
+
+
+@pytest.mark.parametrize("batch_size", [16, 37, 100])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_one_pass_whatever_the_batches_and_the_devices(batch_size, devices):
+    """The last batch is not dropped, nothing beyond it is counted, and the images are never all in memory."""
+    images = RNG.integers(0, 256, (83, 8, 8, 1), dtype=np.uint8)
+    network = judge.open_features("digits")
+    whole = network.feature_fn(images[:70])
+    source = Counting(images)
+    found = judge.judge(network, source, meshes()[devices > 1], batch_size, ("features", "logits"), count=70)
+    assert found.count == 70 and source.most <= -(-min(batch_size, 70) // devices) * devices
+    np.testing.assert_allclose(found.features, whole.features, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.logits, whole.logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.moments.cov, np.cov(found.features.astype(np.float64), rowvar=False), rtol=1e-9)
+    assert judge.judge(network, source, meshes()[0], 50).features is None
+
+
+def own_network(weights):
+    """A classifier of somebody's own: two features, the mean and the largest pixel."""
+
+    def feature_fn(params, images):
+        flat = images.reshape(images.shape[0], -1).astype(jnp.float32)
+        features = params["scale"] * jnp.stack([flat.mean(1), flat.max(1)], axis=1)
+        return Output(features, features)
+
+    return feature_network("mine", feature_fn, {"scale": np.float32(2)})
+
+
+def blind_network(weights):
+    return own_network(weights)._replace(
+        feature_fn=Partial(lambda images: Output(*2 * (jnp.where(images[:, 0, 0, :1] > 250, jnp.nan, 1.0),)))
+    )
+
+
+def test_a_network_of_ones_own_through_the_same_door(tmp_path, monkeypatch, mesh):
+    (tmp_path / "my_features.py").write_text(
+        "from test_evaluation import own_network as make, blind_network\nnothing = lambda weights: None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    network = judge.open_features("my_features:make")
+    source = data.load("digits")
+    found = judge.judge(network, source, mesh, 100, ("features",))
+    expected = 2 * source.images.reshape(len(source), -1).mean(1)
+    np.testing.assert_allclose(found.features[:, 0], expected, rtol=1e-5)
+    assert len(network.weights) == 64
+    with pytest.raises(ValueError, match=r"the features of image 7 are not finite \(mine\)"):
+        pixels = np.zeros((9, 8, 8, 1), np.uint8)
+        pixels[7] = 255
+        judge.judge(judge.open_features("my_features:blind_network"), data.sources.ArraySource(pixels), mesh, 4)
+    for name, said in [
+        ("inceptoin", "did you mean 'inception'"),
+        ("my_features:nope", "cannot be imported: .* has no attribute 'nope'"),
+        ("no_such_module:make", "cannot be imported: No module named"),
+        ("my_features:nothing", "must return a FeatureNetwork, got NoneType"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            judge.open_features(name)
+
+
+def test_metrics_say_what_they_lack():
+    moments = frechet.moments(RNG.normal(size=(10, 3)))
+    bare = judge.Judged(0, moments)
+    full = judge.Judged(10, moments, RNG.normal(size=(10, 3)), RNG.normal(size=(10, 4)))
+    assert judge.measure(["fid"], full, bare) == {"fid": pytest.approx(0, abs=1e-9)}
+    for name in ("kid", "precision_recall", "nearest"):
+        with pytest.raises(ValueError, match=f"{name} needs the features of the real images"):
+            judge.measure([name], full, bare)
+    numbers = judge.measure(list(judge.METRICS), full, full)
+    assert numbers["kid_subset_size"] == 10 and numbers["inception_score_splits"] == 10 and numbers["recall"] == 1
+
+
+def made(**changes):
+    network = judge.open_features("digits")
+    about = reference.about(data.load("digits"), "8x8x1", network, "digits", "train")
+    judged = judge.Judged(1438, frechet.moments(RNG.normal(size=(9, 3))), RNG.normal(size=(9, 3)).astype(np.float32))
+    return reference.Reference(judged, dataclasses.replace(about, **changes))
+
+
+def test_statistics_say_what_they_are(tmp_path):
+    ours = made()
+    reference.save(tmp_path / "a.npz", ours)
+    theirs = reference.load(tmp_path / "a.npz")
+    assert theirs.about == ours.about
+    assert theirs.about.count == 1438 and theirs.about.crop == "none" and len(theirs.about.weights) == 64
+    for a, b in zip(jax.tree.leaves(ours.judged), jax.tree.leaves(theirs.judged), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:  # as others read them
+        assert file["mu"].shape == (3,) and file["sigma"].shape == (3, 3) and file["sigma"].dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("data", "npz other.npz"),
+        ("split", "test"),
+        ("crop", "centre 128"),
+        ("count", 1000),
+        ("resolution", "32x32x3"),
+        ("resize", "bicubic"),
+        ("features", "inception-2015-12-05"),
+        ("weights", "0" * 64),
+        ("version", 0),
+    ],
+)
+def test_statistics_made_otherwise_are_told_apart(field, value):
+    told = reference.difference(made(**{field: value}).about, made().about)
+    assert told.startswith(f"{field} is {value!r} there, ") and f"--accept {field}" in told
+    assert reference.difference(made(**{field: value}).about, made().about, [field]) is None
+    assert reference.difference(made().about, made(**{field: None}).about) is None  # not known, not compared
+
+
+def test_statistics_of_others_and_what_are_none(tmp_path):
+    path = tmp_path / "s.npz"
+    np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3))
+    found = reference.load(path)
+    assert found.about is None and found.judged.features is None and found.judged.moments.mean.dtype == np.float64
+    for arrays, said in [
+        ({"mu": np.zeros(3)}, "holds no statistics"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"sigma \(D, D\), all finite, got \(3,\) and \(4, 4\)"),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "all finite"),
+        ({"mu": np.array([{}], object), "sigma": np.eye(1)}, "cannot be read as statistics"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array("[]")}, "cannot be read as statistics"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array('{"datum": 1}')}, "cannot be read as statistics"),
+    ]:
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=said):
+            reference.load(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read as statistics"):
+        reference.load(path)
+
+
+CONTENT = b"weights " * 1000
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server on loopback, with files and an empty cache."""
+    monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "www").mkdir()
+    (tmp_path / "www" / "net.pth").write_bytes(CONTENT)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        asked = 0
+
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "www"))
+
+        def do_GET(self):
+            Handler.asked += 1
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield types.SimpleNamespace(url=f"http://127.0.0.1:{server.server_port}", handler=Handler, root=tmp_path)
+        server.shutdown()
+
+
+def test_a_file_is_fetched_once_and_checked(server):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    path = cache.fetch(f"{server.url}/net.pth", digest, "the weights")
+    assert path == server.root / "cache" / "net.pth" and path.read_bytes() == CONTENT
+    assert cache.fetch(f"{server.url}/net.pth", digest, "the weights") == path and server.handler.asked == 1
+    path.write_bytes(CONTENT[:-1])
+    with pytest.raises(CheckpointError, match="is not the weights .*: remove it"):
+        cache.fetch(f"{server.url}/net.pth", digest, "the weights")
+
+
+def test_a_file_that_cannot_be_fetched_is_told_where_it_belongs(server):
+    wanted = rf"the weights are wanted: put {server.url}/\w+.pth at {server.root}/cache/\w+.pth, or give its path"
+    with pytest.raises(CheckpointError, match=wanted + r" \(what came from there has not the SHA-256 0000"):
+        cache.fetch(f"{server.url}/net.pth", "0" * 64, "the weights")
+    with pytest.raises(CheckpointError, match=wanted + ".*(404|Not Found)"):
+        cache.fetch(f"{server.url}/nope.pth", "0" * 64, "the weights")
+    assert list((server.root / "cache").iterdir()) == []
+    with pytest.raises(CheckpointError, match="it cannot be fetched: .*refused"):
+        cache.fetch("http://127.0.0.1:1/net.pth", "0" * 64, "the weights")
+
+
+def test_the_inception_weights_are_asked_for_by_name(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="pt_inception-2015-12-05-6726825d.pth, are wanted"):
+        judge.open_features("inception", str(tmp_path / "nope.pth"))
+    monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path))
+    (tmp_path / inception.WEIGHTS).write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match=f"{inception.WEIGHTS} is not the weights of FID's Inception network"):
+        judge.open_features("inception")

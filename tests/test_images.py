@@ -47,7 +47,13 @@ def test_png_and_npz_are_read_back_by_others(tmp_path, channels):
 def test_arrays_of_other_files(tmp_path, save, mapped):
     """Any order in memory, any dtype, nothing at all, names that are not ASCII."""
     batch = RNG.normal(size=(3, 4, 5))
-    arrays = {"c": batch, "f": np.asfortranarray(batch), "none": np.zeros((0, 3)), "ü": np.arange(3), "s": np.array("x")}
+    arrays = {
+        "c": batch,
+        "f": np.asfortranarray(batch),
+        "none": np.zeros((0, 3)),
+        "ü": np.arange(3),
+        "s": np.array("x"),
+    }
     save(tmp_path / "a.npz", **arrays)
     found = images.open_npz(tmp_path / "a.npz")
     assert list(found) == list(arrays) and isinstance(found["c"], np.memmap) == mapped

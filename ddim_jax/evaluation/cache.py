@@ -46,7 +46,7 @@ def fetch(url: str, sha256: str, what: str) -> pathlib.Path:
             if _sha256(pathlib.Path(file.name)) != sha256:
                 raise CheckpointError(f"{wanted} (what came from there has not the SHA-256 {sha256})")
     except (OSError, http.client.HTTPException) as error:  # of the disk or of the network
-        raise CheckpointError(f"{wanted} (it cannot be fetched: {getattr(error, 'reason', error)})") from error
+        raise CheckpointError(f"{wanted} (it cannot be fetched: {error})") from error
     return path
 
 

@@ -88,9 +88,7 @@ def judge(
     return Judged(count, frechet.moments(total), **arrays)
 
 
-def outputs(
-    network: FeatureNetwork, source: Source, mesh: Mesh, batch_size: int, count: int
-) -> Iterator[Output]:
+def outputs(network: FeatureNetwork, source: Source, mesh: Mesh, batch_size: int, count: int) -> Iterator[Output]:
     """Output on the host, batch by batch, of the first `count` images of a source. While a batch is computed the next
     is read.
     """

@@ -41,7 +41,9 @@ class Reference(NamedTuple):
     about: About | None  # None: nobody said
 
 
-def about(source: Source | None, resolution: str, network: FeatureNetwork, data: str | None, split: str | None) -> About:
+def about(
+    source: Source | None, resolution: str, network: FeatureNetwork, data: str | None, split: str | None
+) -> About:
     """What statistics of a source are of. Without one, what is known of those of a data set that is not here."""
     crop, count = (None, None) if source is None else (source.crop, len(source))
     return About(data, split, crop, count, resolution, network.resize, network.name, network.weights)

@@ -1,0 +1,103 @@
+"""Figures 6 and 11 to 13: what lies between two latents, and between four.
+
+    python -m experiments.fig6_interpolation --config configs/digits.py --out DIR
+
+Lines and a grid by slerp, between random latents (random_lines.png, random_grid.png) and between those that real test
+images are encoded into (encoded_lines.png, encoded_grid.png). `largest_jump` is the largest distance between neighbours
+of a line, `ends` the mean distance of its ends, both root mean squares over pixels in [0, 1]: where it is far below
+`ends` the way is smooth. For encoded latents `reconstruction` is the distance of the corners from the real images.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import shutil
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ddim_jax import cli, encode, generate, images, latent, sharding, weights
+from ddim_jax.data.scaling import to_uint8, to_unit
+from experiments import common, grid
+from experiments.common import Cell
+
+CORNERS = 4
+PICTURES = ("random_lines.png", "random_grid.png", "encoded_lines.png", "encoded_grid.png")
+
+OPTIONS = common.OPTIONS | {
+    "images": encode.OPTIONS["images"],
+    "lines": ("6", "How many lines."),
+    "points": ("11", "Images of a line, its ends included."),
+    "side": ("8", "The grid has so many rows and columns."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    config = encode.deterministic(options.config)
+    (lines,) = common.ints("lines", options.lines)
+    (points,), (side,) = (common.ints(name, getattr(options, name), least=2) for name in ("points", "side"))
+    process = grid.process_of(config)
+    ends = 2 * lines + CORNERS
+    source, total = encode.load_images(options.images, str(ends), config)
+    mesh = sharding.data_mesh()
+    found = weights.find(config, options.workdir, mesh)
+    depends = encode.fingerprint(config, process, found, source, total)
+    written = [*common.WRITTEN, *PICTURES]
+    sizes = [lines, points, side]
+    out = common.begin(options, written, experiment="fig6", **depends, seed=config.sample.seed, sizes=sizes)
+
+    def in_batches(make: Callable[[np.ndarray, np.ndarray | None], np.ndarray], count: int) -> np.ndarray:
+        """make(indices, labels) for all of 0 .. count - 1. A network with classes has one for all."""
+        return np.concatenate(
+            [
+                make(np.minimum(index, count - 1), generate.labels_of(config, np.zeros_like(index)))[: count - index[0]]
+                for index in generate.batch_indices(config, mesh, 0, count)
+            ]
+        )
+
+    def random() -> np.ndarray:
+        return np.asarray(generate.start(config, np.arange(ends))[1])
+
+    def encoded() -> np.ndarray:
+        up = functools.partial(generate.encode, config, process, found.params, mesh)
+        return in_batches(lambda index, labels: up(to_unit(source[index].images), labels), ends)
+
+    def measure(latents: Callable[[], np.ndarray], folder: pathlib.Path) -> dict[str, Any]:
+        x_T = latents()
+        along = [latent.line(*x_T[2 * i : 2 * i + 2], points) for i in range(lines)]
+        square = latent.grid(x_T[2 * lines :], side, side).reshape(-1, *x_T.shape[1:])
+        between = np.concatenate([*along, square])
+        down = functools.partial(generate.decode, config, process, found.params, mesh)
+        drawn = to_uint8(in_batches(lambda index, labels: down(between[index], labels), len(between)))
+        drawn_lines, drawn_grid = np.split(drawn, [lines * points])
+        images.write_png(folder / "lines.png", images.grid(drawn_lines, points))
+        images.write_png(folder / "grid.png", images.grid(drawn_grid, side))
+        drawn_lines = drawn_lines.reshape(lines, points, *drawn.shape[1:])
+        numbers = {
+            "largest_jump": float(common.root_mean_square(drawn_lines[:, 1:], drawn_lines[:, :-1]).max()),
+            "ends": float(common.root_mean_square(drawn_lines[:, 0], drawn_lines[:, -1]).mean()),
+        }
+        if latents is encoded:
+            corners = drawn_grid[[0, side - 1, side * (side - 1), side**2 - 1]]
+            real = source[np.arange(2 * lines, ends)].images
+            numbers["reconstruction"] = float(common.root_mean_square(corners, real).mean())
+        return numbers
+
+    kinds = (random, encoded)
+    rows = common.run(
+        out, [Cell({"latents": kind.__name__}, {}, 1, functools.partial(measure, kind)) for kind in kinds]
+    )
+    common.write_table(out, rows, S=len(process.tau) - 1, source=found.source)
+    for name in PICTURES:
+        kind, _, file = name.partition("_")
+        shutil.copyfile(out / common.folder_of({"latents": kind}) / file, out / name)
+    head = ["latents", "largest jump", "distance of the ends", "corners to the real images"]
+    body = [[row.get(name) for name in ("latents", "largest_jump", "ends", "reconstruction")] for row in rows]
+    common.finish(out, common.markdown(head, body), ["table.csv", "table.json", "table.md", *PICTURES])
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)

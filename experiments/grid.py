@@ -1,0 +1,110 @@
+"""Cells over eta, S, and any further field of the config."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ddim_jax import config as config_lib
+from ddim_jax import registry, weights
+from ddim_jax.config import Config, ConfigError, Process
+from experiments import common, paper
+
+OPTIONS = common.OPTIONS | {
+    "etas": ("0,0.2,0.5,1,hat", "The rows: values of eta, and hat for sigma-hat. Empty: the config's sampler alone."),
+    "steps": (",".join(map(str, paper.STEPS)), "The columns: values of S."),
+    "sweep": ([], "A further axis, FIELD=VALUE,VALUE: any field of the config. Values with commas: separate by ;"),
+}
+VARIED = ("sampler", "eta", "steps", "num_images", "batch_size")  # by the axes, or without effect
+
+
+def places(etas: str, steps: str, sweeps: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The axes of every cell, of what --etas, --steps and --sweep say: eta, S, and the fields swept; the last vary
+    slowest.
+    """
+    axes: dict[str, list[Any]] = {}
+    if etas:
+        axes["eta"] = list(dict.fromkeys(_eta(text.strip()) for text in etas.split(",")))
+    axes["S"] = common.ints("steps", steps)
+    for sweep in sweeps:
+        field, equals, values = sweep.partition("=")
+        if not equals or not values:
+            raise ConfigError(f"--sweep must be FIELD=VALUE,VALUE, got {sweep!r}")
+        field = field.removeprefix("config.")
+        if field == "sample.steps" or (etas and field in ("sample.eta", "sample.sampler")):
+            raise ConfigError(f"--sweep: {field} is an axis already, by --steps or --etas")
+        if field.startswith(("train.", "evaluate.", "data.")) or field in ("name", "sample.num_images"):
+            raise ConfigError(f"--sweep: {field} does not change what is sampled")
+        if field.startswith("schedule.") or field in config_lib.SAMPLED_WITH:
+            raise ConfigError(f"--sweep: {field} is what the network was trained with; sweep pretrained instead")
+        axes[field] = list(dict.fromkeys(values.split(";" if ";" in values else ",")))
+    backwards = itertools.product(*reversed(axes.values()))
+    return [dict(zip(axes, reversed(values), strict=True)) for values in backwards]
+
+
+def _eta(text: str) -> str:
+    if text == "hat":
+        return text
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        raise ConfigError(f"--etas: must be numbers or hat, got {text!r}") from None
+
+
+def at(options: types.SimpleNamespace, axes: Mapping[str, Any], count: int) -> Config:
+    """The config of the cell with these axes, of `count` images."""
+    values = options.values if "pretrained" in axes else dataclasses.asdict(options.config)
+    for field in axes.keys() - {"eta", "S"}:
+        values = config_lib.with_text(values, field, axes[field])
+    if "pretrained" in axes:
+        values = weights.completed(values)
+    values = {**values, "sample": {**values["sample"], "steps": axes["S"]}}
+    values["sample"]["num_images"] = count
+    if axes.get("eta") == "hat":
+        values["sample"].update(sampler="ddpm_hat", eta=0.0)
+    elif "eta" in axes:
+        takes_eta = "eta" in registry.accepts(registry.SAMPLERS[options.config.sample.sampler])
+        values["sample"].update(eta=float(axes["eta"]), **({} if takes_eta else {"sampler": "ddim"}))
+    return config_lib.parse(values)
+
+
+def network_of(cell: Config, base: Config) -> Config:
+    """What the weights of a cell depend on: its config with the process of `base`. Cells of one network agree in it."""
+    return dataclasses.replace(cell, sample=dataclasses.replace(base.sample, ema=cell.sample.ema))
+
+
+def process_of(config: Config) -> Process:
+    """Its generative process; ConfigError if it is not legal."""
+    return config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+
+
+def fixed(config: Config, swept: Iterable[str]) -> dict[str, Any]:
+    """The fields of config.sample that all cells share."""
+    free = {*VARIED, *(field.removeprefix("sample.") for field in swept)}
+    return {name: value for name, value in dataclasses.asdict(config.sample).items() if name not in free}
+
+
+def laid_out(rows: list[dict[str, Any]], axes: list[str]) -> tuple[list[str], list[int], list[list[dict | None]]]:
+    """The rows of the table (all axes but S, as words), its columns (S), and what is in them."""
+    words = lambda row: ", ".join(_word(name, row[name]) for name in reversed(axes) if name != "S")
+    lines, columns = list(dict.fromkeys(map(words, rows))), sorted({row["S"] for row in rows})
+    cells = {(words(row), row["S"]): row for row in rows}
+    return lines, columns, [[cells.get((line, column)) for column in columns] for line in lines]
+
+
+def _word(axis: str, value: Any) -> str:
+    return ("sigma-hat" if value == "hat" else f"eta {value}") if axis == "eta" else f"{axis.split('.')[-1]} {value}"
+
+
+def picture(rows: list[dict[str, Any]], axes: list[str], out: pathlib.Path) -> np.ndarray:
+    """The first images of every cell; the same noise in all of them."""
+    lines, columns, cells = laid_out(rows, axes)
+    folder = lambda row: out / common.folder_of({name: row[name] for name in axes})
+    pictures = [[None if row is None else common.read_png(folder(row) / "first.png") for row in line] for line in cells]
+    return common.labelled(pictures, lines, [f"S = {column}" for column in columns])

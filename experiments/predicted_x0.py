@@ -1,0 +1,135 @@
+"""Why not take all the noise away at once? The x_0 that is predicted on the way, beside the image at the end.
+
+    python -m experiments.predicted_x0 --config configs/digits.py --out DIR
+
+table.png shows the predicted x_0, Eq. (9), from t = T on the left to the image on the right, distances.png how far it
+is from that image: root mean square over pixels in [0, 1]. In the table `one_shot` is that distance at t = T and
+`half_way` in the middle; `..._between` are the distances between the predictions for different x_T, and between the
+images at the end.
+
+With the optimal eps the first prediction would be the mean of all images, the same for every x_T, and the predictions
+after it a blurred image that becomes sharp. A trained network's eps has an error, which Eq. (9) multiplies by
+`magnified`, sqrt((1 - alpha_bar_T) / alpha_bar_T): its first prediction is that error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import types
+from typing import Any
+
+import numpy as np
+
+from ddim_jax import cli, generate, images, samplers, sharding, weights
+from ddim_jax.config import Config, Process
+from ddim_jax.data.scaling import to_uint8
+from experiments import common, grid
+from experiments.common import Cell
+
+PICTURED = 6
+COLUMNS = 11
+
+OPTIONS = common.OPTIONS | {
+    "steps": ("50", "The values of S."),
+    "count": ("100", "How many x_T."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    config, steps = options.config, common.ints("steps", options.steps)
+    (count,) = common.ints("count", options.count, least=2)
+    cells = [dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S)) for S in steps]
+    processes = [grid.process_of(cell) for cell in cells]
+    mesh = sharding.data_mesh()
+    found = weights.find(config, options.workdir, mesh)
+    out = common.begin(
+        options,
+        [*common.WRITTEN, "distances.png"],
+        experiment="predicted_x0",
+        weights=found.digest,
+        sample=grid.fixed(config, ("steps",)) | {"sampler": config.sample.sampler, "eta": config.sample.eta},
+        count=count,
+    )
+
+    def measure(cell: Config, process: Process, folder: pathlib.Path) -> dict[str, Any]:
+        """The whole way of a few images at a time is in memory, never that of all."""
+        distances, first, middle, last = [], [], [], []
+        for index in generate.batch_indices(cell, mesh, 0, count):
+            x, predicted = way(cell, process, found.params, mesh, index)
+            kept = slice(count - index[0])
+            distances.append(common.root_mean_square(predicted[:, kept], x[None, kept]))
+            first.append(predicted[0, kept])
+            middle.append(predicted[len(predicted) // 2, kept])
+            last.append(x[kept])
+            if index[0] == 0:
+                images.write_png(folder / "first.png", strip(predicted[:, kept], x[kept]))
+        distances = np.concatenate(distances, axis=1).mean(axis=1)  # (S,)
+        with images.replacing(folder / "distances.npz") as file:
+            np.savez(file, t=process.transitions.t, distance=distances)
+        return {
+            "one_shot": float(distances[0]),
+            "half_way": float(distances[len(distances) // 2]),
+            "one_shot_between": between(np.concatenate(first)),
+            "half_way_between": between(np.concatenate(middle)),
+            "final_between": between(np.concatenate(last)),
+            "magnified": float(np.sqrt(1 / process.transitions.alpha_bar_t[0] - 1)),
+            "images": count,
+        }
+
+    rows = common.run(
+        out,
+        [
+            Cell({"S": S}, {}, S, functools.partial(measure, cell, process))
+            for S, cell, process in zip(steps, cells, processes, strict=True)
+        ],
+    )
+    common.write_table(out, rows, source=found.source)
+    folders = {row["S"]: out / common.folder_of({"S": row["S"]}) for row in rows}
+    pictures = {S: common.read_png(folder / "first.png") for S, folder in folders.items()}
+    images.write_png(
+        out / "table.png", common.labelled([[p] for p in pictures.values()], [f"S = {S}" for S in pictures], [""])
+    )
+    common.plot(out / "distances.png", functools.partial(draw, folders))
+    names = ("S", "one_shot", "half_way", "one_shot_between", "half_way_between", "final_between", "magnified")
+    head = ["S", "one shot to image", "half way to image", "between one shots", "half way", "between images", "error x"]
+    body = [[row[name] for name in names] for row in rows]
+    common.finish(out, common.markdown(head, body), [*common.FILES, "distances.png"])
+
+
+def way(config: Config, process: Process, params: Any, mesh: Any, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images (B, H, W, C) with these indices, and the x_0 predicted on the way to them (S, B, H, W, C); uint8."""
+    keys, x_T = generate.start(config, sharding.split_batch(mesh, index))
+    labels = generate.labels_of(config, index)
+    eps_fn = generate.eps_fn(config, params, None if labels is None else sharding.split_batch(mesh, labels))
+    sampler, transitions = process.sampler, process.transitions
+    x, path = samplers.trajectory(sampler, eps_fn, transitions, x_T, keys if sampler.stochastic else None)
+    return tuple(to_uint8(sharding.to_host(leaf)) for leaf in (x, path.x_0))
+
+
+def between(batch: np.ndarray) -> float:
+    """Mean distance between different images (N, H, W, C)."""
+    distances = np.stack([common.root_mean_square(image, batch) for image in batch])
+    return float(distances.sum() / (len(batch) * (len(batch) - 1)))
+
+
+def strip(predicted: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """From left to right the predictions at even distances, the image last; a row for each x_T."""
+    way = np.concatenate([predicted, x[None]])[:, :PICTURED]
+    chosen = way[np.unique(np.linspace(0, len(way) - 1, COLUMNS).round().astype(int))]
+    return images.grid(chosen.swapaxes(0, 1).reshape(-1, *x.shape[1:]), len(chosen))
+
+
+def draw(folders: dict[int, pathlib.Path], figure: Any) -> None:
+    axes = figure.add_subplot(xlabel="t", ylabel="distance of the predicted x_0 to the image")
+    for S, folder in folders.items():
+        with np.load(folder / "distances.npz", allow_pickle=False) as file:
+            axes.plot(file["t"], file["distance"], ".-", label=f"S = {S}")
+    axes.invert_xaxis()
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)

@@ -1,0 +1,19 @@
+"""Table 3: table 1 for LSUN bedroom and church at 256x256, with the paper's rows and columns.
+
+    python -m experiments.table3_lsun --config configs/lsun_bedroom256.py --config.pretrained=google/ddpm-bedroom-256 \\
+        --config.evaluate.reference=bedroom_train.npz --out DIR
+    python -m experiments.table3_lsun --config configs/digits.py --out DIR
+"""
+
+from __future__ import annotations
+
+from ddim_jax import cli
+from experiments import table1_fid
+
+OPTIONS = table1_fid.OPTIONS | {
+    "etas": ("0,1", table1_fid.OPTIONS["etas"][1]),
+    "steps": ("10,20,50,100", table1_fid.OPTIONS["steps"][1]),
+}
+
+if __name__ == "__main__":
+    cli.start(table1_fid.main, OPTIONS)
