@@ -44,7 +44,7 @@ OPTIONS = {
 
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
-    if options.out is None:
+    if not options.out:
         raise ConfigError("--out is missing: the folder of the results")
     config = deterministic(config)
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))

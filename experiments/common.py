@@ -53,7 +53,7 @@ def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **de
 
     depends: all that the results depend on; ConfigError if those in the folder depend on something else.
     """
-    if options.out is None:
+    if not options.out:
         raise ConfigError("--out is missing: the folder of the results")
     out = cli.writable_folder(options.out)
     output.claim(out, depends, written)
@@ -170,10 +170,8 @@ LABEL = 14  # height of letters in pictures
 
 
 def labelled(cells: Sequence[Sequence[np.ndarray | None]], rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
-    """Pictures (h, w, C) of one size in rows and columns, with a word for each row and for each column. None stays
-    white.
-    """
-    height, width, channels = next(cell.shape for line in cells for cell in line if cell is not None)
+    """Pictures (h, w, C) in rows and columns, with a word for each row and for each column. None stays white."""
+    height, width, _ = np.max([cell.shape for line in cells for cell in line if cell is not None], axis=0)
     font = ImageFont.load_default(LABEL)
     left = max((int(font.getlength(row)) for row in rows), default=0) + 10 if any(rows) else 0
     top = LABEL + 8 if any(columns) else 0
@@ -185,7 +183,7 @@ def labelled(cells: Sequence[Sequence[np.ndarray | None]], rows: Sequence[str], 
         draw.text((left - 6, top + height * i + height / 2), row, "black", font, anchor="rm")
         for j, cell in enumerate(line):
             if cell is not None:
-                colours = np.broadcast_to(cell, (height, width, 3))
+                colours = np.broadcast_to(cell, (*cell.shape[:2], 3))
                 picture.paste(Image.fromarray(np.ascontiguousarray(colours)), (left + width * j, top + height * i))
     return np.asarray(picture)
 

@@ -47,6 +47,7 @@ def main(options: types.SimpleNamespace) -> None:
         model=dataclasses.asdict(config.model),
         sampler=config.sample.sampler,
         eta=config.sample.eta,
+        tau=config.sample.tau,
         batch=batch,
         device=device,
         jax=jax.__version__,

@@ -1,0 +1,383 @@
+"""The scripts that fill the paper's tables, as a user runs them, and DDIM's fingerprints on the digits."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import error_line, meshes, ok, run, start
+from PIL import Image
+
+from configs import digits
+from ddim_jax import config as config_lib
+from ddim_jax import data, encode, generate, oracle, schedule, weights
+from ddim_jax.evaluation import frechet, judge
+from experiments import common, fig3_fig5_consistency, fig4_wallclock, grid, oracle_table1, paper, table1_fid
+
+DIGITS = ("--config", "configs/digits.py")
+TABLE1 = (
+    *DIGITS,
+    "--etas=0,hat",
+    "--steps=5,10",
+    "--config.evaluate.num_images=30",
+    "--config.sample.batch_size=8",
+    "--config.evaluate.metrics=fid,kid",
+)
+
+
+def rows(out):
+    with open(out / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- table 1: cells, resumed ---
+
+
+@pytest.fixture(scope="module")
+def table1(tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("table1") / "out"
+    ok(run("experiments.table1_fid", *TABLE1, "--out", out))
+    return out
+
+
+def test_every_cell_is_in_the_table(table1):
+    found = rows(table1)
+    assert [(row["eta"], row["S"]) for row in found] == [("0", "5"), ("hat", "5"), ("0", "10"), ("hat", "10")]
+    assert all(row["images"] == "30" and row["steps"] == row["S"] and float(row["fid"]) > 0 for row in found)
+    told = json.loads((table1 / "table.json").read_text())
+    assert told["features"] == "digits-classifier" and len(told["rows"]) == 4
+    assert "| sigma-hat | " in (table1 / "table.md").read_text()
+    width, height = Image.open(table1 / "table.png").size
+    assert width > 2 * 8 * 50 and height > 2 * 50
+    assert not list(table1.rglob("samples.*"))  # they are removed once they are measured
+
+
+def test_the_number_of_a_cell_is_that_of_its_images(tmp_path):
+    """What evaluate says of the images that sample draws, number for number."""
+    out = tmp_path / "out"
+    table = (*TABLE1, "--etas=hat", "--steps=5")
+    ok(run("experiments.table1_fid", *table, "--out", out, "--keep_samples"))
+    (row,) = rows(out)
+    sampled = ("--config.sample.sampler=ddpm_hat", "--config.sample.steps=5", "--config.sample.num_images=30")
+    ok(run("ddim_jax.sample", *DIGITS, *sampled, "--out", tmp_path / "samples"))
+    kept = next(out.rglob("samples.npz"))
+    with np.load(kept) as ours, np.load(tmp_path / "samples" / "samples.npz") as theirs:
+        assert ours["arr_0"].shape == (30, 8, 8, 1)
+        np.testing.assert_array_equal(ours["arr_0"], theirs["arr_0"])
+    said = ok(run("ddim_jax.evaluate", *TABLE1[:2], *TABLE1[4:], "--samples", tmp_path / "samples" / "samples.npz"))
+    numbers = dict(line.split() for line in said.stdout.splitlines())
+    assert (numbers["fid"], numbers["kid"]) == (row["fid"], row["kid"])
+
+
+def kill_after(seconds, out):
+    process = start("experiments.table1_fid", *TABLE1, "--out", out)
+    time.sleep(seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_table_ends_like_one_that_was_not(table1, tmp_path):
+    """Killed with the first cell measured, which is in the middle of another; the measured one is not made again."""
+    out = tmp_path / "out"
+    process = start("experiments.table1_fid", *TABLE1, "--out", out)
+    deadline = time.time() + 200
+    while not list(out.rglob("result.json")) and time.time() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, process.stderr.read()
+    measured = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert 0 < len(measured) < 4
+    again = ok(run("experiments.table1_fid", *TABLE1, "--out", out))
+    assert f"(1 of {4 - len(measured)};" in again.stdout
+    assert all(path.stat().st_mtime_ns == made for path, made in measured.items())
+    assert (out / "table.csv").read_bytes() == (table1 / "table.csv").read_bytes()
+    assert (out / "table.png").read_bytes() == (table1 / "table.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_table_that_is_killed_ten_times(table1, tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        kill_after(rng.uniform(1, 9), tmp_path / "out")
+    ok(run("experiments.table1_fid", *TABLE1, "--out", tmp_path / "out"))
+    assert (tmp_path / "out" / "table.csv").read_bytes() == (table1 / "table.csv").read_bytes()
+
+
+def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(table1, out)
+    ok(run("experiments.table1_fid", *TABLE1, "--etas=0.5", "--steps=5", "--out", out))
+    assert [(row["eta"], row["S"]) for row in rows(out)][:3] == [("0", "5"), ("0.5", "5"), ("hat", "5")]
+    for change, said in [
+        ("--config.sample.seed=1", "sample.seed is 0 there, 1 here"),
+        ("--config.sample.tau=quadratic", "sample.tau is uniform there, quadratic here"),
+        ("--config.sample.clip_range=2.0", "sample.clip_range is 1.0 there, 2.0 here"),
+        ("--config.evaluate.num_images=31", "evaluate.num_images is 30 there, 31 here"),
+        ("--config.evaluate.split=test", "evaluate.split is train there, test here"),
+        ("--sweep=sample.seed=1,2", "axes is ['eta', 'S'] there, ['eta', 'S', 'sample.seed'] here"),
+    ]:
+        refused = error_line(run("experiments.table1_fid", *TABLE1, change, "--out", out))
+        assert said in refused and refused.endswith("; give another --out")
+
+
+def test_any_field_as_a_further_axis(tmp_path):
+    out = tmp_path / "out"
+    args = ("--steps=5", "--etas=0", "--sweep=sample.tau=uniform,quadratic", "--sweep", "sample.seed=0,1", "--floor")
+    said = ok(run("experiments.table1_fid", *TABLE1, *args, "--out", out))
+    found = {(row["sample.tau"], row["sample.seed"]): float(row["fid"]) for row in rows(out)}
+    assert list(found) == [("quadratic", "0"), ("uniform", "0"), ("quadratic", "1"), ("uniform", "1")]
+    assert len(set(found.values())) == 4
+    assert "| seed 1, tau uniform, eta 0 |" in said.stdout
+    assert "30 real images of the test split: fid" in said.stdout
+    only = ok(run("experiments.table1_fid", *TABLE1, "--steps=5", "--etas=", "--out", tmp_path / "one"))
+    assert float(rows(tmp_path / "one")[0]["fid"]) == found["uniform", "0"], only.stdout
+
+
+def test_checkpoints_as_an_axis(tmp_path):
+    """The shipped weights under two names: one network, one number."""
+    from ddim_jax import pretrained
+
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in paths:
+        path.write_bytes(pretrained.shipped("digits").read_bytes())
+    sweep = f"--sweep=pretrained={paths[0]},{paths[1]}"
+    ok(run("experiments.table1_fid", *TABLE1, "--steps=5", "--etas=0", sweep, "--out", tmp_path / "out"))
+    first, second = rows(tmp_path / "out")
+    assert first["pretrained"] == str(paths[0]) and first["fid"] == second["fid"]
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--etas=0,x",), "--etas: must be numbers or hat, got 'x'"),
+        (("--etas=-1",), "config.sample.eta: must be at least 0, got -1.0"),
+        (("--etas=0,1.5",), "config.sample.eta: eta must be in [0,"),
+        (("--steps=ten",), "--steps: must be whole numbers, got 'ten'"),
+        (("--steps=0",), "--steps: must be at least 1, got 0"),
+        (("--steps=2000",), "config.sample.steps:"),
+        (("--sweep=sample.tau",), "--sweep must be FIELD=VALUE,VALUE, got 'sample.tau'"),
+        (("--sweep=sample.tao=uniform",), "config.sample has no field 'tao' (did you mean 'tau'?)"),
+        (("--sweep=sample.tau=quadratik",), "config.sample.tau: 'quadratik' is not one of"),
+        (("--sweep=sample.seed=a",), "config.sample.seed: must be of type int, got 'a'"),
+        (("--sweep=sample.clip_x0=maybe",), "config.sample.clip_x0: 'maybe' is not one of true, false"),
+        (("--sweep=sample=1",), "config.sample is a section of fields"),
+        (("--sweep=sample.eta=0,1",), "--sweep: sample.eta is an axis already"),
+        (("--sweep=train.seed=0,1",), "--sweep: train.seed does not change what is sampled"),
+        (("--sweep=model.channels=8",), "is what the network was trained with; sweep pretrained instead"),
+        (("--sweep=schedule.name=cosine",), "is what the network was trained with; sweep pretrained instead"),
+        (("--config.evaluate.metrics=fit",), "config.evaluate.metrics: 'fit' is not one of fid"),
+        (("--config.evaluate.reference=nope.npz",), "config.evaluate.reference: there is no file or folder nope.npz"),
+        (("--config.name=mine",), "no weights for config.name 'mine' ship"),
+    ],
+)
+def test_mistakes_are_told_in_one_line_before_anything_is_drawn(tmp_path, args, said):
+    assert said in error_line(run("experiments.table1_fid", *TABLE1, *args, "--out", tmp_path / "out"))
+    assert not list(tmp_path.rglob("samples.*"))
+
+
+def test_the_paper_s_value_and_the_difference():
+    """Where it has one: the corners of its tables, typed again."""
+    table = paper.fid_of("ddpm-cifar10-32")
+    assert (table["0", 10], table["hat", 10], table["1", 1000], table["hat", 1000]) == (13.36, 367.43, 4.73, 3.17)
+    assert len(table) == len(paper.fid_of("celeba64")) == 25 and paper.fid_of("celeba64")["0.5", 50] == 11.01
+    assert len(paper.fid_of("lsun_church256")) == 8 and paper.fid_of("ddpm-bedroom-256")["1", 100] == 6.81
+    assert paper.fid_of("digits") == {}
+    row = {"eta": "0.2", "S": 20, "fid": 8.0}
+    assert table1_fid.beside_the_paper(row, table) == {**row, "paper": 7.11, "difference": pytest.approx(0.89)}
+    assert table1_fid.beside_the_paper({**row, "S": 21}, table) == {**row, "S": 21}
+    text = table1_fid.text([table1_fid.beside_the_paper(row, table)], ["eta", "S"], None)
+    assert "fid (the paper's, difference)" in text and "| eta 0.2 | 8 (7.11, +0.89) |" in text
+
+
+# --- the other scripts, small ---
+
+
+@pytest.mark.parametrize(
+    "script, args, pictures, told",
+    [
+        ("table3_lsun", ("--steps=5", "--config.evaluate.num_images=20"), [], "eta 1"),
+        ("table2_reconstruction", ("--steps=5,10", "--count=12"), ["errors.png"], "std of the latents"),
+        ("fig3_fig5_consistency", ("--steps=5,10", "--etas=0,1", "--count=9"), [], "twin is nearest"),
+        ("fig4_wallclock", ("--steps=5,10,20", "--repeats=2", "--config.sample.batch_size=8"), [], "R^2 = "),
+        (
+            "fig6_interpolation",
+            ("--config.sample.steps=5", "--lines=2", "--points=3", "--side=3"),
+            ["random_lines.png", "random_grid.png", "encoded_lines.png", "encoded_grid.png"],
+            "distance of the ends",
+        ),
+        ("predicted_x0", ("--steps=5,10", "--count=9"), ["distances.png"], "one shot to image"),
+        (
+            "oracle_table1",
+            ("--steps=5,10", "--etas=0,hat", "--points=500", "--images=50", "--config.sample.tau=quadratic"),
+            ["distances.png"],
+            "data gaussian, eta 0",
+        ),
+    ],
+)
+def test_a_script_writes_its_table_and_its_pictures_once(tmp_path, script, args, pictures, told):
+    out = tmp_path / "out"
+    said = ok(run(f"experiments.{script}", *DIGITS, *args, "--out", out))
+    assert told in said.stdout and told in (out / "table.md").read_text()
+    assert rows(out) and json.loads((out / "table.json").read_text())["rows"]
+    for name in [*pictures, *(["table.png"] if script != "fig6_interpolation" else [])]:
+        assert np.asarray(Image.open(out / name)).std() > 1, name
+    table = (out / "table.csv").read_bytes()
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    ok(run(f"experiments.{script}", *DIGITS, *args, "--out", out))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == made
+    assert (out / "table.csv").read_bytes() == table
+    refused = error_line(run(f"experiments.{script}", *DIGITS, *args, "--config.sample.tau=leading", "--out", out))
+    assert "holds what another run made (" in refused and "tau is " in refused
+
+
+@pytest.mark.parametrize(
+    "script, args, said",
+    [
+        ("table2_reconstruction", ("--images=nope",), "--images: there is no file or folder nope"),
+        ("table2_reconstruction", ("--count=360",), "--count must be in 1..359"),
+        ("table2_reconstruction", ("--config.sample.eta=1",), "encoding is deterministic"),
+        ("fig3_fig5_consistency", ("--count=1",), "--count: must be at least 2, got 1"),
+        ("fig3_fig5_consistency", ("--steps=10",), "--steps two"),
+        ("fig6_interpolation", ("--points=1",), "--points: must be at least 2, got 1"),
+        ("oracle_table1", ("--data=rings",), "--data: 'rings' is not one of gaussian, ring, digits"),
+        ("predicted_x0", ("--out=",), "--out is missing"),
+    ],
+)
+def test_mistakes_in_the_other_scripts(tmp_path, script, args, said):
+    assert said in error_line(run(f"experiments.{script}", *DIGITS, "--out", tmp_path / "out", *args))
+
+
+# --- the numbers, by hand ---
+
+
+def test_consistency_by_hand():
+    """Two pairs of black and white images, of which one pair has changed places."""
+    black, white = np.zeros((4, 4, 1), np.uint8), np.full((4, 4, 1), 255, np.uint8)
+    many = np.stack([black, white])
+    same = fig3_fig5_consistency.consistency(many, many)
+    assert same == {"twin": 0, "others": 1, "quotient": 0, "recognised": 1}
+    other = fig3_fig5_consistency.consistency(np.stack([white, white]), many)
+    assert other == {"twin": 0.5, "others": 0.5, "quotient": 1, "recognised": 0.5}
+
+
+def test_the_line_through_times():
+    line = fig4_wallclock.fit([10, 20, 50], [1.2, 2.2, 5.2])
+    assert (line["per_step"], line["constant"], line["r_squared"]) == pytest.approx((0.1, 0.2, 1))
+    bent = fig4_wallclock.fit([0, 1, 2], [0.0, 1.0, 0.0])  # the best line is flat, at 1/3, and explains nothing
+    assert (bent["per_step"], bent["constant"], bent["r_squared"]) == pytest.approx((0, 1 / 3, 0), abs=1e-12)
+    assert bent["largest_residual"] == pytest.approx(2 / 3)
+
+
+def test_the_sliced_distance_of_shifted_points():
+    """Moved by v: the mean over directions of (u . v)^2 is |v|^2 / d."""
+    a = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    v = np.arange(8.0, dtype=np.float32)
+    moved = oracle_table1.sliced_wasserstein(a[::-1] + v, a)
+    directions = np.random.default_rng(1).normal(size=(8, 100_000))
+    directions /= np.linalg.norm(directions, axis=0)
+    assert np.sqrt(((v @ directions) ** 2).mean()) == pytest.approx(np.linalg.norm(v) / 8**0.5, rel=0.01)
+    assert moved == pytest.approx(np.linalg.norm(v) / 8**0.5, rel=0.35)  # 32 directions
+    assert oracle_table1.sliced_wasserstein(a[::-1], a) == 0
+
+
+@pytest.mark.parametrize(
+    "eta, S, mean, std",
+    [
+        ("0", 10, 0.298155, 0.374128),
+        ("0", 1000, 0.299050, 0.498495),
+        ("0.5", 20, 0.299506, 0.425680),
+        ("1", 50, 0.299996, 0.444123),
+        ("hat", 10, 0.299980, 0.589025),
+        ("hat", 100, 0.299996, 0.508490),
+    ],
+)
+def test_the_exact_law_of_the_samples(eta, S, mean, std):
+    """Beside figures that were computed in float64 with NumPy alone."""
+    values = digits.get_config().to_dict()
+    sampler = {"sampler": "ddpm_hat"} if eta == "hat" else {"eta": float(eta)}
+    values["sample"].update(tau="official_uniform", steps=S, **sampler)
+    process = grid.process_of(config_lib.parse(values))
+    found = oracle_table1.law(process, oracle.gaussian(schedule.linear(), 0.3, 0.5))
+    assert found == pytest.approx((mean, std), abs=2e-4 if S == 1000 else 2e-5)  # float32 over S steps
+
+
+def test_pictures_in_rows_and_columns():
+    cell = lambda value: np.full((10, 20, 1), value, np.uint8)
+    picture = common.labelled([[cell(0), None], [cell(90), cell(200)]], ["first", "b"], ["S = 1", "S = 2"])
+    left, top = picture.shape[1] - 40, picture.shape[0] - 20
+    assert top > 10 and left > 20 and picture[:top].min() < 100 and picture[:, :left].min() < 100  # there are words
+    assert (picture[top : top + 10, left : left + 20] == 0).all()
+    assert (picture[top : top + 10, left + 20 :] == 255).all()
+    assert (picture[top + 10 :, left : left + 20] == 90).all() and (picture[top + 10 :, left + 20 :] == 200).all()
+
+
+def test_folders_of_cells_never_meet():
+    name = lambda **axes: common.folder_of(axes).name
+    assert name(eta="0.5", S=10) == "eta=0.5_S=10"
+    assert name(p="runs/a") != name(p="runs-a") and "/" not in name(p="runs/a")
+
+
+# --- DDIM's fingerprints on the digits ---
+
+
+@pytest.fixture(scope="module")
+def network():
+    config = config_lib.parse(digits.get_config().to_dict())
+    mesh = meshes()[0]
+    return config, weights.find(config, None, mesh).params, mesh
+
+
+def sampled(network, count, **fields):
+    config, params, mesh = network
+    sample = dataclasses.replace(config.sample, num_images=count, batch_size=250, **fields)
+    config = dataclasses.replace(config, sample=sample)
+    return np.concatenate(list(generate.batches(config, grid.process_of(config), params, mesh)))
+
+
+def test_the_reconstruction_error_falls_with_every_doubling_of_the_steps(network):
+    config, params, mesh = network
+    config = encode.deterministic(config)
+    real = data.load("digits", split="test").images[:50]
+    x_0 = data.scaling.to_unit(real)
+    errors = []
+    for S in (5, 10, 20, 50):
+        process = grid.process_of(dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S)))
+        x_T = generate.encode(config, process, params, mesh, x_0, None)
+        again = generate.decode(config, process, params, mesh, x_T, None)
+        errors.append(float(np.square((again - x_0) / 2).mean()))
+    assert all(later < 0.7 * earlier for earlier, later in zip(errors, errors[1:], strict=False)), errors
+    assert errors[-1] < 1e-3  # a difference of 3 % of a pixel's range
+
+
+def test_x_T_decides_the_image_if_eta_is_0_and_not_if_it_is_1(network):
+    ddim, many = (sampled(network, 40, steps=S) for S in (20, 100))
+    found = fig3_fig5_consistency.consistency(ddim, many)
+    assert found["quotient"] < 0.2 and found["recognised"] == 1
+    ddpm = fig3_fig5_consistency.consistency(
+        sampled(network, 40, steps=20, eta=1.0), sampled(network, 40, steps=100, eta=1.0)
+    )
+    assert ddpm["quotient"] > 0.6
+
+
+@pytest.mark.parametrize("S", [10, pytest.param(20, marks=pytest.mark.slow)])
+def test_few_steps_ddim_is_near_the_best_and_sigma_hat_the_worst(network, S):
+    """1,000 images of each: with fewer the distance of one process moves by more than what divides the best."""
+    config, _, mesh = network
+    features = judge.open_features("digits")
+    reference = judge.judge(features, data.load("digits"), mesh, 500).moments
+    distance = lambda **fields: frechet.distance(
+        judge.judge(features, data.sources.ArraySource(sampled(network, 1000, steps=S, **fields)), mesh, 500).moments,
+        reference,
+    )
+    found = {eta: distance(eta=eta) for eta in (0.0, 0.5, 1.0)} | {"hat": distance(sampler="ddpm_hat")}
+    assert found[0.0] < min(found.values()) + 3, found
+    assert found["hat"] == max(found.values()), found
