@@ -167,6 +167,9 @@ def yardstick(
     """
     metrics = metrics_of(config)
     evaluate = config.evaluate
+    if shape is not None:
+        with blame("config.evaluate.features"):
+            size = judge.num_features(network, shape)
     path = pathlib.Path(evaluate.reference) if evaluate.reference else None
     if path is not None and not path.exists():
         raise ConfigError(f"config.evaluate.reference: there is no file or folder {path}")
@@ -179,11 +182,16 @@ def yardstick(
     elif stored is not None and stored.exists():
         found = reference.load(stored)
     else:
-        found = _compute(config, path, network, metrics, mesh)
+        found = _compute(config, path, network, metrics, mesh, shape)
         if stored is not None:
             reference.save(stored, found)
     with blame("config.evaluate.reference"):
         judge.check(metrics, found.judged)
+        if shape is not None and len(found.judged.moments.mean) != size:
+            raise ConfigError(
+                f"{path or 'the data set'} does not belong to the samples: it has {len(found.judged.moments.mean)} "
+                f"features, {network.name} has {size}"
+            )
         if shape is not None and found.about is not None:
             ours = _belonging(config, network, shape) if statistics else found.about
             ours = dataclasses.replace(ours, resolution=reference.resolution(shape))
@@ -201,15 +209,25 @@ def _holds_images(path: pathlib.Path) -> bool:
 
 
 def _compute(
-    config: Config, path: pathlib.Path | None, network: FeatureNetwork, metrics: list[str], mesh: Mesh
+    config: Config,
+    path: pathlib.Path | None,
+    network: FeatureNetwork,
+    metrics: list[str],
+    mesh: Mesh,
+    shape: tuple[int, int, int] | None,
 ) -> Reference:
-    """Statistics of the images at a path, or of those of config.data."""
+    """Statistics of the images at a path, or of those of config.data, which must be of the samples' shape."""
     if path is not None:
         source, name, split = load_images(str(path), "config.evaluate.reference"), str(path.name), None
     else:
         name, split = _data_name(config), config.evaluate.split
         with blame("config.data"):
             source = data.load(config.data.name, config.data.path, split)
+    if shape is not None and source.image_shape != shape:
+        raise ConfigError(
+            f"the real images ({name}) are {reference.resolution(source.image_shape)}, the samples "
+            f"{reference.resolution(shape)}"
+        )
     warn_of_jpegs(source, name)
     with blame("the real images"):
         found = judge.judge(

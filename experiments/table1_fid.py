@@ -50,10 +50,12 @@ def main(options: types.SimpleNamespace) -> None:
     mesh = sharding.data_mesh()
     weights_of = functools.lru_cache(maxsize=1)(lambda network: weights.find(network, options.workdir, mesh))
     digests = {network: weights_of(network).digest for network in dict.fromkeys(networks)}
+    one_network = not {"pretrained", "sample.ema"} & set(axes)
     features = evaluate.open_network(config)
     out = common.begin(
         options,
         experiment="table1_fid",
+        weights=digests[networks[0]] if one_network else "by the axes",
         features=features.weights,
         axes=axes,
         sample=grid.fixed(config, axes),

@@ -329,20 +329,6 @@ def test_a_mistake_is_one_line(module, args, said):
     assert said in error_line(run(f"ddim_jax.{module}", *args))
 
 
-@pytest.mark.parametrize(
-    "args, said",
-    [
-        (("--images", "1"), "--images: a covariance needs at least 2, got 1"),
-        (("--steps", "5.5"), "config.sample.steps: must be of type int, got 5.5"),
-        (("--etas=-1",), "config.sample.eta: must be at least 0, got -1.0"),
-        (("--etas", "small"), "--etas: must be numbers, got 'small'"),
-    ],
-)
-def test_a_mistake_in_the_experiment_is_one_line(args, said, tmp_path):
-    options = ("--config", "configs/digits.py", "--out", tmp_path)
-    assert said in error_line(run("experiments.digits_quality", *options, *args))
-
-
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     said = error_line(
         run("ddim_jax.train", *SMOKE, "--workdir", tmp_path / "run", "--config.train.batch_size=12", devices=8)

@@ -12,6 +12,7 @@ from ddim_jax.evaluation import frechet, judge
 
 DIGITS = ("--config", "configs/digits.py")
 FEW = "--config.evaluate.num_images=50"
+RNG = np.random.default_rng(0)
 METRICS = [
     *("fid", "kid", "kid_std", "kid_subset_size", "inception_score", "inception_score_std", "inception_score_splits"),
     *("precision", "recall", "confidence", "smallest_share", "largest_share", "nearest"),
@@ -100,7 +101,11 @@ def test_statistics_that_do_not_belong_are_refused(samples, statistics, tmp_path
     assert numbers(accepted)["fid"] > 0
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((60, 16, 16, 1), np.uint8))
     said = error_line(evaluate(FEW, f"--config.evaluate.reference={statistics}", "--samples", tmp_path / "large.npz"))
-    assert "resolution is '8x8x1' there, '16x16x1' here" in said
+    assert "config.evaluate.features: the digits classifier takes images of 8x8x1, got 16x16x1" in said
+    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
+    other = f"--config.evaluate.reference={tmp_path / 'other.npz'}"
+    refused = evaluate(FEW, other, "--config.evaluate.metrics=fid", "--samples", samples / "s.npz")
+    assert refused.returncode == 2 and "it has 7 features, digits-classifier has 64" in refused.stderr
     with np.load(statistics) as file:
         np.savez(tmp_path / "bare.npz", mu=file["mu"], sigma=file["sigma"])
     bare = (FEW, f"--config.evaluate.reference={tmp_path / 'bare.npz'}", "--samples", samples / "s.npz")
@@ -146,6 +151,37 @@ def test_images_that_are_broken_or_of_another_size(samples, statistics, tmp_path
     (tmp_path / "bad.npz").write_bytes((samples / "s.npz").read_bytes()[:-30])
     said = error_line(evaluate(FEW, "--samples", tmp_path / "bad.npz"))
     assert "bad.npz cannot be read as an .npz" in said
+
+
+ANY_SIZE = """
+import jax.numpy as jnp
+from ddim_jax.evaluation.feature_network import Output, feature_network
+
+def judge(params, images):
+    mean = images.mean((1, 2))
+    return Output(mean, mean)
+
+def make(weights):
+    return feature_network("any-size", judge, {})
+"""
+
+
+def test_real_images_of_another_size(samples, tmp_path, monkeypatch):
+    """By a judge who takes images of any size."""
+    (tmp_path / "mine.py").write_text(ANY_SIZE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    mine = ("--config.evaluate.features=mine:make", "--config.evaluate.metrics=fid", FEW)
+    np.savez(tmp_path / "large.npz", arr_0=RNG.integers(0, 256, (60, 16, 16, 1), dtype=np.uint8))
+    said = error_line(evaluate(*mine, "--samples", tmp_path / "large.npz"))
+    assert "the real images (digits) are 8x8x1, the samples 16x16x1" in said
+    large = f"--config.evaluate.reference={tmp_path / 'large.npz'}"
+    saved = tmp_path / "large_statistics.npz"
+    assert numbers(evaluate(*mine, large, "--samples", tmp_path / "large.npz", "--save_reference", saved))["fid"] < 10
+    statistics = f"--config.evaluate.reference={saved}"
+    said = error_line(evaluate(*mine, statistics, "--accept=data,split", "--samples", samples / "s.npz"))
+    assert "does not belong to the samples: count is 60 there, 1438 here" in said
+    said = error_line(evaluate(*mine, statistics, "--accept=data,split,count", "--samples", samples / "s.npz"))
+    assert "does not belong to the samples: resolution is '16x16x1' there, '8x8x1' here" in said
 
 
 NAN_AT_RANDOM = """

@@ -4,17 +4,19 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import error_line, meshes, ok, run, start
 from PIL import Image
 
 from configs import digits
 from ddim_jax import config as config_lib
-from ddim_jax import data, encode, generate, oracle, schedule, weights
+from ddim_jax import data, encode, generate, oracle, pretrained, schedule, weights
 from ddim_jax.evaluation import frechet, judge
 from experiments import common, fig3_fig5_consistency, fig4_wallclock, grid, oracle_table1, paper, table1_fid
 
@@ -111,8 +113,6 @@ def test_a_table_that_is_killed_ten_times(table1, tmp_path):
 
 
 def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(table1, out)
     ok(run("experiments.table1_fid", *TABLE1, "--etas=0.5", "--steps=5", "--out", out))
@@ -127,6 +127,13 @@ def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
     ]:
         refused = error_line(run("experiments.table1_fid", *TABLE1, change, "--out", out))
         assert said in refused and refused.endswith("; give another --out")
+    with safetensors.safe_open(pretrained.shipped("digits"), framework="numpy") as file:
+        other = {name: 1.01 * file.get_tensor(name) for name in file.keys()}
+        safetensors.numpy.save_file(other, tmp_path / "other.safetensors", file.metadata())
+    refused = error_line(
+        run("experiments.table1_fid", *TABLE1, f"--config.pretrained={tmp_path}/other.safetensors", "--out", out)
+    )
+    assert "weights is " in refused and refused.endswith("; give another --out")
 
 
 def test_any_field_as_a_further_axis(tmp_path):
@@ -144,8 +151,6 @@ def test_any_field_as_a_further_axis(tmp_path):
 
 def test_checkpoints_as_an_axis(tmp_path):
     """The shipped weights under two names: one network, one number."""
-    from ddim_jax import pretrained
-
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
         path.write_bytes(pretrained.shipped("digits").read_bytes())

@@ -41,6 +41,12 @@ def open_features(name: str, weights: str = "") -> FeatureNetwork:
     return network
 
 
+def num_features(network: FeatureNetwork, image_shape: tuple[int, int, int]) -> int:
+    """How many features it has; ValueError if it does not take images (H, W, C) of this shape."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
+    return jax.eval_shape(network.feature_fn, images).features.shape[-1]
+
+
 class Judged(NamedTuple):
     """What is left of images: all that the metrics read."""
 
