@@ -1,6 +1,7 @@
 """The numbers that the paper reports (Song, Meng, Ermon 2020), to stand beside ours."""
 
 STEPS = (10, 20, 50, 100, 1000)
+IMAGES = 50_000  # that each FID is of
 
 
 def _rows(steps, rows):

@@ -116,17 +116,20 @@ def text(rows: list[dict[str, Any]], axes: list[str], real: dict[str, Any] | Non
     main_number = next(name for name in rows[0] if name not in axes)
     lines, columns, cells = grid.laid_out(rows, axes)
 
+    told = main_number == "fid" and any("paper" in row for row in rows)
+
     def shown(row):
         if row is None:
             return None
-        beside = f" ({row['paper']:g}, {row['difference']:+.2f})" if "paper" in row else ""
+        beside = f" ({row['paper']:g}, {row['difference']:+.2f})" if told and "paper" in row else ""
         return f"{row[main_number]:.4g}{beside}"
 
-    head = [main_number + " (the paper's, difference)" * any("paper" in row for row in rows)]
     table = common.markdown(
-        [*head, *(f"S = {column}" for column in columns)],
+        [main_number + " (the paper's, difference)" * told, *(f"S = {column}" for column in columns)],
         [[line, *map(shown, row)] for line, row in zip(lines, cells, strict=True)],
     )
+    if told and rows[0]["images"] < paper.IMAGES:
+        table += f"\nOf {rows[0]['images']} images each; the paper has {paper.IMAGES}, and fewer make FID larger.\n"
     if real is not None:
         table += f"\n{real['images']} real images of the {real['split']} split: {main_number} {real[main_number]:.4g}\n"
     return table

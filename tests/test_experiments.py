@@ -196,11 +196,13 @@ def test_the_paper_s_value_and_the_difference():
     assert len(table) == len(paper.fid_of("celeba64")) == 25 and paper.fid_of("celeba64")["0.5", 50] == 11.01
     assert len(paper.fid_of("lsun_church256")) == 8 and paper.fid_of("ddpm-bedroom-256")["1", 100] == 6.81
     assert paper.fid_of("digits") == {}
-    row = {"eta": "0.2", "S": 20, "fid": 8.0}
+    row = {"eta": "0.2", "S": 20, "fid": 8.0, "images": 50_000}
     assert table1_fid.beside_the_paper(row, table) == {**row, "paper": 7.11, "difference": pytest.approx(0.89)}
     assert table1_fid.beside_the_paper({**row, "S": 21}, table) == {**row, "S": 21}
     text = table1_fid.text([table1_fid.beside_the_paper(row, table)], ["eta", "S"], None)
-    assert "fid (the paper's, difference)" in text and "| eta 0.2 | 8 (7.11, +0.89) |" in text
+    assert "fid (the paper's, difference)" in text and "| eta 0.2 | 8 (7.11, +0.89) |" in text and "Of " not in text
+    fewer = table1_fid.text([table1_fid.beside_the_paper({**row, "images": 5000}, table)], ["eta", "S"], None)
+    assert "Of 5000 images each; the paper has 50000" in fewer
 
 
 # --- the other scripts, small ---
