@@ -15,9 +15,13 @@ def get_config() -> ConfigDict:
                                           # config.model (but dropout, dtype) and config.schedule are then its own
 
     config.data = data = ConfigDict()
-    data.name = "digits"                  # digits | folder | npz
-    data.path = ""                        # the folder (with train/ and test/, or flat) or the .npz file
+    data.name = "digits"                  # digits | folder | npz | cifar10 | celeba64 | lsun_bedroom256 |
+                                          # lsun_church256 | tfds: these as tensorflow-datasets has prepared them
+    data.path = ""                        # the folder (with train/ and test/, or flat), the .npz file, or the name
+                                          # that tensorflow-datasets gives to the data set
     data.flip = False                     # mirror training images left to right at random
+    data.in_memory = False                # read all images once, and hold them
+    data.workers = 0                      # processes that read and decode images; 0: threads of this one
 
     config.model = model = ConfigDict()
     model.image_size = 32                 # height and width; divisible by 2^(len(channel_mult) - 1)

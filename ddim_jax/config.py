@@ -90,6 +90,8 @@ class DataConfig:
     name: str = _one_of(DATASETS)
     path: str = _field()
     flip: bool = _field()
+    in_memory: bool = _field()
+    workers: int = _at_least(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +188,7 @@ OPEN = {"tau": "uniform", "clip_x0": False}
 # What held before a field was there: configs saved by earlier versions do not have it.
 BEFORE = {
     "pretrained": "",
+    "data": {"in_memory": False, "workers": 0},
     "model": {
         "middle_attention": True,
         "norm_epsilon": 1e-6,

@@ -33,6 +33,7 @@ from ddim_jax.config import Config, ConfigError, Process, blame
 from ddim_jax.train_state import TrainState
 
 GRID_IMAGES = 64
+READING_THREADS = 4
 
 OPTIONS = {"workdir": (None, "Folder of the run: made if it is not there, continued if it is.")}
 
@@ -103,8 +104,9 @@ def main(options: types.SimpleNamespace) -> None:
 
 def training_batches(config: Config, source: data.Source, mesh: jax.sharding.Mesh, begin: int) -> Iterator[data.Batch]:
     """The batches of steps begin + 1 .. num_steps, on the devices; labels only for a network with classes."""
-    train, here = config.train, (jax.process_index(), jax.process_count())
-    stream = data.batches(source, train.batch_size, train.seed, begin, config.data.flip, *here)
+    train = config.train
+    plan = data.Plan(source, train.batch_size, train.seed, config.data.flip, jax.process_index(), jax.process_count())
+    stream = data.batches(plan, begin, READING_THREADS, config.data.workers)
     for _ in range(begin, train.num_steps):
         with blame("config.data"):
             batch = next(stream)
@@ -124,6 +126,7 @@ def load_data(config: Config, mesh: jax.sharding.Mesh) -> data.Source:
     """The training images, which must be what the network takes."""
     with blame("config.data"):
         source = data.load(config.data.name, config.data.path, "train")
+        source = data.in_memory(source) if config.data.in_memory else source
     expected = generate.image_shape(config)
     if source.image_shape != expected:
         raise ConfigError(

@@ -20,7 +20,7 @@ ALLOWED = {
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers"}, CORE),
     "models": ({"schedule", "gaussian"}, CORE | {"flax"}),
     "images": (set(), {"numpy", "PIL"}),
-    "data": ({"images"}, {"numpy", "PIL", "sklearn"}),
+    "data": ({"images"}, {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl"}),
     "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
     "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax", "chex"}),
     "sharding": (set(), CORE),

@@ -38,7 +38,7 @@ def train(mesh, steps, model=MODEL, optimizer=None, state=None, first=0, **optio
         )
     step = jax.jit(update.build(model, optimizer, TABLE, **options), out_shardings=everywhere)
     metrics = []
-    for _, batch in zip(range(steps), data.batches(data.load("digits"), 16, seed=0, first_step=first), strict=False):
+    for _, batch in zip(range(steps), data.batches(data.Plan(data.load("digits"), 16, seed=0), first), strict=False):
         batch = sharding.put_batch(mesh, batch)
         state, said = step(state, batch.images, batch.labels if model.num_classes else None, KEY)
         metrics.append(jax.device_get(said))
@@ -71,7 +71,7 @@ def test_one_step_by_hand(mesh):
     before, start = start.params, start._replace(params=jax.tree.map(lambda leaf: leaf + 0.05, start.params))
     state, [metrics] = train(mesh, 1, model, optimizer, start, ema_decay=0.75)
 
-    images = to_unit(next(data.batches(data.load("digits"), 16, seed=0)).images)
+    images = to_unit(next(data.batches(data.Plan(data.load("digits"), 16, seed=0))).images)
     t_key, eps_key, _ = jax.random.split(jax.random.fold_in(KEY, 0), 3)
     t, eps = jax.random.randint(t_key, (16,), 1, 101), jax.random.normal(eps_key, images.shape)
     loss = lambda params: losses.l_gamma(adapter.eps_fn(model, params, TABLE), TABLE, images, t, eps).mean()

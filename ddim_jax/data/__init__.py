@@ -4,7 +4,8 @@ A data set is a random-access source: `len(source)` and `source[indices] -> Batc
 `(path, split) -> Source` and put it into DATASETS.
 """
 
-from ddim_jax.data.batches import batches
-from ddim_jax.data.sources import DATASETS, SPLITS, Batch, Source, load
+from ddim_jax.data.batches import Plan, batches
+from ddim_jax.data.source import Batch, Source, fingerprint
+from ddim_jax.data.sources import DATASETS, SPLITS, in_memory, load
 
-__all__ = ["DATASETS", "SPLITS", "Batch", "Source", "batches", "load"]
+__all__ = ["DATASETS", "SPLITS", "Batch", "Plan", "Source", "batches", "fingerprint", "in_memory", "load"]

@@ -5,11 +5,15 @@ without any state.
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
+import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from ddim_jax.data.sources import Batch, Source
+from ddim_jax.data.source import Batch, Source
 
 
 def order(length: int, seed: int, first: int, count: int) -> np.ndarray:
@@ -21,35 +25,58 @@ def order(length: int, seed: int, first: int, count: int) -> np.ndarray:
     return stream[first - epochs[0] * length :][:count]
 
 
-def batches(
-    source: Source,
-    batch_size: int,
-    seed: int,
-    first_step: int = 0,
-    flip: bool = False,
-    shard: int = 0,
-    num_shards: int = 1,
-) -> Iterator[Batch]:
-    """The batches of steps first_step, first_step + 1, ..., without end.
+class Plan(NamedTuple):
+    """What the batch of a step is a function of."""
 
-    Every image comes once an epoch; none is dropped. flip: mirrors each image left to right with probability 1/2,
-    by (seed, step). shard, num_shards: which contiguous part of each batch this process gets, (batch_size /
-    num_shards, H, W, C).
+    source: Source
+    batch_size: int  # over all processes
+    seed: int
+    flip: bool = False  # mirror each image left to right with probability 1/2, by (seed, step)
+    shard: int = 0  # which contiguous part of each batch this process gets,
+    num_shards: int = 1  # (batch_size / num_shards, H, W, C)
+
+
+def batch_at(plan: Plan, step: int) -> Batch:
+    """The batch of a step, 0, 1, ...; every image comes once an epoch, none is dropped."""
+    size = plan.batch_size // plan.num_shards
+    part = slice(plan.shard * size, (plan.shard + 1) * size)
+    batch = plan.source[order(len(plan.source), plan.seed, step * plan.batch_size, plan.batch_size)[part]]
+    if plan.flip:
+        mirrored = np.flatnonzero(_rng(plan.seed, 1, step).random(plan.batch_size)[part] < 0.5)
+        batch.images[mirrored] = batch.images[mirrored, :, ::-1]  # the batch is a copy of its own
+    return batch
+
+
+def batches(plan: Plan, first_step: int = 0, threads: int = 0, workers: int = 0) -> Iterator[Batch]:
+    """The batches of steps first_step, first_step + 1, ..., without end and ahead of time: by so many threads of this
+    process, or by so many processes beside it. They change no batch; without any of them each is made when it is asked
+    for. ValueError if the batch does not divide over the processes that train, or where an image cannot be read.
     """
-    if batch_size % num_shards:
-        raise ValueError(f"batch_size {batch_size} does not divide over {num_shards} processes")
-    size = batch_size // num_shards
-    part = slice(shard * size, (shard + 1) * size)
-    step = first_step
-    while True:
-        batch = source[order(len(source), seed, step * batch_size, batch_size)[part]]
-        if flip:
-            mirrored = _rng(seed, 1, step).random(batch_size)[part] < 0.5
-            batch = batch._replace(
-                images=np.where(mirrored[:, None, None, None], batch.images[:, :, ::-1], batch.images)
-            )
-        yield batch
-        step += 1
+    if plan.batch_size % plan.num_shards:
+        raise ValueError(f"batch_size {plan.batch_size} does not divide over {plan.num_shards} processes")
+    if not threads and not workers:
+        return (batch_at(plan, step) for step in itertools.count(first_step))
+    return _ahead(plan, first_step, threads, workers)
+
+
+def _ahead(plan: Plan, first_step: int, threads: int, workers: int) -> Iterator[Batch]:
+    import grain  # it takes a second
+    from absl import flags
+
+    steps = grain.MapDataset.range(first_step, sys.maxsize).map(functools.partial(batch_at, plan))
+    stream = steps.to_iter_dataset(grain.ReadOptions(max(threads, 1), max(threads, 2)))
+    if workers:
+        if not flags.FLAGS.is_parsed():  # its workers read flags of their own, also where nobody has any
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    iterator = iter(stream)
+    try:
+        for batch in iterator:  # out of the workers' shared memory, which is theirs again then
+            yield Batch(*(None if array is None else np.array(array) for array in batch))
+    finally:
+        iterator.close()
+        del iterator, stream  # while there is still an interpreter: they say so otherwise
+        gc.collect()
 
 
 @functools.lru_cache(maxsize=2)  # a batch touches one epoch, or the seam of two

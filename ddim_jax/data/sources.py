@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import pathlib
 import warnings
 import zipfile
 import zlib
-from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from ddim_jax.data import prepared
+from ddim_jax.data.prepared import PreparedSource
+from ddim_jax.data.source import Batch, Source
 from ddim_jax.images import open_npz
 
 SPLITS = ("train", "test")
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 IMAGE_SUFFIXES = (".png", *JPEG_SUFFIXES, ".webp", ".bmp")
-
-
-class Batch(NamedTuple):
-    images: np.ndarray  # (B, H, W, C) uint8
-    labels: np.ndarray | None  # (B,) int32, None where the data set has none
-
-
-class Source(Protocol):
-    image_shape: tuple[int, int, int]  # (H, W, C)
-    num_classes: int  # 0 where there are no labels
-    crop: str  # what was cut out of the images as they are published, in words
-    jpegs: int  # how many of the images are JPEG files
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: np.ndarray) -> Batch: ...
 
 
 class ArraySource:
@@ -140,10 +128,40 @@ def npz(path: str, split: str) -> ArraySource:
     return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
 
 
+def tfds(path: str, split: str) -> PreparedSource:
+    """Any data set that tensorflow-datasets has prepared, with images of one size; path is its name there."""
+    return PreparedSource(path, split)
+
+
+def cifar10(path: str, split: str) -> PreparedSource:
+    """CIFAR-10, 32x32x3: 50,000 to train on, 10,000 to test. path is not used."""
+    return PreparedSource("cifar10", split)
+
+
+def celeba64(path: str, split: str) -> PreparedSource:
+    """CelebA as in the paper: 128x128 around (89, 121), resized to 64x64. path is not used."""
+    return PreparedSource("celeb_a", split, prepared.CELEBA)
+
+
+def lsun_bedroom256(path: str, split: str) -> PreparedSource:
+    """LSUN bedroom, the centre square at 256x256. path is not used."""
+    return PreparedSource("lsun/bedroom", split, prepared.LSUN)
+
+
+def lsun_church256(path: str, split: str) -> PreparedSource:
+    """LSUN church (outdoor), the centre square at 256x256. path is not used."""
+    return PreparedSource("lsun/church_outdoor", split, prepared.LSUN)
+
+
 DATASETS = {  # (path, split) -> Source
     "digits": digits,
     "folder": folder,
     "npz": npz,
+    "tfds": tfds,
+    "cifar10": cifar10,
+    "celeba64": celeba64,
+    "lsun_bedroom256": lsun_bedroom256,
+    "lsun_church256": lsun_church256,
 }
 
 
@@ -152,3 +170,17 @@ def load(name: str, path: str = "", split: str = "train") -> Source:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     return DATASETS[name](path, split)
+
+
+def in_memory(source: Source, chunk: int = 500) -> ArraySource:
+    """A source, read once and held. By two threads: decoders let others run."""
+    pieces = [np.arange(begin, min(begin + chunk, len(source))) for begin in range(0, len(source), chunk)]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        read = threads.map(source.__getitem__, pieces)
+        images, labels = np.empty((len(source), *source.image_shape), np.uint8), []
+        for piece, batch in zip(pieces, tqdm(read, "reading", len(pieces), unit=f"x {chunk} images"), strict=True):
+            images[piece] = batch.images
+            labels.append(batch.labels)
+    held = ArraySource(images, np.concatenate(labels) if source.num_classes else None)
+    held.crop, held.jpegs, held.num_classes = source.crop, source.jpegs, source.num_classes
+    return held

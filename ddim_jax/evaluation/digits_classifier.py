@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.data import Source, batches
+from ddim_jax.data import Plan, Source, batches
 from ddim_jax.data.scaling import to_unit
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output, feature_network, on_one_device
 from ddim_jax.pretrained import tensors
@@ -72,7 +72,7 @@ def fit(source: Source, steps: int = 1500, batch_size: int = 128, seed: int = 0)
 
     params = _init(jax.random.key(seed))
     state = optimizer.init(params)
-    for step, batch in zip(range(steps), batches(source, batch_size, seed), strict=False):
+    for step, batch in zip(range(steps), batches(Plan(source, batch_size, seed)), strict=False):
         params, state = update(
             params, state, batch.images, batch.labels, jax.random.fold_in(jax.random.key(seed), step)
         )

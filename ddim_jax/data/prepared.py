@@ -1,0 +1,133 @@
+"""Data sets that tensorflow-datasets has prepared, read as they lie on the disk: array_record files, at random, without
+TensorFlow and without a network.
+
+They are looked for in $TFDS_DATA_DIR, else ~/tensorflow_datasets, as tensorflow-datasets does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ddim_jax.data.source import Batch
+
+SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # what others call them
+
+
+class Cut(NamedTuple):
+    """What is made of an image as it is published."""
+
+    words: str
+    apply: Callable[[np.ndarray], np.ndarray]  # (H, W, C) uint8 -> the same kind, of one size
+
+
+def celeba(image: np.ndarray) -> np.ndarray:
+    """The paper's crop of an aligned CelebA image (218, 178, 3): 128x128 around (89, 121), resized to 64x64."""
+    face = Image.fromarray(image).crop((89 - 64, 121 - 64, 89 + 64, 121 + 64))
+    return np.asarray(face.resize((64, 64), Image.Resampling.BILINEAR))
+
+
+def centre(image: np.ndarray, size: int = 256) -> np.ndarray:
+    """The middle square, resized to size x size where it is larger or smaller."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = Image.fromarray(image).crop((left, top, left + side, top + side))
+    return np.asarray(square if side == size else square.resize((size, size), Image.Resampling.LANCZOS))
+
+
+WHOLE = Cut("none", lambda image: image)
+CELEBA = Cut("128x128 around (89, 121), to 64x64", celeba)
+LSUN = Cut("centre square, to 256x256", centre)
+
+
+class PreparedSource:
+    """A split of a prepared data set: its first image feature, and its first class label where it has one."""
+
+    def __init__(self, name: str, split: str, cut: Cut = WHOLE):
+        """name: as tensorflow-datasets calls it, "cifar10", "lsun/church_outdoor", "cifar10:3.0.2". split: "train" or
+        "test". ValueError if it is not prepared here.
+        """
+        import tensorflow_datasets as tfds  # half a second, and only those who use it have to have it
+
+        builder = tfds.builder_from_directory(str(_folder(name)))
+        features = builder.info.features
+        keys = lambda kind: [key for key, feature in features.items() if isinstance(feature, kind)]
+        images, labels = keys(tfds.features.Image), keys(tfds.features.ClassLabel)
+        if not images:
+            raise ValueError(f"data set {name!r} has no image feature, it has {', '.join(features)}")
+        found = next((called for called in SPLITS[split] if called in builder.info.splits), None)
+        if found is None:
+            raise ValueError(f"data set {name!r} has no {split} split, it has {', '.join(builder.info.splits)}")
+        self._name, self._cut = f"{name}, {found}", cut
+        self._image, self._label = images[0], labels[0] if labels else None
+        self._records = builder.as_data_source(split=found)
+        self.crop, self.jpegs = cut.words, 0
+        self.num_classes = features[self._label].num_classes if labels else 0
+        self.image_shape = self[np.array([0])].images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, indices: np.ndarray) -> Batch:
+        try:
+            records = self._records.__getitems__([int(i) for i in indices])
+        except Exception as error:  # array_record, the parser of records and the decoder of images each have their own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            bad = _first_bad(self._records, indices)
+            raise ValueError(f"a record of {self._name} cannot be read ({bad}): {reason}") from error
+        images = [self._cut.apply(record[self._image]) for record in records]
+        for i, image in zip(indices, images, strict=True):
+            if image.shape != images[0].shape:
+                raise ValueError(f"image {i} of {self._name} is {_size(image)}, others are {_size(images[0])}")
+        labels = None if self._label is None else np.array([record[self._label] for record in records], np.int32)
+        return Batch(np.stack(images), labels)
+
+
+def _first_bad(records, indices: np.ndarray) -> str:
+    for i in indices:
+        try:
+            records.__getitems__([int(i)])
+        except Exception:
+            return f"number {i}"
+    return "not always"
+
+
+def _size(image: np.ndarray) -> str:
+    return "x".join(map(str, image.shape))
+
+
+def root() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or pathlib.Path.home() / "tensorflow_datasets")
+
+
+def _folder(name: str) -> pathlib.Path:
+    """The folder of the latest version that is prepared; ValueError, with what to do, if there is none that can be
+    read.
+    """
+    plain, _, version = name.partition(":")
+    home = root() / plain
+    versions = {
+        tuple(map(int, path.name.split("."))): path
+        for path in (home.iterdir() if plain and home.is_dir() else ())
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file()
+    }
+    found = [path for path in versions.values() if version in ("", path.name)]
+    prepare = f"tfds build {plain or 'NAME'} --file_format=array_record"
+    if not found:
+        others = f", only {', '.join(path.name for path in versions.values())}" if versions else ""
+        raise ValueError(
+            f"data set {name!r} is not prepared in {root()}{others}: pip install 'ddim-jax[prepare]' && {prepare}"
+        )
+    path = versions[max(key for key, path in versions.items() if path in found)]
+    kept = json.loads((path / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    if kept != "array_record":
+        raise ValueError(f"{path} is in the format {kept}, which cannot be read at random: {prepare}")
+    return path
