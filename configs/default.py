@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     model.dropout = 0.1
     model.num_classes = 0                 # above 0: class-conditional, the data must have labels
     model.dtype = "float32"               # float32 | bfloat16: what convolutions compute in; parameters are float32
+    model.remat = False                   # less memory in training, a third more time: blocks are computed twice
     model.prediction = "eps"              # eps | x0 | v: what the network's output means
 
     config.schedule = schedule = ConfigDict()
@@ -58,11 +59,17 @@ def get_config() -> ConfigDict:
     train.clip_norm = 1.0                 # global norm of the gradient
     train.ema_decay = 0.9999              # of the moving average that is sampled
     train.gamma = "one"                   # weights of Eq. (5): one (the paper's) | x0 | v (plain error of these)
+    train.accumulate = 1                  # parts of the batch, one after the other: memory for one, gradients of all
+    train.max_skipped = 20                # updates in a row that may be left out because they are not finite
     train.log_every = 100                 # steps between lines of metrics.jsonl and TensorBoard
     train.checkpoint_every = 5000         # a multiple of log_every
     train.keep = 3                        # latest checkpoints that are kept
     train.keep_every = 100_000            # and every one at a multiple of this, for ever; 0: none
     train.grid_every = 10_000             # steps between sample grids in the workdir; 0: at the end alone
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1                        # devices along which the batch alone is divided; -1: all that fsdp leaves
+    mesh.fsdp = 1                         # devices along which parameters and optimizer are divided as well
 
     config.sample = sample = ConfigDict()
     sample.sampler = "ddim"               # ddim | ddpm | ddpm_hat

@@ -1,13 +1,15 @@
 """Checkpoints of training, by Orbax: asynchronous, a folder per step in WORKDIR/checkpoints, the config
 beside the arrays.
 
-The items of a step are `params`, `ema_params`, `optimizer` (the step and the optimizer's state) and `config`
-(JSON), so that sampling reads the one it needs.
+The items of a step are `params`, `ema_params`, `optimizer` (the step, the updates left out and the optimizer's state),
+`config` and `record` (JSON), so that sampling reads the one it needs. The record holds a checksum of every array, which
+is compared when it is read: files that changed on the disk are found out, and named.
 """
 
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +17,16 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from ddim_jax import sharding, train_state
 from ddim_jax.train_state import TrainState
 
 
 class CheckpointError(Exception):
     """What is wrong with a checkpoint, in one line."""
+
+
+class DamagedError(CheckpointError):
+    """It was complete once, and is not what was saved."""
 
 
 class Checkpoints:
@@ -39,9 +46,8 @@ class Checkpoints:
                 preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
             )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("params", "ema_params", "optimizer")}
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_handlers=handlers | {"config": ocp.JsonCheckpointHandler()}
-        )
+        handlers |= {item: ocp.JsonCheckpointHandler() for item in ("config", "record")}
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -59,17 +65,66 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder} holds no complete checkpoint")
         return step
 
-    def save(self, state: TrainState, config: dict[str, Any]) -> None:
-        """Writes a step in the background. config: JSON values."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema_params=ocp.args.StandardSave(state.ema_params),
-                optimizer=ocp.args.StandardSave(_optimizer(state)),
-                config=ocp.args.JsonSave(config),
-            ),
-        )
+    def steps(self) -> list[int]:
+        """All complete steps, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, config: dict[str, Any], data: str = "") -> None:
+        """Writes a step in the background. config: JSON values. data: the fingerprint of what it is trained on.
+
+        CheckpointError if it, or the one before it, cannot be written.
+        """
+        items = {"params": state.params, "ema_params": state.ema_params, "optimizer": _optimizer(state)}
+        record = {"checksums": _checksums(items), "data": data}
+        try:
+            self._manager.check_for_errors()
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                    config=ocp.args.JsonSave(config),
+                    record=ocp.args.JsonSave(record),
+                ),
+            )
+        except Exception as error:
+            raise self._unwritable(error) from error
+
+    def wait(self) -> None:
+        """Until everything is written; CheckpointError if it cannot be."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> CheckpointError:
+        """One line; what is half written is removed, so that it does not fill the disk."""
+        for half in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+        whole = self.steps()
+        said = str(error) or repr(error)
+        full = "No space left" in said or "RESOURCE_EXHAUSTED" in said
+        reason = "the disk is full" if full else said.splitlines()[0][:300]
+        last = f"the last complete one is step {whole[-1]}" if whole else "there is none yet"
+        return CheckpointError(f"{self._folder}: a checkpoint cannot be written: {reason}; {last}")
+
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a step out of the way, into WORKDIR/damaged."""
+        aside = self._folder.parent / "damaged" / str(step)
+        if sharding.is_first():
+            aside.parent.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(aside)
+        sharding.all_here(f"aside {step}")
+        self._manager.reload()
+        return aside
+
+    def data(self, step: int) -> str:
+        """The fingerprint of the data that the step was trained on, "" where none was saved."""
+        return self._record(step).get("data", "")
+
+    def _record(self, step: int) -> dict[str, Any]:
+        there = (self._folder / str(step) / "record").exists()
+        return self._restore(step, record=ocp.args.JsonRestore())["record"] if there else {}
 
     def config(self, step: int) -> dict[str, Any]:
         return self._restore(step, config=ocp.args.JsonRestore())["config"]
@@ -85,13 +140,26 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
         targets = {"params": like.params, "ema_params": like.ema_params, "optimizer": _optimizer(like)}
-        items = self._restore(step, **{name: ocp.args.StandardRestore(target) for name, target in targets.items()})
-        return TrainState(items["optimizer"]["step"], items["params"], items["ema_params"], items["optimizer"]["state"])
+        items = self._restore_arrays(step, targets)
+        optimizer = items["optimizer"]
+        return TrainState(
+            optimizer["step"], items["params"], items["ema_params"], optimizer["state"], optimizer["skipped"]
+        )
 
     def restore_params(self, step: int, like: Any, ema: bool = True) -> Any:
         """The parameters of a step, or their moving average. like: their shapes, dtypes and shardings."""
         item = "ema_params" if ema else "params"
-        return self._restore(step, **{item: ocp.args.StandardRestore(like)})[item]
+        return self._restore_arrays(step, {item: like})[item]
+
+    def _restore_arrays(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+        """Items of a step, whole and as they were saved; CheckpointError, naming the first array that is not."""
+        items = self._restore(step, **{name: ocp.args.StandardRestore(target) for name, target in targets.items()})
+        items = {name: items[name] for name in targets}
+        expected = self._record(step).get("checksums", {})
+        for name, found in _checksums(items).items():
+            if name in expected and found != expected[name]:
+                raise DamagedError(f"{self._folder / str(step)} is damaged: {name} is not what was saved")
+        return items
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
@@ -99,8 +167,8 @@ class Checkpoints:
         except Exception as error:  # damage shows as many kinds of exception
             raise self._unreadable(step, error) from error
 
-    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
-        return CheckpointError(
+    def _unreadable(self, step: int, error: Exception) -> DamagedError:
+        return DamagedError(
             f"{self._folder / str(step)} cannot be read: {(str(error) or repr(error)).splitlines()[0][:300]}"
         )
 
@@ -135,4 +203,16 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "state": state.opt_state}
+    return {"step": state.step, "skipped": state.skipped, "state": state.opt_state}
+
+
+_checksums_of = jax.jit(train_state.checksums)
+
+
+def _checksums(items: Mapping[str, Any]) -> dict[str, list[int]]:
+    """By names "item/module/leaf"."""
+    sums = jax.device_get(_checksums_of(items))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.tolist()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(sums)[0]
+    }

@@ -91,7 +91,7 @@ def _config() -> Config:
         return config_lib.parse(values)
     for field in config_flags.get_override_values(FLAGS["config"]):
         section, _, name = field.partition(".")
-        if section == "schedule" or (section == "model" and name not in ("dropout", "dtype")):
+        if section == "schedule" or (section == "model" and name not in config_lib.FREE_OF_NETWORK):
             raise ConfigError(f"config.{field}: with config.pretrained it is the checkpoint's own; leave it out")
     return config_lib.parse(weights.completed(values))
 

@@ -112,6 +112,7 @@ class ModelConfig:
     dropout: float = _below_one()
     num_classes: int = _at_least(0)
     dtype: str = _one_of(DTYPES)
+    remat: bool = _field()
     prediction: str = _one_of(registry.PREDICTIONS)
 
 
@@ -134,11 +135,19 @@ class TrainConfig:
     clip_norm: float = _above_zero()
     ema_decay: float = _below_one()
     gamma: str = _one_of(registry.GAMMAS)
+    accumulate: int = _at_least(1)
+    max_skipped: int = _at_least(1)
     log_every: int = _at_least(1)
     checkpoint_every: int = _at_least(1)
     keep: int = _at_least(1)
     keep_every: int = _at_least(0)
     grid_every: int = _at_least(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = _at_least(-1)
+    fsdp: int = _at_least(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +187,13 @@ class Config:
     model: ModelConfig = _field()
     schedule: ScheduleConfig = _field()
     train: TrainConfig = _field()
+    mesh: MeshConfig = _field()
     sample: SampleConfig = _field()
     evaluate: EvaluateConfig = _field()
 
+
+# How a network is computed, which its parameters do not depend on.
+FREE_OF_NETWORK = ("dropout", "dtype", "remat")
 
 # Fields that may be left open, as None: a published checkpoint then decides, and without one it is this.
 OPEN = {"tau": "uniform", "clip_x0": False}
@@ -195,7 +208,10 @@ BEFORE = {
         "halve_padding": "end",
         "frequency_shift": 1.0,
         "cos_first": False,
+        "remat": False,
     },
+    "train": {"accumulate": 1, "max_skipped": 20},
+    "mesh": {"data": -1, "fsdp": 1},
     "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0},
     "evaluate": {
         "features": "inception",
@@ -221,6 +237,10 @@ def parse(values: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"config.train.checkpoint_every: must be a multiple of log_every ({train.log_every}), so that a resumed "
             f"run logs what an undisturbed one logs; got {train.checkpoint_every}"
+        )
+    if train.batch_size % train.accumulate:
+        raise ConfigError(
+            f"config.train.accumulate: must divide batch_size ({train.batch_size}), got {train.accumulate}"
         )
     if config.sample.eta and "eta" not in registry.accepts(registry.SAMPLERS[config.sample.sampler]):
         raise ConfigError(
@@ -343,10 +363,11 @@ RESUMED_WITH = (
     "data.name",
     "data.flip",
     *(f"train.{name}" for name in ("batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")),
+    "train.accumulate",
 )
 SAMPLED_WITH = (
     "schedule",
-    *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name not in ("dropout", "dtype")),
+    *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name not in FREE_OF_NETWORK),
 )
 
 

@@ -85,7 +85,7 @@ def write_diffusers(to: pathlib.Path, params: Any, published: Published) -> None
 def write_orbax(to: pathlib.Path, params: Any, published: Published) -> None:
     """Step 0 of a run: the parameters, the same as their moving average, and no optimizer yet."""
     with Checkpoints(to, keep=1) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(0), params, params, {}), as_config(published))
+        checkpoints.save(TrainState(jnp.int32(0), params, params, {}, jnp.int32(0)), as_config(published))
 
 
 def params_count(params: Any) -> int:

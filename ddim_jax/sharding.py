@@ -4,6 +4,7 @@ mesh of one.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -12,9 +13,48 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def data_mesh() -> Mesh:
-    """All devices of all processes along one axis, "data"."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def start_processes() -> None:
+    """Makes this process one of several, by what the environment says: that of a TPU pod slice, of Slurm, of MPI, or
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Before anything else of JAX. ValueError if it says
+    nothing.
+    """
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    try:
+        jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+    except ValueError as error:
+        raise ValueError(
+            f"the environment does not say which process of how many this is ({error}): start it by Slurm or MPI, on a "
+            f"TPU pod slice, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def all_here(name: str) -> None:
+    """Waits until every process has come to this point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def all_stop(step: int, asked: bool) -> bool:
+    """Whether to stop after this step: for one process, whether it was asked to; of several, whether any was, at a step
+    that they agree on.
+    """
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else asked
+
+
+def data_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """All devices of all processes along two axes: "data", and "fsdp", along which parameters are divided too.
+
+    data: -1 for what fsdp leaves. ValueError if the two do not make up the devices.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp or data not in (-1, devices // fsdp):
+        raise ValueError(f"data x fsdp must be the number of devices, {devices}, got {data} x {fsdp}")
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -22,7 +62,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def along_batch(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Over all axes of the mesh: whoever has a part of the parameters has a part of the batch too."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def fully_sharded(mesh: Mesh, shapes: Any) -> Any:
+    """The sharding of every leaf: its longest axis that the mesh's "fsdp" divides, the last of them, is divided along
+    it; what has none is replicated, and so is everything where "fsdp" is 1.
+    """
+    parts = dict(mesh.shape).get("fsdp", 1)
+
+    def place(leaf):
+        axes = [axis for axis, length in enumerate(leaf.shape) if parts > 1 and length % parts == 0]
+        if not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+        return NamedSharding(mesh, PartitionSpec(*(None,) * longest, "fsdp"))
+
+    return jax.tree.map(place, shapes)
 
 
 def put_batch(mesh: Mesh, local: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from ddim_jax import losses
@@ -16,10 +18,16 @@ from ddim_jax.models import adapter
 from ddim_jax.schedule import Array, Level
 from ddim_jax.train_state import TrainState
 
+BINS = 4  # of the levels, in which the loss is told apart
+
 
 class Metrics(NamedTuple):
     loss: Array  # () mean squared error of eps, per dimension
     grad_norm: Array  # () global norm before clipping
+    ema_distance: Array  # () |params - ema_params| / |params|
+    skipped: Array  # () updates in a row that were left out, this one the last; 0 if it was made
+    bin_losses: Array  # (BINS,) sum of the losses of the images whose t fell into each quarter of 1..T
+    bin_counts: Array  # (BINS,) and how many these were
 
 
 Update = Callable[[TrainState, Array, Array | None, Array], tuple[TrainState, Metrics]]
@@ -41,12 +49,16 @@ def build(
     prediction: str,
     gamma: str,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> Update:
     """The function (state, images, labels, key) -> (state, metrics), to be jitted.
 
     images: (B, H, W, C) uint8. labels: (B,) ints, or None. key: the run's key; the step is folded in. Over a
     batch that is sharded along B it is data-parallel training: the mean in the loss becomes the all-reduce of the
-    gradients.
+    gradients. accumulate: into how many parts, one after the other, the batch is divided; the memory of activations is
+    that of one, the gradient that of all.
+
+    Where the loss or the gradient is not finite, nothing but the step changes, and metrics.skipped counts.
     """
     num_steps = table.alpha_bar.shape[0] - 1
 
@@ -58,14 +70,45 @@ def build(
         t = jax.random.randint(t_key, x_0.shape[:1], 1, num_steps + 1)
         eps = jax.random.normal(eps_key, x_0.shape)
 
-        def loss_fn(params):
+        def loss_fn(params, x_0, t, eps, labels, dropout_key):
             eps_fn = adapter.eps_fn(model, params, table, prediction, labels, dropout_key)
-            return losses.l_gamma(eps_fn, table, x_0, t, eps, gamma).mean()
+            each = losses.l_gamma(eps_fn, table, x_0, t, eps, gamma)
+            return each.mean(), each
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        def part_fn(grads, part):
+            (_, each), more = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *part)
+            return jax.tree.map(jnp.add, grads, more), each
+
+        if accumulate == 1:
+            (_, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, x_0, t, eps, labels, dropout_key)
+        else:
+            parts = jax.tree.map(partial(_parts, accumulate), (x_0, t, eps, labels))
+            keys = jax.random.split(dropout_key, accumulate)
+            zero = jax.tree.map(jnp.zeros_like, state.params)
+            grads, each = jax.lax.scan(part_fn, zero, (*parts, keys))
+            grads, each = jax.tree.map(lambda leaf: leaf / accumulate, grads), each.T.reshape(t.shape)
+
+        loss, norm = each.mean(), optax.tree.norm(grads)
         steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, steps)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-        return TrainState(state.step + 1, params, ema_params, opt_state), Metrics(loss, optax.tree.norm(grads))
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, ema_params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, ema_params, opt_state),
+            (state.params, state.ema_params, state.opt_state),
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        apart = optax.tree.norm(optax.tree.sub(params, ema_params)) / optax.tree.norm(params)
+        in_bin = jax.nn.one_hot((t - 1) * BINS // num_steps, BINS)
+        metrics = Metrics(loss, norm, apart, skipped, each @ in_bin, in_bin.sum(0))
+        return TrainState(state.step + 1, params, ema_params, opt_state, skipped), metrics
 
     return update
+
+
+def _parts(count: int, leaf: Array) -> Array:
+    """(B, ...) -> (count, B / count, ...). Image i goes into part i mod count, so that every device has its share of
+    each part where it had its share of the batch.
+    """
+    return jnp.moveaxis(leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 1, 0)

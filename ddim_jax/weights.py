@@ -88,7 +88,8 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     published = describe(values["pretrained"])
     model = dataclasses.asdict(published.model)
-    del model["dropout"], model["dtype"]
+    for field in config_lib.FREE_OF_NETWORK:
+        del model[field]
     sample = dict(values["sample"])
     for group in pretrained.SAMPLED:
         if sample[group[0]] is None:

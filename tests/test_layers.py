@@ -24,7 +24,7 @@ ALLOWED = {
     "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
     "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax", "chex"}),
     "sharding": (set(), CORE),
-    "checkpoint": ({"train_state"}, CORE | {"orbax"}),
+    "checkpoint": ({"sharding", "train_state"}, CORE | {"orbax"}),
     "config": ({"registry", "trajectory", "samplers", "schedule", "data", "models"}, CORE),
     "pretrained": (
         {"checkpoint", "config", "images", "schedule"},

@@ -1,5 +1,8 @@
 """Training as mathematics: the update, and where its arrays live."""
 
+import functools
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -54,6 +57,123 @@ def test_eight_devices_train_as_one():
     states = [train(mesh, 10, optimizer=optax.sgd(0.1))[0] for mesh in (one, eight)]
     chex.assert_trees_all_close(states[0].ema_params, states[1].ema_params, rtol=1e-4, atol=1e-6)
     assert len(jax.tree.leaves(states[1].params)[0].sharding.device_set) == 8
+
+
+def compiled(fsdp, optimizer=None, accumulate=1, model=MODEL):
+    """(mesh, state, compiled update) on eight devices, of which fsdp share the parameters."""
+    mesh = sharding.data_mesh(fsdp=fsdp)
+    optimizer = optimizer or update.adam(1e-2, 5, 1.0)
+    init = functools.partial(train_state.init, model, optimizer)
+    placement = sharding.fully_sharded(mesh, jax.eval_shape(init, KEY))
+    state = jax.jit(init, out_shardings=placement)(jax.random.key(0))
+    step = jax.jit(
+        update.build(model, optimizer, TABLE, prediction="eps", gamma="one", ema_decay=0.9, accumulate=accumulate),
+        out_shardings=(placement, sharding.replicated(mesh)),
+    )
+    images = sharding.put_batch(mesh, next(data.batches(data.Plan(data.load("digits"), 16, seed=0))).images)
+    return mesh, state, step.lower(state, images, None, KEY).compile()
+
+
+def curve(mesh, state, step, steps=20, batch=16):
+    values = []
+    for _, read in zip(range(steps), data.batches(data.Plan(data.load("digits"), batch, seed=0)), strict=False):
+        state, metrics = step(state, sharding.put_batch(mesh, read.images), None, KEY)
+        values.append(float(metrics.loss))
+    return values, state
+
+
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_parameters_that_are_divided_train_as_one(fsdp):
+    one = [float(m.loss) for m in train(meshes()[0], 20)[1]]
+    mesh, state, step = compiled(fsdp)
+    values, state = curve(mesh, state, step)
+    np.testing.assert_allclose(values, one, rtol=1e-5)
+    kernel = state.params["conv_out"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[2] == kernel.shape[2] // fsdp
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
+    assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
+
+
+def test_the_collectives_of_an_update():
+    """Data-parallel training adds up gradients and metrics and does nothing else; divided parameters are gathered too.
+    Nothing is ever exchanged in another way.
+    """
+    found = {
+        fsdp: set(re.findall(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
+        for fsdp, text in ((fsdp, compiled(fsdp)[2].as_text()) for fsdp in (1, 8))
+    }
+    assert found[1] == {"all-reduce"}
+    assert {"all-reduce", "all-gather"} <= found[8] <= {"all-reduce", "all-gather", "reduce-scatter"}, found
+
+
+def test_a_batch_in_parts_is_the_batch():
+    """Without dropout, whose masks each part has of its own; on one device and on eight."""
+    model = MODEL.clone(dropout=0.0)
+    whole = [float(m.loss) for m in train(meshes()[0], 20, model)[1]]
+    np.testing.assert_allclose(
+        [float(m.loss) for m in train(meshes()[0], 20, model, accumulate=4)[1]], whole, rtol=1e-5
+    )
+    np.testing.assert_allclose(curve(*compiled(1, accumulate=2, model=model))[0], whole, rtol=1e-5)
+
+
+def test_computing_again_changes_nothing(mesh):
+    plain, again = (train(mesh, 5, MODEL.clone(remat=remat))[1] for remat in (False, True))
+    np.testing.assert_allclose([m.loss for m in again], [m.loss for m in plain], rtol=1e-5)
+    np.testing.assert_allclose([m.grad_norm for m in again], [m.grad_norm for m in plain], rtol=1e-4)
+
+
+def test_an_update_that_is_not_finite_is_left_out(mesh):
+    """Nothing of the state moves but the step and the count; the next good batch goes on, and the count begins anew."""
+    infinite = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    start = jax.jit(lambda key: train_state.init(MODEL, infinite, key))(jax.random.key(0))
+    broken = start._replace(
+        params={**start.params, "conv_in": jax.tree.map(lambda x: x * jnp.nan, start.params["conv_in"])}
+    )
+    state, metrics = train(mesh, 3, optimizer=infinite, state=broken)
+    assert [int(m.skipped) for m in metrics] == [1, 2, 3] and int(state.skipped) == 3 and int(state.step) == 3
+    chex.assert_trees_all_equal(
+        (state.params, state.ema_params, state.opt_state), (broken.params, broken.ema_params, broken.opt_state)
+    )
+    mended, metrics = train(mesh, 1, optimizer=infinite, state=state._replace(params=start.params), first=3)
+    assert int(metrics[0].skipped) == 0 == int(mended.skipped)
+    assert not np.array_equal(mended.params["conv_out"]["bias"], start.params["conv_out"]["bias"])
+
+
+def test_the_loss_is_told_apart_by_levels(mesh):
+    (metrics,) = train(mesh, 1)[1]
+    assert metrics.bin_counts.sum() == 16
+    assert metrics.bin_losses.sum() / 16 == pytest.approx(float(metrics.loss), rel=1e-5)
+    t_key, _, _ = jax.random.split(jax.random.fold_in(KEY, 0), 3)
+    t = np.asarray(jax.random.randint(t_key, (16,), 1, 101))
+    np.testing.assert_array_equal(metrics.bin_counts, np.histogram(t, [1, 26, 51, 76, 101])[0])
+
+
+def test_the_distance_of_the_moving_average(mesh):
+    state, [metrics] = train(mesh, 1)
+    flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+    apart = np.linalg.norm(flat(state.params) - flat(state.ema_params)) / np.linalg.norm(flat(state.params))
+    assert float(metrics.ema_distance) == pytest.approx(apart, rel=1e-4) and apart > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_a_checksum_sees_every_bit(dtype):
+    """One bit anywhere, and two values that change places; the same however the array is divided."""
+    array = np.asarray(jnp.asarray(np.random.default_rng(0).integers(0, 2, (16, 5)), dtype))
+    of = lambda array: tuple(np.asarray(jax.jit(train_state.checksums)(array)).tolist())
+    whole = of(array)
+    split = jax.device_put(array, sharding.along_batch(meshes()[1]))
+    assert of(split) == whole
+    if dtype != "bool":
+        raw = array.tobytes()
+        for bit in np.random.default_rng(1).integers(0, 8 * len(raw), 40):
+            flipped = bytearray(raw)
+            flipped[bit // 8] ^= 1 << (bit % 8)
+            damaged = of(np.frombuffer(bytes(flipped), array.dtype).reshape(array.shape))
+            assert damaged[0] != whole[0] and damaged[1] != whole[1]
+    other = array.copy()
+    i = np.argwhere(array != array[0, 0])[0]
+    other[0, 0], other[tuple(i)] = array[tuple(i)], array[0, 0]
+    assert of(other) != whole
 
 
 def test_going_on_is_the_same_as_never_stopping(mesh):

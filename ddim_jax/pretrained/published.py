@@ -41,7 +41,7 @@ def describe(
     fields that no network can have.
     """
     try:
-        parsed = config_lib.section(ModelConfig, {"dropout": 0.0, "dtype": "float32", **model}, "model")
+        parsed = config_lib.section(ModelConfig, {"dropout": 0.0, "dtype": "float32", "remat": False, **model}, "model")
         noise = config_lib.section(ScheduleConfig, schedule, "schedule")
         config_lib.network(parsed)
         config_lib.noise_schedule(noise)

@@ -1,0 +1,162 @@
+"""Data sets of tensorflow-datasets, really prepared and read, without TensorFlow."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddim_jax import data
+from ddim_jax.data import prepared
+
+RNG = np.random.default_rng(0)
+IMAGES = {
+    "train": RNG.integers(0, 256, (40, 12, 10, 3), dtype=np.uint8),
+    "test": RNG.integers(0, 256, (7, 12, 10, 3), dtype=np.uint8),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """$TFDS_DATA_DIR, in which two data sets are prepared: "mine", and "plain" without labels and with a validation
+    split.
+    """
+    import tensorflow_datasets as tfds
+
+    root = tmp_path_factory.mktemp("tfds")
+
+    def prepare(called, features, examples):
+        class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+            name = called
+            VERSION = tfds.core.Version("1.0.0")
+            pkg_dir_path = root
+
+            def _info(self):
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager):
+                return {split: iter(rows) for split, rows in examples.items()}
+
+            def _generate_examples(self):
+                raise NotImplementedError
+
+        Builder(data_dir=str(root), file_format="array_record").download_and_prepare()
+
+    rows = lambda split: [
+        (i, {"image": Image.fromarray(image), "label": i % 3}) for i, image in enumerate(IMAGES[split])
+    ]
+    image = tfds.features.Image(shape=(None, None, 3))
+    prepare("mine", {"image": image, "label": tfds.features.ClassLabel(num_classes=3)}, {s: rows(s) for s in IMAGES})
+    pictures = [(i, {"picture": Image.fromarray(image[: 12 - i])}) for i, image in enumerate(IMAGES["train"][:2])]
+    prepare("plain", {"picture": image}, {"train": pictures, "validation": pictures[:1]})
+    return root
+
+
+@pytest.fixture(autouse=True)
+def where(root, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+
+
+def test_images_and_labels_at_random():
+    source = data.load("tfds", "mine")
+    assert len(source) == 40 and source.image_shape == (12, 10, 3) and source.num_classes == 3
+    assert (source.crop, source.jpegs) == ("none", 0)
+    order = np.sort(source[np.arange(40)].images.reshape(40, -1), axis=0)  # tfds shuffles when it prepares
+    np.testing.assert_array_equal(order, np.sort(IMAGES["train"].reshape(40, -1), axis=0))
+    batch, again = source[np.array([3, 17, 3])], source[np.array([17])]
+    np.testing.assert_array_equal(batch.images[0], batch.images[2])
+    np.testing.assert_array_equal(batch.images[1], again.images[0])
+    found = [i for i, image in enumerate(IMAGES["train"]) if (image == again.images[0]).all()]
+    assert again.labels.tolist() == [found[0] % 3] and again.labels.dtype == np.int32
+    assert len(data.load("tfds", "mine:1.0.0", "test")) == 7
+
+
+def test_a_split_and_a_feature_by_another_name():
+    source = data.load("tfds", "plain", "test")
+    assert len(source) == 1 and source.num_classes == 0 and source[np.array([0])].labels is None
+    with pytest.raises(ValueError, match=r"image \d of plain, train is 1[12]x10x3, others are 1[12]x10x3"):
+        data.load("tfds", "plain")[np.array([0, 1])]
+
+
+def test_held_in_memory():
+    source = data.load("tfds", "mine")
+    held = data.in_memory(source, chunk=7)
+    np.testing.assert_array_equal(held.images, source[np.arange(40)].images)
+    np.testing.assert_array_equal(held.labels, source[np.arange(40)].labels)
+    assert held.num_classes == 3 and data.fingerprint(held) == data.fingerprint(source)
+    assert data.fingerprint(source) != data.fingerprint(data.load("tfds", "mine", "test"))
+
+
+@pytest.mark.parametrize("ahead", [{"threads": 3}, {"workers": 2}])
+def test_threads_and_workers_change_no_batch(ahead):
+    plan = data.Plan(data.load("tfds", "mine"), 16, seed=1, flip=True)
+    expected = list(itertools.islice(data.batches(plan, 3), 6))
+    stream = data.batches(plan, 3, **ahead)
+    for batch, found in zip(expected, stream, strict=False):
+        np.testing.assert_array_equal(batch.images, found.images)
+        np.testing.assert_array_equal(batch.labels, found.labels)
+    stream.close()
+
+
+def test_what_is_not_prepared(root, tmp_path, monkeypatch):
+    for name, said in [
+        ("nope", rf"data set 'nope' is not prepared in {root}: .*tfds build nope --file_format=array_record"),
+        ("mine:2.0.0", "data set 'mine:2.0.0' is not prepared .*, only 1.0.0"),
+        ("", "is not prepared"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            data.load("tfds", name)
+    with pytest.raises(ValueError, match="data set 'cifar10' is not prepared"):
+        data.load("cifar10")
+    home = tmp_path / "other" / "1.2.3"
+    home.mkdir(parents=True)
+    info = json.loads((root / "mine" / "1.0.0" / "dataset_info.json").read_text())
+    (home / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match="in the format tfrecord, which cannot be read at random"):
+        data.load("tfds", "other")
+
+
+def test_a_damaged_record_is_named(root, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(root / "mine", tmp_path / "mine")
+    (file,) = (tmp_path / "mine").rglob("*train*array_record*")
+    content = bytearray(file.read_bytes())
+    picture = content.index(b"IDAT")
+    content[picture + 20 : picture + 60] = bytes(40)
+    file.write_bytes(content)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(ValueError, match=r"a record of mine, train cannot be read \(number \d+\)"):
+        source = data.load("tfds", "mine")
+        source[np.arange(40)]
+
+
+def test_crops():
+    """CelebA: what is white around (89, 121) comes out in the middle of 64x64; LSUN: the middle square."""
+    face = np.zeros((218, 178, 3), np.uint8)
+    face[121 - 6 : 121 + 6, 89 - 6 : 89 + 6] = 255
+    cut = prepared.celeba(face)
+    assert cut.shape == (64, 64, 3) and (cut[31:33, 31:33] > 200).all() and cut[:28].max() == cut[:, 36:].max() == 0
+    edge = np.zeros((218, 178, 3), np.uint8)
+    edge[57:185, 25:153] = 255
+    assert (prepared.celeba(edge) == 255).all()
+    wide = np.zeros((256, 341, 3), np.uint8)
+    wide[:, 42:298] = 9
+    assert (prepared.centre(wide) == 9).all()
+    assert prepared.centre(np.zeros((300, 512, 3), np.uint8)).shape == (256, 256, 3)
+
+
+def test_tensorflow_is_not_used():
+    code = """
+import sys
+import numpy as np
+from ddim_jax import data
+print(data.load("tfds", "mine")[np.array([5])].images.sum(), "tensorflow" in sys.modules)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == [str(data.load("tfds", "mine")[np.array([5])].images.sum()), "False"]
