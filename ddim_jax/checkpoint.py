@@ -32,6 +32,8 @@ class DamagedError(CheckpointError):
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving it waits for saves that are under way."""
 
+    _failed = False  # whether a save did
+
     def __init__(self, workdir: pathlib.Path, keep: int | None = None, keep_every: int = 0):
         """keep: how many of the latest steps survive, and keep_every: which multiples survive for ever (0: none).
         Without keep the folder is only read."""
@@ -53,7 +55,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception:
+            if not self._failed:  # else it says again what was said
+                raise
+        finally:
+            if self._failed:  # what is half written would fill the disk
+                for half in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(half, ignore_errors=True)
 
     def latest(self) -> int | None:
         """The last complete step, None if there is none."""
@@ -98,9 +108,8 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> CheckpointError:
-        """One line; what is half written is removed, so that it does not fill the disk."""
-        for half in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half, ignore_errors=True)
+        """What is wrong, in one line."""
+        self._failed = True
         whole = self.steps()
         said = str(error) or repr(error)
         full = "No space left" in said or "RESOURCE_EXHAUSTED" in said

@@ -1,7 +1,7 @@
 """Judges samples beside real images.
 
     python -m ddim_jax.evaluate --config configs/digits.py --samples DIR_OR_NPZ [--out FILE.json]
-    python -m ddim_jax.evaluate --config configs/cifar10.py --config.data.path=cifar10.npz --save_reference train.npz
+    python -m ddim_jax.evaluate --config configs/cifar10.py --save_reference train.npz
     python -m ddim_jax.evaluate --config configs/cifar10.py --config.evaluate.reference=train.npz --samples DIR_OR_NPZ
 
 FID, KID, Inception Score, improved precision and recall (config.evaluate.metrics) of the first

@@ -120,7 +120,7 @@ def main(options: types.SimpleNamespace) -> None:
     if sharding.is_first():
         print(
             f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
-            f"sample it: python -m ddim_jax.sample {shlex.join(sys.argv[1:])}"
+            f"sample it: python -m ddim_jax.sample {shlex.join(arg for arg in sys.argv[1:] if not _is_ours(arg))}"
         )
 
 
@@ -329,6 +329,11 @@ def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | N
         total = sum(metrics.bin_losses[i] for metrics in made)
         said[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None
     return said
+
+
+def _is_ours(arg: str) -> bool:
+    """Whether it is a switch that sampling does not have."""
+    return arg.lstrip("-").removeprefix("no").partition("=")[0] in ("skip_damaged", "distributed")
 
 
 def _step_of(line: str) -> float:

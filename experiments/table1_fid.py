@@ -1,8 +1,7 @@
 """Table 1: quality over eta and S, and any other field beside them.
 
     python -m experiments.table1_fid --config configs/digits.py --out DIR --steps 10,20,50,100
-    python -m experiments.table1_fid --config configs/cifar10.py --config.pretrained=google/ddpm-cifar10-32 \\
-        --config.data.path=cifar10.npz --out DIR
+    python -m experiments.table1_fid --config configs/cifar10.py --config.pretrained=google/ddpm-cifar10-32 --out DIR
     python -m experiments.table1_fid ... --etas 0,0.5 --sweep sample.tau=uniform,quadratic --sweep sample.seed=0,1
 
 Every cell draws config.evaluate.num_images images and measures config.evaluate.metrics; the first metric fills the

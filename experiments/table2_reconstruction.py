@@ -1,7 +1,7 @@
 """Table 2: real test images into latents and back, in S steps each way.
 
     python -m experiments.table2_reconstruction --config configs/digits.py --out DIR
-    python -m experiments.table2_reconstruction --config configs/cifar10.py --config.data.path=cifar10.npz \\
+    python -m experiments.table2_reconstruction --config configs/cifar10.py \\
         --config.pretrained=google/ddpm-cifar10-32 --out DIR
 
 The error is the mean square over pixels in [0, 1], beside the paper's for CIFAR-10. table.png has the first images

@@ -77,7 +77,7 @@ def ok(process):
 
 def error_line(process):
     """The one line that a mistake may print, beside a progress bar."""
-    lines = [line for line in process.stderr.splitlines() if line.strip() and "step/s" not in line]
+    lines = [line for line in process.stderr.splitlines() if line.strip() and "%|" not in line]
     assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
     return lines[0]

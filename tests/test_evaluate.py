@@ -131,23 +131,15 @@ def test_jpegs_are_warned_of(samples, tmp_path):
     assert len(warnings) == 1 and "60 of 60 images of" in warnings[0] and "are JPEG files" in warnings[0]
 
 
-def lines_of_error(process):
-    """As `error_line`, beside progress bars."""
-    assert process.returncode == 2, process.stderr
-    found = [line for line in process.stderr.replace("\r", "\n").splitlines() if line and "image/s" not in line]
-    assert len(found) == 1 and found[0].startswith("error: "), found
-    return found[0]
-
-
 def test_images_that_are_broken_or_of_another_size(samples, statistics, tmp_path):
     for i, image in enumerate(data.load("digits").images[:60]):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{i:03d}.png")
     args = (FEW, f"--config.evaluate.reference={statistics}", "--samples", tmp_path)
     good = (tmp_path / "042.png").read_bytes()
     (tmp_path / "042.png").write_bytes(good[:50])
-    assert "042.png cannot be read as an image" in lines_of_error(evaluate(*args))
+    assert "042.png cannot be read as an image" in error_line(evaluate(*args))
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(tmp_path / "042.png")
-    assert "042.png is 9x8x1, the first image of its folder 8x8x1" in lines_of_error(evaluate(*args))
+    assert "042.png is 9x8x1, the first image of its folder 8x8x1" in error_line(evaluate(*args))
     (tmp_path / "bad.npz").write_bytes((samples / "s.npz").read_bytes()[:-30])
     said = error_line(evaluate(FEW, "--samples", tmp_path / "bad.npz"))
     assert "bad.npz cannot be read as an .npz" in said
@@ -203,7 +195,7 @@ def test_features_that_are_not_numbers(samples, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     images = data.load("digits").images
     bad = int(np.flatnonzero(images.max((1, 2, 3)) < 255)[0])
-    said = lines_of_error(evaluate(FEW, "--config.evaluate.features=mine:make", "--samples", samples / "s.npz"))
+    said = error_line(evaluate(FEW, "--config.evaluate.features=mine:make", "--samples", samples / "s.npz"))
     assert said == f"error: the real images: the features of image {bad} are not finite (mine)"
 
 

@@ -99,7 +99,9 @@ def test_the_collectives_of_an_update():
     Nothing is ever exchanged in another way.
     """
     found = {
-        fsdp: set(re.findall(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
+        fsdp: set(
+            re.findall(r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
+        )
         for fsdp, text in ((fsdp, compiled(fsdp)[2].as_text()) for fsdp in (1, 8))
     }
     assert found[1] == {"all-reduce"}

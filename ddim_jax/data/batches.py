@@ -73,6 +73,9 @@ def _ahead(plan: Plan, first_step: int, threads: int, workers: int) -> Iterator[
     try:
         for batch in iterator:  # out of the workers' shared memory, which is theirs again then
             yield Batch(*(None if array is None else np.array(array) for array in batch))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"a process that reads images has died ({reason}); the same command goes on") from error
     finally:
         iterator.close()
         del iterator, stream  # while there is still an interpreter: they say so otherwise
