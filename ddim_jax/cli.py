@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging as logging_of_python
 import os
 import pathlib
@@ -61,9 +62,9 @@ def start(
         except (ConfigError, CheckpointError) as error:
             fail(str(error))
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno != errno.ENOSPC:
                 raise
-            fail(f"{error.filename}: {error.strerror}")
+            fail(f"{error.filename}: {error.strerror}" if error.filename else "the disk is full")
         except KeyboardInterrupt:
             fail("interrupted; the same command goes on from what is done", code=130)
 

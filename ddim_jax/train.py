@@ -312,7 +312,8 @@ class Log:
     def __exit__(self, *exception) -> None:
         self._bar.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():  # the first word counts
+                self._board.close()
 
 
 def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | None]:

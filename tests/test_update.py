@@ -82,7 +82,7 @@ def curve(mesh, state, step, steps=20, batch=16):
     return values, state
 
 
-@pytest.mark.parametrize("fsdp", [2, 8])
+@pytest.mark.parametrize("fsdp", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_parameters_that_are_divided_train_as_one(fsdp):
     one = [float(m.loss) for m in train(meshes()[0], 20)[1]]
     mesh, state, step = compiled(fsdp)
