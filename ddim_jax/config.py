@@ -216,7 +216,7 @@ BEFORE = {
     "evaluate": {
         "features": "inception",
         "weights": "",
-        "metrics": "fid",
+        "metrics": "fid,kid,inception_score,precision_recall",
         "num_images": 50_000,
         "batch_size": 50,
         "reference": "",

@@ -197,7 +197,8 @@ def training_batches(config: Config, source: data.Source, mesh: jax.sharding.Mes
     """The batches of steps begin + 1 .. num_steps, on the devices; labels only for a network with classes."""
     train = config.train
     plan = data.Plan(source, train.batch_size, train.seed, config.data.flip, jax.process_index(), jax.process_count())
-    stream = data.batches(plan, begin, READING_THREADS, config.data.workers)
+    threads = 0 if source.instant else READING_THREADS
+    stream = data.batches(plan, begin, threads, config.data.workers)
     for _ in range(begin, train.num_steps):
         with blame("config.data"):
             batch = next(stream)

@@ -88,6 +88,7 @@ def test_a_killed_run_ends_like_one_that_was_not(trained, tmp_path):
     assert_same_run(trained, workdir)
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_a_shorter_one_continued(trained, tmp_path):
     workdir = tmp_path / "run"
     ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.num_steps=7"))  # 7: between two checkpoints

@@ -59,6 +59,7 @@ def test_every_cell_is_in_the_table(table1):
     assert not list(table1.rglob("samples.*"))  # they are removed once they are measured
 
 
+@pytest.mark.slow
 def test_the_number_of_a_cell_is_that_of_its_images(tmp_path):
     """What evaluate says of the images that sample draws, number for number."""
     out = tmp_path / "out"
@@ -149,6 +150,7 @@ def test_any_field_as_a_further_axis(tmp_path):
     assert float(rows(tmp_path / "one")[0]["fid"]) == found["uniform", "0"], only.stdout
 
 
+@pytest.mark.slow
 def test_checkpoints_as_an_axis(tmp_path):
     """The shipped weights under two names: one network, one number."""
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
@@ -208,35 +210,42 @@ def test_the_paper_s_value_and_the_difference():
 # --- the other scripts, small ---
 
 
-@pytest.mark.parametrize(
-    "script, args, pictures, told",
-    [
-        ("table3_lsun", ("--steps=5", "--config.evaluate.num_images=20"), [], "eta 1"),
-        ("table2_reconstruction", ("--steps=5,10", "--count=12"), ["errors.png"], "std of the latents"),
-        ("fig3_fig5_consistency", ("--steps=5,10", "--etas=0,1", "--count=9"), [], "twin is nearest"),
-        ("fig4_wallclock", ("--steps=5,10,20", "--repeats=2", "--config.sample.batch_size=8"), [], "R^2 = "),
-        (
-            "fig6_interpolation",
-            ("--config.sample.steps=5", "--lines=2", "--points=3", "--side=3"),
-            ["random_lines.png", "random_grid.png", "encoded_lines.png", "encoded_grid.png"],
-            "distance of the ends",
-        ),
-        ("predicted_x0", ("--steps=5,10", "--count=9"), ["distances.png"], "one shot to image"),
-        (
-            "oracle_table1",
-            ("--steps=5,10", "--etas=0,hat", "--points=500", "--images=50", "--config.sample.tau=quadratic"),
-            ["distances.png"],
-            "data gaussian, eta 0",
-        ),
-    ],
-)
-def test_a_script_writes_its_table_and_its_pictures_once(tmp_path, script, args, pictures, told):
+SCRIPTS = [
+    ("table3_lsun", ("--steps=5", "--config.evaluate.num_images=20"), [], "eta 1"),
+    ("table2_reconstruction", ("--steps=5,10", "--count=12"), ["errors.png"], "std of the latents"),
+    ("fig3_fig5_consistency", ("--steps=5,10", "--etas=0,1", "--count=9"), [], "twin is nearest"),
+    ("fig4_wallclock", ("--steps=5,10,20", "--repeats=2", "--config.sample.batch_size=8"), [], "R^2 = "),
+    (
+        "fig6_interpolation",
+        ("--config.sample.steps=5", "--lines=2", "--points=3", "--side=3"),
+        ["random_lines.png", "random_grid.png", "encoded_lines.png", "encoded_grid.png"],
+        "distance of the ends",
+    ),
+    ("predicted_x0", ("--steps=5,10", "--count=9"), ["distances.png"], "one shot to image"),
+    (
+        "oracle_table1",
+        ("--steps=5,10", "--etas=0,hat", "--points=500", "--images=50", "--config.sample.tau=quadratic"),
+        ["distances.png"],
+        "data gaussian, eta 0",
+    ),
+]
+
+
+@pytest.mark.parametrize("script, args, pictures, told", SCRIPTS)
+def test_a_script_writes_its_table_and_its_pictures(tmp_path, script, args, pictures, told):
     out = tmp_path / "out"
     said = ok(run(f"experiments.{script}", *DIGITS, *args, "--out", out))
     assert told in said.stdout and told in (out / "table.md").read_text()
     assert rows(out) and json.loads((out / "table.json").read_text())["rows"]
     for name in [*pictures, *(["table.png"] if script != "fig6_interpolation" else [])]:
         assert np.asarray(Image.open(out / name)).std() > 1, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, args, pictures, told", SCRIPTS)
+def test_a_script_makes_nothing_twice_and_mixes_nothing(tmp_path, script, args, pictures, told):
+    out = tmp_path / "out"
+    ok(run(f"experiments.{script}", *DIGITS, *args, "--out", out))
     table = (out / "table.csv").read_bytes()
     made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     ok(run(f"experiments.{script}", *DIGITS, *args, "--out", out))

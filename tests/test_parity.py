@@ -202,6 +202,7 @@ def test_fifty_steps_end_where_diffusers_s_do(variant, tmp_path, clip):
     assert difference(ours(where, params, x, 50, labels), theirs) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_cifar10_network_at_full_size(tmp_path):
     net = randomise(diffusers.UNet2DModel(**CIFAR10))
     where = publish(tmp_path / "ddpm-cifar10-32", net)

@@ -336,6 +336,7 @@ def ema_of(workdir, step):
         return manager.restore(step, args=ocp.args.Composite(ema_params=ocp.args.StandardRestore()))["ema_params"]
 
 
+@pytest.mark.slow
 def test_training_starts_from_it_and_resumes(original, tmp_path):
     """With a learning rate of almost nothing the first checkpoint is where it started."""
     args = ("ddim_jax.train", *SMOKE, "--config.train.learning_rate=1e-12", "--config.train.num_steps=5")

@@ -118,6 +118,7 @@ def test_a_batch_in_parts_is_the_batch():
     np.testing.assert_allclose(curve(*compiled(1, accumulate=2, model=model))[0], whole, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_computing_again_changes_nothing(mesh):
     plain, again = (train(mesh, 5, MODEL.clone(remat=remat))[1] for remat in (False, True))
     np.testing.assert_allclose([m.loss for m in again], [m.loss for m in plain], rtol=1e-5)

@@ -51,6 +51,8 @@ LSUN = Cut("centre square, to 256x256", centre)
 class PreparedSource:
     """A split of a prepared data set: its first image feature, and its first class label where it has one."""
 
+    instant = False
+
     def __init__(self, name: str, split: str, cut: Cut = WHOLE):
         """name: as tensorflow-datasets calls it, "cifar10", "lsun/church_outdoor", "cifar10:3.0.2". split: "train" or
         "test". ValueError if it is not prepared here.

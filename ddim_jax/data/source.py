@@ -18,6 +18,7 @@ class Source(Protocol):
     num_classes: int  # 0 where there are no labels
     crop: str  # what was cut out of the images as they are published, in words
     jpegs: int  # how many of the images are JPEG files
+    instant: bool  # whether reading takes too little time to be done ahead
 
     def __len__(self) -> int: ...
 

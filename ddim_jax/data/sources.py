@@ -27,6 +27,7 @@ class ArraySource:
 
     crop = "none"
     jpegs = 0
+    instant = True
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
@@ -50,6 +51,7 @@ class FolderSource:
 
     num_classes = 0
     crop = "none"
+    instant = False
 
     def __init__(self, folder: pathlib.Path):
         self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
