@@ -9,11 +9,17 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, error_line, ok, run, start
 from PIL import Image
 from test_commands import SMOKE, assert_same_run, leaves
+
+from ddim_jax import sharding
+from ddim_jax.checkpoint import Checkpoints, DamagedError
+from ddim_jax.train_state import TrainState
 
 OFTEN = (*SMOKE, "--config.train.checkpoint_every=5", "--config.train.grid_every=0", "--config.train.keep=50")
 
@@ -71,6 +77,24 @@ def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize("item", ["params", "ema_params", "optimizer"])
+def test_a_bit_that_changed_on_the_disk_is_found(tmp_path, item):
+    """And what is whole comes back as it was, bfloat16 too; written from eight devices, read on one."""
+    values = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
+    tree = {"a": sharding.split_batch(sharding.data_mesh(), values), "b": jnp.ones(3, jnp.bfloat16)}
+    state = TrainState(jnp.int32(7), tree, tree, {"mu": tree}, jnp.int32(0))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state, {"name": "x"}, "the data")
+        checkpoints.wait()
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), state)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(7, like), state)
+        assert checkpoints.data(7) == "the data"
+        flip_a_bit(largest(tmp_path / "checkpoints" / "7" / item))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DamagedError, match=rf"7 is damaged: {item}/.*a is not"):
+        checkpoints.restore(7, like)
 
 
 DAMAGES = {
