@@ -8,9 +8,11 @@ is compared when it is read: files that changed on the disk are found out, and n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import pathlib
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,15 +59,19 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception) -> None:
-        try:
+        if not self._failed:
             self._manager.close()
-        except Exception:
-            if not self._failed:  # else it says again what was said
-                raise
-        finally:
-            if self._failed:  # what is half written would fill the disk
-                for half in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(half, ignore_errors=True)
+            return
+        for end in (self._manager.wait_until_finished, self._manager.close):  # each says again what was said
+            with contextlib.suppress(Exception):
+                end()
+        deadline = time.monotonic() + 10  # threads of a save that failed may write on; it would fill the disk
+        while halves := list(self._folder.glob("*.orbax-checkpoint-tmp*")):
+            for half in halves:
+                shutil.rmtree(half, ignore_errors=True)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
 
     def latest(self) -> int | None:
         """The last complete step, None if there is none."""

@@ -246,10 +246,12 @@ def _belonging(config: Config, network: FeatureNetwork, shape: tuple[int, int, i
 
 
 def _data_name(config: Config) -> str | None:
-    """The name of config.data in statistics. A folder's or a file's is its own, without where it lies."""
-    if config.data.name not in ("folder", "npz"):
-        return config.data.name
-    return pathlib.Path(config.data.path).name or None
+    """The name of config.data in statistics. A folder's or a file's is its own, without where it lies, and that of a
+    data set of tensorflow-datasets the one it has there.
+    """
+    if config.data.name in ("folder", "npz"):
+        return pathlib.Path(config.data.path).name or None
+    return config.data.path if config.data.name == "tfds" else config.data.name
 
 
 def judge_samples(config: Config, found: Yardstick, samples: Source, mesh: Mesh, said: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def main(options: types.SimpleNamespace) -> None:
     features = evaluate.open_network(config)
     out = common.begin(
         options,
+        [*common.WRITTEN, "reference.npz"],
         experiment="table1_fid",
         weights=digests[networks[0]] if one_network else "by the axes",
         features=features.weights,

@@ -219,3 +219,18 @@ def test_mistakes_are_told_in_one_line(samples, args, said):
     args = [samples / "s.npz" if arg == "S" else arg for arg in args]
     few = () if any("num_images" in str(arg) for arg in args) else (FEW,)
     assert said in error_line(evaluate(*few, *args))
+
+
+def test_statistics_tell_data_sets_of_tensorflow_datasets_apart():
+    """Two that are read by the same name of ours, and a folder wherever it lies."""
+    from configs import digits
+    from ddim_jax import config, evaluate
+
+    def name(**fields):
+        values = digits.get_config().to_dict()
+        values["data"].update(fields)
+        return evaluate._data_name(config.parse(values))
+
+    assert name(name="tfds", path="mnist") == "mnist" != name(name="tfds", path="lsun/bedroom")
+    assert name(name="folder", path="/a/faces") == name(name="folder", path="b/faces") == "faces"
+    assert name(name="cifar10") == "cifar10" and name(name="npz", path="") is None

@@ -113,6 +113,12 @@ def test_a_table_that_is_killed_ten_times(table1, tmp_path):
     assert (tmp_path / "out" / "table.csv").read_bytes() == (table1 / "table.csv").read_bytes()
 
 
+def test_a_reference_that_somebody_left_is_not_taken_for_ours(tmp_path):
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(64), sigma=np.eye(64))
+    said = error_line(run("experiments.table1_fid", *TABLE1, "--out", tmp_path))
+    assert "already holds reference.npz" in said
+
+
 def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(table1, out)

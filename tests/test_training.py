@@ -188,6 +188,7 @@ def test_a_full_disk(small_disk):
     assert step >= 5 and all(np.isfinite(leaf).all() for leaf in values.values())
     if "a checkpoint cannot be written" in said:
         assert said.endswith(f"the last complete one is step {step}")
+        assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
 @pytest.mark.slow
