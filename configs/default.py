@@ -66,6 +66,9 @@ def get_config() -> ConfigDict:
     train.keep = 3                        # latest checkpoints that are kept
     train.keep_every = 100_000            # and every one at a multiple of this, for ever; 0: none
     train.grid_every = 10_000             # steps between sample grids in the workdir; 0: at the end alone
+    train.evaluate_every = 0              # steps between evaluations, by what config.evaluate says but with so many
+    train.evaluate_images = 1000          # images; 0: none
+    train.wandb = ""                      # also log to this project of Weights & Biases
 
     config.mesh = mesh = ConfigDict()
     mesh.data = -1                        # devices along which the batch alone is divided; -1: all that fsdp leaves

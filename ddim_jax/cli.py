@@ -18,23 +18,31 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddim_jax import config as config_lib
-from ddim_jax import weights
+from ddim_jax import sharding, weights
 from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.config import Config, ConfigError
+from ddim_jax.config import Config, ConfigError, blame
 
 FLAGS = flags.FLAGS
 
 
+SEVERAL = {"distributed": (False, "This is one of several processes, as the environment says.")}
+
+
 def start(
-    main: Callable[[types.SimpleNamespace], None], options: Mapping[str, tuple[Any, str]], config: bool = True
+    main: Callable[[types.SimpleNamespace], None],
+    options: Mapping[str, tuple[Any, str]],
+    config: bool = True,
+    several: bool = False,
 ) -> NoReturn:
     """Runs main(options) and ends the process: exit code 0 if all went well, 2 for a mistake of the user's, 130
     for Ctrl-C.
 
     options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text, a
     list one that may be given again and again. With config there is --config too, and main finds the checked Config in
-    `options.config`, and the values that it was made of in `options.values`.
+    `options.config`, and the values that it was made of in `options.values`. several: whether it may be one of several
+    processes.
     """
+    options = {**options, **(SEVERAL if several else {})}
     for name, (default, text) in options.items():
         kinds = {bool: flags.DEFINE_bool, list: flags.DEFINE_multi_string}
         kinds.get(type(default), flags.DEFINE_string)(name, default, text)
@@ -55,6 +63,9 @@ def start(
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}: options begin with --")
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
+            if several and given.distributed:
+                with blame("--distributed"):
+                    sharding.start_processes()
             if config:
                 given.config = _config()
                 given.values = FLAGS.config.to_dict()
@@ -75,6 +86,12 @@ def _unraisable(event: Any) -> None:
     """Python's own, but for what the other reads of a damaged checkpoint say, hundreds of times, when one failed."""
     if not str(event.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
         sys.__unraisablehook__(event)
+
+
+def say(*words: Any) -> None:
+    """Prints, if this is the first process."""
+    if sharding.is_first():
+        print(*words, flush=True)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

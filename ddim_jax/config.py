@@ -142,6 +142,9 @@ class TrainConfig:
     keep: int = _at_least(1)
     keep_every: int = _at_least(0)
     grid_every: int = _at_least(0)
+    evaluate_every: int = _at_least(0)
+    evaluate_images: int = _at_least(2)
+    wandb: str = _field()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +213,7 @@ BEFORE = {
         "cos_first": False,
         "remat": False,
     },
-    "train": {"accumulate": 1, "max_skipped": 20},
+    "train": {"accumulate": 1, "max_skipped": 20, "evaluate_every": 0, "evaluate_images": 1000, "wandb": ""},
     "mesh": {"data": -1, "fsdp": 1},
     "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0},
     "evaluate": {

@@ -53,9 +53,11 @@ def main(options: types.SimpleNamespace) -> None:
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out)
     output.claim(out, fingerprint(config, process, found, source, total), WRITTEN, options.overwrite)
-    print(f"{total} images, {len(process.tau) - 1} steps up and as many down, {found.source}")
+    cli.say(f"{total} images, {len(process.tau) - 1} steps up and as many down, {found.source}")
 
     latents, reconstructions = round_trip(out, config, process, found.params, mesh, source, total)
+    if not sharding.is_first():
+        return
     report = make_report(latents, reconstructions, len(process.tau) - 1)
     with images.replacing(out / "report.json") as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
@@ -182,4 +184,4 @@ def make_report(latents: pathlib.Path, reconstructions: pathlib.Path, steps: int
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    cli.start(main, OPTIONS, several=True)

@@ -15,22 +15,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 import types
-from collections.abc import Collection
-from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
-from ddim_jax import cli, data, images, sharding
-from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.config import Config, ConfigError, blame
-from ddim_jax.data import Source
-from ddim_jax.evaluation import judge, reference
-from ddim_jax.evaluation.feature_network import FeatureNetwork
-from ddim_jax.evaluation.reference import About, Reference
-from ddim_jax.registry import lookup
+from ddim_jax import cli, images, sharding, yardstick
+from ddim_jax.config import ConfigError
+from ddim_jax.evaluation import reference
 
 OPTIONS = {
     "samples": (None, "A folder of images, or an .npz of them."),
@@ -39,14 +30,6 @@ OPTIONS = {
     "out": (None, "Write the numbers to this file too, as JSON."),
     "overwrite": (False, "Replace --out and --save_reference if they are there."),
 }
-
-
-class Yardstick(NamedTuple):
-    """What samples are measured by and against."""
-
-    network: FeatureNetwork
-    metrics: list[str]
-    reference: Reference
 
 
 def main(options: types.SimpleNamespace) -> None:
@@ -59,19 +42,22 @@ def main(options: types.SimpleNamespace) -> None:
             raise ConfigError(f"--{name}: {path} is already there; give another, or --overwrite")
         if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
             raise ConfigError(f"--{name}: there is no folder {pathlib.Path(path).parent}")
-    accepted = accepted_fields(options.accept)
+    accepted = yardstick.accepted_fields(options.accept)
     mesh = sharding.data_mesh()
-    samples = None if options.samples is None else load_samples(options.samples, config)
-    network = open_network(config)
-    found = yardstick(config, network, mesh, samples and samples.image_shape, accepted)
+    samples = None if options.samples is None else yardstick.load_samples(options.samples, config)
+    network = yardstick.open_network(config)
+    found = yardstick.build(config, network, mesh, samples and samples.image_shape, accepted)
     if options.save_reference is not None:
         if found.reference.about is None:
             raise ConfigError(f"--save_reference: nobody knows what {config.evaluate.reference} is of")
-        reference.save(pathlib.Path(options.save_reference), found.reference)
-        print(options.save_reference)
+        if sharding.is_first():
+            reference.save(pathlib.Path(options.save_reference), found.reference)
+            print(options.save_reference)
     if samples is None:
         return
-    numbers = judge_samples(config, found, samples, mesh, "--samples")
+    numbers = yardstick.judge_samples(config, found, samples, mesh, "--samples")
+    if not sharding.is_first():
+        return
     for name, value in numbers.items():
         print(f"{name:<22} {value:.6g}")
     if options.out is not None:
@@ -89,187 +75,5 @@ def main(options: types.SimpleNamespace) -> None:
         print(options.out)
 
 
-def accepted_fields(text: str) -> list[str]:
-    """The fields of About that --accept lists; ConfigError for one that is none."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    fields = {field.name: None for field in dataclasses.fields(About)}
-    with blame("--accept"):
-        for name in names:
-            lookup(fields, name)
-    return names
-
-
-def metrics_of(config: Config) -> list[str]:
-    """The names in config.evaluate.metrics; ConfigError for one that is none."""
-    names = [name.strip() for name in config.evaluate.metrics.split(",")]
-    with blame("config.evaluate.metrics"):
-        for name in names:
-            lookup(judge.METRICS, name)
-    return names
-
-
-def open_network(config: Config) -> FeatureNetwork:
-    """The network that judges; ConfigError if it, or its weights, cannot be had."""
-    try:
-        with blame("config.evaluate.features"):
-            return judge.open_features(config.evaluate.features, config.evaluate.weights)
-    except CheckpointError as error:
-        raise ConfigError(f"config.evaluate.weights: {error}") from error
-
-
-def load_samples(path: str, config: Config) -> Source:
-    """The images at a path; ConfigError if there are fewer than config.evaluate.num_images."""
-    source = load_images(path, "--samples")
-    warn_of_jpegs(source, path)
-    check_enough(source, config, path)
-    return source
-
-
-def check_enough(source: Source, config: Config, path: str) -> None:
-    if len(source) < config.evaluate.num_images:
-        raise ConfigError(
-            f"{path} holds {len(source)} images, and config.evaluate.num_images asks for {config.evaluate.num_images}"
-        )
-
-
-def load_images(path: str, option: str) -> Source:
-    if not pathlib.Path(path).exists():
-        raise ConfigError(f"{option}: there is no file or folder {path}")
-    with blame(option):
-        return data.load("folder" if pathlib.Path(path).is_dir() else "npz", path)
-
-
-def warn_of_jpegs(source: Source, path: str) -> None:
-    if source.jpegs:
-        warn(
-            f"{source.jpegs} of {len(source)} images of {path} are JPEG files: what compression leaves moves every "
-            f"distance (for the same samples FID was 2.50 with PNG references and 5.80 with JPEG); use lossless files"
-        )
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def yardstick(
-    config: Config,
-    network: FeatureNetwork,
-    mesh: Mesh,
-    shape: tuple[int, int, int] | None,
-    accepted: Collection[str] = (),
-    stored: pathlib.Path | None = None,
-) -> Yardstick:
-    """The metrics of config.evaluate and what they compare with.
-
-    shape: (H, W, C) of the samples, None if there are none. accepted: fields of About in which statistics of a file
-    may differ. stored: a file of this command's own that keeps what has once been computed. ConfigError where the
-    reference does not belong to the samples.
-    """
-    metrics = metrics_of(config)
-    evaluate = config.evaluate
-    if shape is not None:
-        with blame("config.evaluate.features"):
-            size = judge.num_features(network, shape)
-    path = pathlib.Path(evaluate.reference) if evaluate.reference else None
-    if path is not None and not path.exists():
-        raise ConfigError(f"config.evaluate.reference: there is no file or folder {path}")
-    statistics = path is not None and path.is_file() and not _holds_images(path)
-    if statistics:
-        with blame("config.evaluate.reference"):
-            found = reference.load(path)
-        if found.about is None:
-            warn(f"{path} does not say what it is of (data, crop, resize, feature network): its origin is unknown")
-    elif stored is not None and stored.exists():
-        found = reference.load(stored)
-    else:
-        found = _compute(config, path, network, metrics, mesh, shape)
-        if stored is not None:
-            reference.save(stored, found)
-    with blame("config.evaluate.reference"):
-        judge.check(metrics, found.judged)
-        if shape is not None and len(found.judged.moments.mean) != size:
-            raise ConfigError(
-                f"{path or 'the data set'} does not belong to the samples: it has {len(found.judged.moments.mean)} "
-                f"features, {network.name} has {size}"
-            )
-        if shape is not None and found.about is not None:
-            ours = _belonging(config, network, shape) if statistics else found.about
-            ours = dataclasses.replace(ours, resolution=reference.resolution(shape))
-            if different := reference.difference(found.about, ours, accepted):
-                raise ConfigError(f"{path or 'the data set'} does not belong to the samples: {different}")
-    return Yardstick(network, metrics, found)
-
-
-def _holds_images(path: pathlib.Path) -> bool:
-    with blame("config.evaluate.reference"):
-        try:
-            return "mu" not in images.open_npz(path)
-        except Exception as error:  # whatever a file that is no .npz makes zipfile and NumPy say
-            raise ValueError(f"{path} cannot be read as an .npz: {error}") from error
-
-
-def _compute(
-    config: Config,
-    path: pathlib.Path | None,
-    network: FeatureNetwork,
-    metrics: list[str],
-    mesh: Mesh,
-    shape: tuple[int, int, int] | None,
-) -> Reference:
-    """Statistics of the images at a path, or of those of config.data, which must be of the samples' shape."""
-    if path is not None:
-        source, name, split = load_images(str(path), "config.evaluate.reference"), str(path.name), None
-    else:
-        name, split = _data_name(config), config.evaluate.split
-        with blame("config.data"):
-            source = data.load(config.data.name, config.data.path, split)
-    if shape is not None and source.image_shape != shape:
-        raise ConfigError(
-            f"the real images ({name}) are {reference.resolution(source.image_shape)}, the samples "
-            f"{reference.resolution(shape)}"
-        )
-    warn_of_jpegs(source, name)
-    with blame("the real images"):
-        found = judge.judge(
-            network, source, mesh, config.evaluate.batch_size, judge.kept_of_reference(metrics), doing="real images"
-        )
-    return Reference(found, reference.about(source, reference.resolution(source.image_shape), network, name, split))
-
-
-def _belonging(config: Config, network: FeatureNetwork, shape: tuple[int, int, int]) -> About:
-    """What statistics that belong to samples of this config are of; of the data set as much as is known here."""
-    try:
-        source = data.load(config.data.name, config.data.path, config.evaluate.split)
-    except ValueError:
-        source = None
-    return reference.about(source, reference.resolution(shape), network, _data_name(config), config.evaluate.split)
-
-
-def _data_name(config: Config) -> str | None:
-    """The name of config.data in statistics. A folder's or a file's is its own, without where it lies, and that of a
-    data set of tensorflow-datasets the one it has there.
-    """
-    if config.data.name in ("folder", "npz"):
-        return pathlib.Path(config.data.path).name or None
-    return config.data.path if config.data.name == "tfds" else config.data.name
-
-
-def judge_samples(config: Config, found: Yardstick, samples: Source, mesh: Mesh, said: str) -> dict[str, Any]:
-    """The numbers of the first config.evaluate.num_images samples. ConfigError, beginning with `said`, where they
-    cannot be judged.
-    """
-    with blame(said):
-        judged = judge.judge(
-            found.network,
-            samples,
-            mesh,
-            config.evaluate.batch_size,
-            judge.kept_of_samples(found.metrics),
-            config.evaluate.num_images,
-            "samples",
-        )
-        return judge.measure(found.metrics, judged, found.reference.judged)
-
-
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    cli.start(main, OPTIONS, several=True)

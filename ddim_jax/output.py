@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import images
+from ddim_jax import images, sharding
 from ddim_jax.config import ConfigError
 
 RECORD = "run.json"
@@ -25,6 +25,12 @@ def claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overw
     ours: all that the results depend on, JSON can hold it. written: the names of all files and folders that the
     command may write; these alone are removed to overwrite. overwrite: None for a command that never does.
     """
+    if sharding.is_first():
+        _claim(out, ours, written, overwrite)
+    sharding.all_here("claim")
+
+
+def _claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overwrite: bool | None) -> None:
     ours = json.loads(json.dumps(ours))  # tuples become lists, as in what is read
     record = out / RECORD
     present = [name for name in (RECORD, *written) if (out / name).exists()]
@@ -75,26 +81,34 @@ def gather(
     """The .npz of `total` items, arrays (total, ...) by their names.
 
     batches: (number of the first item) -> dicts of arrays (b, ...), the items from there on. Finished batches wait in
-    a folder beside the file, NAME.parts, so that a run that was interrupted makes none twice. doing: for the bar.
+    a folder beside the file, NAME.parts, so that a run that was interrupted makes none twice. doing: for the bar. Of
+    several processes all make their part of a batch, and the first writes it.
     """
-    parts = npz.with_suffix(".parts")
-    if npz.exists():
-        shutil.rmtree(parts, ignore_errors=True)  # of a run that was killed after its last word
-        return npz
-    parts.mkdir(exist_ok=True)
-    done = 0
-    while (part := parts / f"{done:08d}.npz").exists():
-        done += len(next(iter(_load(part).values())))
-    with tqdm(total=total, initial=done, desc=doing, unit="image") as bar:
+    parts, first = npz.with_suffix(".parts"), sharding.is_first()
+    done = sharding.agreed(total if npz.exists() else _count(parts))
+    with tqdm(total=total, initial=done, desc=doing, unit="image", disable=not first) as bar:
         for batch in batches(done) if done < total else ():
-            with images.replacing(parts / f"{done:08d}.npz") as file:
-                np.savez(file, **batch)
+            if first:
+                parts.mkdir(exist_ok=True)
+                with images.replacing(parts / f"{done:08d}.npz") as file:
+                    np.savez(file, **batch)
             size = len(next(iter(batch.values())))
             done += size
             bar.update(size)
-    images.write_npz(npz, total, lambda: map(_load, sorted(parts.glob("*.npz"))))
-    shutil.rmtree(parts)
+    if first and not npz.exists():
+        images.write_npz(npz, total, lambda: map(_load, sorted(parts.glob("*.npz"))))
+    if first:
+        shutil.rmtree(parts, ignore_errors=True)  # also of a run that was killed after its last word
+    sharding.all_here(npz.name)
     return npz
+
+
+def _count(parts: pathlib.Path) -> int:
+    """How many items are done."""
+    done = 0
+    while (part := parts / f"{done:08d}.npz").exists():
+        done += len(next(iter(_load(part).values())))
+    return done
 
 
 def _load(part: pathlib.Path) -> dict[str, np.ndarray]:

@@ -53,9 +53,12 @@ def main(options: types.SimpleNamespace) -> None:
     steps = len(process.tau) - 1
     fewer_or_more = config.sample.tau in registry.TAUS and steps != config.sample.steps
     asked = f" ({config.sample.steps} were asked for)" if fewer_or_more else ""
-    print(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
+    cli.say(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
 
     npz = draw_all(out, config, process, found.params, mesh)
+    frames = film(config, process, found.params, mesh) if options.film else None
+    if not sharding.is_first():
+        return
     drawn = images.open_npz(npz)["arr_0"]
     written = [npz, write(out / "grid.png", images.write_png, images.grid(drawn[:GRID_IMAGES]))]
     if options.png:
@@ -63,8 +66,8 @@ def main(options: types.SimpleNamespace) -> None:
         for i, image in enumerate(tqdm(drawn, "png", unit="file")):
             images.write_png(folder / f"{i:06d}.png", image)
         written.append(folder)
-    if options.film:
-        written += film(out, config, process, found.params)
+    if frames is not None:
+        written += write_film(out, *frames)
     for path in written:
         print(path)
 
@@ -98,23 +101,27 @@ def draw_all(out: pathlib.Path, config: Config, process: Process, params: Any, m
     return output.gather(out / "samples.npz", batches, config.sample.num_images, "sampling")
 
 
-def film(out: pathlib.Path, config: Config, process: Process, params: Any) -> list[pathlib.Path]:
-    """The first images on their way: x_t and the predicted x_0, as a strip and as an animation of both side by side."""
+def film(config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """The first images on their way, x_t and the predicted x_0: uint8 (S+1, B, H, W, C), both."""
     index = np.arange(min(FILM_IMAGES, config.sample.num_images))
-    keys, x = generate.start(config, jax.numpy.asarray(index))
-    eps_fn = generate.eps_fn(config, params, generate.labels_of(config, index))
+    keys, x = generate.start(config, sharding.put_replicated(mesh, index))
+    eps_fn = generate.eps_fn(config, params, sharding.put_replicated(mesh, generate.labels_of(config, index)))
     _, path = samplers.trajectory(
         process.sampler, eps_fn, process.transitions, x, keys if process.sampler.stochastic else None
     )
-    x_t, x_0 = (to_uint8(np.asarray(leaf)) for leaf in path)  # (S+1, B, ...), (S, B, ...)
-    x_0 = np.concatenate([x_0, x_t[-1:]])  # beside the final image, itself
+    x_t, x_0 = (to_uint8(sharding.to_host(leaf)) for leaf in path)  # (S+1, B, ...), (S, B, ...)
+    return x_t, np.concatenate([x_0, x_t[-1:]])  # beside the final image, itself
+
+
+def write_film(out: pathlib.Path, x_t: np.ndarray, x_0: np.ndarray) -> list[pathlib.Path]:
+    """As a strip, and as an animation of both side by side."""
     at = lambda count: np.unique(np.linspace(0, len(x_t) - 1, count).round().astype(int))
     strip = [
         images.grid(np.concatenate(list(frames[at(FILM_COLUMNS)].swapaxes(0, 1))), len(at(FILM_COLUMNS)))
         for frames in (x_t, x_0)
     ]
     moving = [
-        images.grid(np.stack([x_t[i], x_0[i]], axis=1).reshape(-1, *x.shape[1:]), columns=2) for i in at(FILM_FRAMES)
+        images.grid(np.stack([x_t[i], x_0[i]], axis=1).reshape(-1, *x_t.shape[2:]), columns=2) for i in at(FILM_FRAMES)
     ]
     return [
         write(out / "film.png", images.write_png, np.concatenate(strip)),
@@ -128,4 +135,4 @@ def write(path: pathlib.Path, writer: Any, content: Any) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    cli.start(main, OPTIONS, several=True)

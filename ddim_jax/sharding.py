@@ -39,6 +39,11 @@ def all_here(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def agreed(number: int) -> int:
+    """What the first process says; all have to ask."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
+
+
 def all_stop(step: int, asked: bool) -> bool:
     """Whether to stop after this step: for one process, whether it was asked to; of several, whether any was, at a step
     that they agree on.

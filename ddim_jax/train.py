@@ -2,8 +2,9 @@
 
     python -m ddim_jax.train --config configs/digits.py --workdir DIR [--config.FIELD=VALUE ...]
 
-Writes into the workdir: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/` and `grids/`. The same
-command goes on from the last checkpoint, to the same parameters as a run that was never interrupted.
+Writes into the workdir: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `grids/`, and
+`evaluations.jsonl` where config.train.evaluate_every asks for it. The same command goes on from the last checkpoint, to
+the same parameters as a run that was never interrupted.
 
 SIGTERM saves a checkpoint and ends with exit code 75: run me again. With --distributed it is one of several processes,
 each started with the same command.
@@ -20,7 +21,6 @@ import pathlib
 import shlex
 import signal
 import sys
-import time
 import types
 from collections.abc import Iterator
 from functools import partial
@@ -28,14 +28,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+import optax
 
-from ddim_jax import cli, data, generate, images, schedule, sharding, train_state, update, weights
+from ddim_jax import cli, data, generate, images, schedule, sharding, train_state, update, weights, yardstick
 from ddim_jax import config as config_lib
 from ddim_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
 from ddim_jax.config import Config, ConfigError, Process, blame
+from ddim_jax.journal import Log, steps_in
 from ddim_jax.train_state import TrainState
+from ddim_jax.yardstick import Yardstick
 
 GRID_IMAGES = 64
 READING_THREADS = 4
@@ -44,7 +45,6 @@ RUN_ME_AGAIN = 75  # what sysexits.h calls a temporary failure
 OPTIONS = {
     "workdir": (None, "Folder of the run: made if it is not there, continued if it is."),
     "skip_damaged": (False, "Where the last checkpoint is damaged, set it aside and go on from the one before."),
-    "distributed": (False, "This is one of several processes, as the environment says."),
 }
 
 
@@ -52,9 +52,6 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     if options.workdir is None:
         raise ConfigError("--workdir is missing: the folder that the run is written to")
-    if options.distributed:
-        with blame("--distributed"):
-            sharding.start_processes()
     model = config_lib.network(config.model)
     noise_schedule = config_lib.noise_schedule(config.schedule)
     process = config_lib.process(config.sample, noise_schedule)
@@ -65,23 +62,11 @@ def main(options: types.SimpleNamespace) -> None:
         fingerprint = data.fingerprint(source)
     workdir = cli.writable_folder(options.workdir)
 
+    yard = quick_yardstick(config, mesh) if config.train.evaluate_every else None
     optimizer = update.adam(config.train.learning_rate, config.train.warmup, config.train.clip_norm)
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     init = partial(train_state.init, model, optimizer)
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, init_key))
-    update_step = jax.jit(
-        update.build(
-            model,
-            optimizer,
-            schedule.levels(noise_schedule),
-            prediction=config.model.prediction,
-            gamma=config.train.gamma,
-            ema_decay=config.train.ema_decay,
-            accumulate=config.train.accumulate,
-        ),
-        donate_argnums=0,
-        out_shardings=(placement, sharding.replicated(mesh)),
-    )
 
     with (
         only_one(workdir),
@@ -97,10 +82,12 @@ def main(options: types.SimpleNamespace) -> None:
 
         in_flight = collections.deque()
         with Log(workdir, begin, config) as log:
+            if begin < config.train.num_steps:
+                update_step, log.flops = compiled_update(config, optimizer, mesh, state, step_key)
+            show = partial(show_samples, log, workdir, config, process, mesh, yard)
+            if begin:
+                show(begin, state.ema_params, again=True)
             for step, batch in enumerate(training_batches(config, source, mesh, begin), begin + 1):
-                if step == begin + 1:  # compiled once, and asked what it costs
-                    update_step = update_step.lower(state, batch.images, batch.labels, step_key).compile()
-                    log.flops = flops_of(update_step) * mesh.size
                 state, metrics = update_step(state, batch.images, batch.labels, step_key)
                 in_flight.append((step, metrics))
                 log.add(step, metrics)
@@ -114,14 +101,12 @@ def main(options: types.SimpleNamespace) -> None:
                     checkpoints.wait()
                     print(f"\nstopped at step {step}, which is saved; the same command goes on", file=sys.stderr)
                     sys.exit(RUN_ME_AGAIN)
-                if last or (config.train.grid_every and step % config.train.grid_every == 0):
-                    write_grid(workdir, step, config, process, state, mesh)
+                show(step, state.ema_params)
         checkpoints.wait()
-    if sharding.is_first():
-        print(
-            f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
-            f"sample it: python -m ddim_jax.sample {shlex.join(arg for arg in sys.argv[1:] if not _is_ours(arg))}"
-        )
+    cli.say(
+        f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
+        f"sample it: python -m ddim_jax.sample {shlex.join(arg for arg in sys.argv[1:] if not _is_ours(arg))}"
+    )
 
 
 def resumed(
@@ -136,7 +121,6 @@ def resumed(
     """The state to begin with, and its step: that of the last checkpoint, which must be of the same config and data;
     else the first, with the parameters of config.pretrained where there are any.
     """
-    say = print if sharding.is_first() else lambda *words: None
     for step in reversed(checkpoints.steps()):
         if step == 0:
             break
@@ -147,24 +131,57 @@ def resumed(
             if checkpoints.data(step) not in ("", fingerprint):
                 raise ConfigError(f"config.data: the run in {workdir} was trained on other images")
             state = checkpoints.restore(step, jax.tree.map(placed, state))
-            say(f"goes on from step {step} of {workdir}")
+            cli.say(f"goes on from step {step} of {workdir}")
             return state, step
         except DamagedError as error:
             if not skip_damaged:
                 raise CheckpointError(f"{error}; --skip_damaged goes on from the checkpoint before it") from error
-            say(f"warning: {error}; it is now {checkpoints.set_aside(step)}")
+            cli.say(f"warning: {error}; it is now {checkpoints.set_aside(step)}")
     latest = checkpoints.latest()
     if latest == 0 or config.pretrained:  # parameters without an optimizer: converted into a run, or published
         found = weights.find(config, str(workdir) if latest == 0 else None, mesh)
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), found.params, state.params)
         state = state._replace(params=params, ema_params=jax.tree.map(jax.numpy.copy, params))
-        say(f"starts from {found.source}")
+        cli.say(f"starts from {found.source}")
     return state, 0
 
 
-def flops_of(compiled: jax.stages.Compiled) -> float:
-    """Floating-point operations of one call on one device, as XLA counts them; 0 where it does not."""
-    return float((compiled.cost_analysis() or {}).get("flops", 0))
+def update_of(config: Config, optimizer: optax.GradientTransformation) -> update.Update:
+    """The update that the config describes."""
+    return update.build(
+        config_lib.network(config.model),
+        optimizer,
+        schedule.levels(config_lib.noise_schedule(config.schedule)),
+        prediction=config.model.prediction,
+        gamma=config.train.gamma,
+        ema_decay=config.train.ema_decay,
+        accumulate=config.train.accumulate,
+    )
+
+
+def compiled_update(
+    config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: TrainState, key: jax.Array
+) -> tuple[jax.stages.Compiled, float]:
+    """The update, which takes over the memory of its state, and how many floating-point operations one takes as XLA
+    counts them; what is computed twice to save memory counts once.
+    """
+    size, placed_ = config.train.batch_size, sharding.along_batch(mesh)
+    images_ = jax.ShapeDtypeStruct((size, *generate.image_shape(config)), np.uint8, sharding=placed_)
+    labels = jax.ShapeDtypeStruct((size,), np.int32, sharding=placed_) if config.model.num_classes else None
+    where = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
+
+    def lowered(config):
+        made = jax.jit(update_of(config, optimizer), donate_argnums=0, out_shardings=where)
+        return made.lower(state, images_, labels, key)
+
+    plain = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat=False),
+        train=dataclasses.replace(config.train, accumulate=1),
+    )
+    program = lowered(config)
+    counted = program if plain == config else lowered(plain)
+    return program.compile(), float((counted.cost_analysis() or {}).get("flops", 0))
 
 
 def check_finite(config: Config, step: int, metrics: update.Metrics) -> None:
@@ -205,14 +222,49 @@ def training_batches(config: Config, source: data.Source, mesh: jax.sharding.Mes
         yield sharding.put_batch(mesh, batch if config.model.num_classes else batch._replace(labels=None))
 
 
-def write_grid(
-    workdir: pathlib.Path, step: int, config: Config, process: Process, state: TrainState, mesh: jax.sharding.Mesh
+def quick_yardstick(config: Config, mesh: jax.sharding.Mesh) -> Yardstick:
+    """What the samples of config.train.evaluate_every are measured by."""
+    return yardstick.build(config, yardstick.open_network(config), mesh, generate.image_shape(config))
+
+
+def show_samples(
+    log: Log,
+    workdir: pathlib.Path,
+    config: Config,
+    process: Process,
+    mesh: jax.sharding.Mesh,
+    yard: Yardstick | None,
+    step: int,
+    ema_params: Any,
+    again: bool = False,
 ) -> None:
-    """What the moving average draws by now, always from the same noise."""
-    sample = dataclasses.replace(config.sample, num_images=GRID_IMAGES, batch_size=GRID_IMAGES)
-    drawn = next(generate.batches(dataclasses.replace(config, sample=sample), process, state.ema_params, mesh))
-    if sharding.is_first():
-        images.write_png(cli.writable_folder(workdir / "grids") / f"{step:08d}.png", images.grid(drawn))
+    """What the moving average draws by now, always from the same noise: a picture, and what config.evaluate measures,
+    at the steps for either. again: only what is not there yet.
+    """
+    train, last = config.train, step == config.train.num_steps
+    grid = workdir / "grids" / f"{step:08d}.png"
+    if (last or _falls_on(step, train.grid_every)) and not (again and sharding.agreed(grid.exists())):
+        picture = images.grid(draw(config, process, ema_params, mesh, GRID_IMAGES))
+        if sharding.is_first():
+            images.write_png(cli.writable_folder(grid.parent) / grid.name, picture)
+        log.show(step, samples=picture)
+    there = again and sharding.agreed(step in steps_in(workdir / "evaluations.jsonl"))
+    if yard is not None and (last or _falls_on(step, train.evaluate_every)) and not there:
+        quick = dataclasses.replace(
+            config, evaluate=dataclasses.replace(config.evaluate, num_images=train.evaluate_images)
+        )
+        drawn = data.ArraySource(draw(config, process, ema_params, mesh, train.evaluate_images))
+        log.show(step, yardstick.judge_samples(quick, yard, drawn, mesh, "config.train.evaluate_images"))
+
+
+def _falls_on(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def draw(config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh, count: int) -> np.ndarray:
+    """Images 0 .. count - 1, uint8 (count, H, W, C)."""
+    sample = dataclasses.replace(config.sample, num_images=count)
+    return np.concatenate(list(generate.batches(dataclasses.replace(config, sample=sample), process, params, mesh)))
 
 
 def load_data(config: Config, mesh: jax.sharding.Mesh) -> data.Source:
@@ -261,89 +313,10 @@ def only_one(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-class Log:
-    """Progress bar, metrics.jsonl and TensorBoard. Metrics are fetched once every log_every steps, as means over the
-    updates that were made. Only the first process writes.
-    """
-
-    flops = 0.0  # of one update
-
-    def __init__(self, workdir: pathlib.Path, begin: int, config: Config):
-        train = config.train
-        self._every, self._batch_size, self._levels = train.log_every, train.batch_size, config.schedule.num_steps
-        self._path, self._board = workdir / "metrics.jsonl", None
-        if sharding.is_first():
-            lines = self._path.read_text().splitlines() if self._path.exists() else []
-            with images.replacing(self._path) as file:  # what was logged after the checkpoint will be logged again
-                file.writelines(f"{line}\n".encode() for line in lines if _step_of(line) <= begin)
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=begin + 1)
-        self._bar = tqdm(
-            total=train.num_steps, initial=begin, unit="step", desc="training", disable=not sharding.is_first()
-        )
-        self._pending: list[update.Metrics] = []
-        self._since = None
-
-    def add(self, step: int, metrics: update.Metrics) -> None:
-        self._pending.append(metrics)
-        self._bar.update()
-        if self._since is None:  # from the end of the first step
-            jax.block_until_ready(metrics)
-            self._since = time.perf_counter(), step
-        if step % self._every == 0:
-            said = summary(jax.device_get(self._pending), self._levels)
-            self._pending.clear()
-            now = time.perf_counter()
-            begin, first = self._since
-            if step > first:
-                said["images_per_second"] = (step - first) * self._batch_size / (now - begin)
-                said["teraflops_per_second"] = (step - first) * self.flops / (now - begin) / 1e12
-            self._since = now, step
-            shown = ("loss", "images_per_second")
-            self._bar.set_postfix({name: f"{said[name]:.4g}" for name in shown if said.get(name) is not None})
-            if self._board is not None:
-                with open(self._path, "a") as file:
-                    file.write(json.dumps({"step": step, **said}) + "\n")
-                for name, value in said.items():
-                    if value is not None:
-                        self._board.add_scalar(name, value, step)
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._bar.close()
-        if self._board is not None:
-            with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():  # the first word counts
-                self._board.close()
-
-
-def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | None]:
-    """Means over the updates that were made, None where there was none; how many were not; and the loss of the images
-    whose t fell into each part of 1..num_levels.
-    """
-    made = [metrics for metrics in steps if metrics.skipped == 0]
-    mean = lambda name: float(np.mean([getattr(metrics, name) for metrics in made])) if made else None
-    said = {name: mean(name) for name in ("loss", "grad_norm", "ema_distance")}
-    said["skipped"] = len(steps) - len(made)
-    for i in range(update.BINS):
-        first, last = (-(-num_levels * k // update.BINS) for k in (i, i + 1))
-        count = sum(metrics.bin_counts[i] for metrics in made)
-        total = sum(metrics.bin_losses[i] for metrics in made)
-        said[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None
-    return said
-
-
 def _is_ours(arg: str) -> bool:
     """Whether it is a switch that sampling does not have."""
-    return arg.lstrip("-").removeprefix("no").partition("=")[0] in ("skip_damaged", "distributed")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):  # half a line, of a run that was killed while it wrote
-        return float("inf")
+    return arg.lstrip("-").removeprefix("no").partition("=")[0] == "skip_damaged"
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    cli.start(main, OPTIONS, several=True)

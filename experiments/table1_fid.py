@@ -22,7 +22,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ddim_jax import cli, data, evaluate, generate, images, sample, sharding, weights
+from ddim_jax import cli, data, generate, images, sample, sharding, weights, yardstick
 from ddim_jax.config import Config, Process, blame
 from ddim_jax.pretrained.tensors import digest
 from experiments import common, grid, paper
@@ -39,7 +39,7 @@ OPTIONS = grid.OPTIONS | {
 
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
-    metrics = evaluate.metrics_of(config)
+    metrics = yardstick.metrics_of(config)
     places = grid.places(options.etas, options.steps, options.sweep)
     axes = list(places[0])
     cells = [grid.at(options, place, config.evaluate.num_images) for place in places]
@@ -50,7 +50,7 @@ def main(options: types.SimpleNamespace) -> None:
     weights_of = functools.lru_cache(maxsize=1)(lambda network: weights.find(network, options.workdir, mesh))
     digests = {network: weights_of(network).digest for network in dict.fromkeys(networks)}
     one_network = not {"pretrained", "sample.ema"} & set(axes)
-    features = evaluate.open_network(config)
+    features = yardstick.open_network(config)
     out = common.begin(
         options,
         [*common.WRITTEN, "reference.npz"],
@@ -62,16 +62,16 @@ def main(options: types.SimpleNamespace) -> None:
         evaluate=dataclasses.asdict(config.evaluate) | {"batch_size": None},  # without effect
         data=dataclasses.asdict(config.data),
     )
-    accepted = evaluate.accepted_fields(options.accept)
+    accepted = yardstick.accepted_fields(options.accept)
     shape = generate.image_shape(cells[0])
-    yardstick = evaluate.yardstick(config, features, mesh, shape, accepted, out / "reference.npz")
-    reference = digest(yardstick.reference.judged.moments)
+    measured = yardstick.build(config, features, mesh, shape, accepted, out / "reference.npz")
+    reference = digest(measured.reference.judged.moments)
 
     def measure(cell: Config, process: Process, network: Config, folder: pathlib.Path) -> dict[str, Any]:
         npz = sample.draw_all(folder, cell, process, weights_of(network).params, mesh)
         drawn = data.load("npz", str(npz))
         images.write_png(folder / "first.png", images.grid(drawn.images[:PICTURED], PICTURED))
-        numbers = evaluate.judge_samples(cell, yardstick, drawn, mesh, "the samples")
+        numbers = yardstick.judge_samples(cell, measured, drawn, mesh, "the samples")
         return {**numbers, "images": len(drawn), "steps": len(process.tau) - 1}
 
     temporary = () if options.keep_samples else ("samples.npz", "samples.parts")
@@ -90,7 +90,7 @@ def main(options: types.SimpleNamespace) -> None:
     )
     table = paper.fid_of(config.name) if config.evaluate.features == "inception" else {}
     rows = [beside_the_paper(row, table) for row in rows]
-    real = floor(config, yardstick, mesh) if options.floor else None
+    real = floor(config, measured, mesh) if options.floor else None
     common.write_table(out, rows, metrics=metrics, real=real, features=features.name)
     images.write_png(out / "table.png", grid.picture(rows, axes, out))
     common.finish(out, text(rows, axes, real))
@@ -101,14 +101,14 @@ def beside_the_paper(row: dict[str, Any], table: Mapping[tuple[str, int], float]
     return row if value is None or "fid" not in row else {**row, "paper": value, "difference": row["fid"] - value}
 
 
-def floor(config: Config, yardstick: evaluate.Yardstick, mesh: Mesh) -> dict[str, Any]:
+def floor(config: Config, measured: yardstick.Yardstick, mesh: Mesh) -> dict[str, Any]:
     """The numbers of real images that are not the reference: those of the other split."""
     other = next(split for split in data.SPLITS if split != config.evaluate.split)
     with blame("--floor"):
         source = data.load(config.data.name, config.data.path, other)
     count = min(len(source), config.evaluate.num_images)
     fewer = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_images=count))
-    return {"split": other, "images": count, **evaluate.judge_samples(fewer, yardstick, source, mesh, "--floor")}
+    return {"split": other, "images": count, **yardstick.judge_samples(fewer, measured, source, mesh, "--floor")}
 
 
 def text(rows: list[dict[str, Any]], axes: list[str], real: dict[str, Any] | None) -> str:

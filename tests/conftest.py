@@ -1,4 +1,6 @@
-"""Eight virtual CPU devices, strict rank promotion, and one compilation cache for all that the tests start."""
+"""Eight virtual CPU devices, strict rank promotion, and one compilation cache for all that the tests start. XLA
+optimises less than it does for users: the tests mostly wait for it to compile.
+"""
 
 import getpass
 import os
@@ -9,7 +11,14 @@ import tempfile
 
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"ddim_jax_tests_{getpass.getuser()}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+GIVEN = os.environ.get("XLA_FLAGS", "")
+
+
+def xla_flags(devices):
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1 {GIVEN}"
+
+
+os.environ["XLA_FLAGS"] = xla_flags(8)
 os.environ.update(JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5")
 
 import hypothesis  # noqa: E402
@@ -45,7 +54,7 @@ def meshes():
 
 def run(module, *args, devices=1, cwd=ROOT, **kwargs):
     """`python -m module args` in a process of its own, from the root of the repository."""
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, args)],
         cwd=cwd,
@@ -59,7 +68,7 @@ def run(module, *args, devices=1, cwd=ROOT, **kwargs):
 
 def start(module, *args, devices=1):
     """The same, not waited for."""
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, args)],
         cwd=ROOT,

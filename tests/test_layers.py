@@ -20,7 +20,7 @@ ALLOWED = {
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers"}, CORE),
     "models": ({"schedule", "gaussian"}, CORE | {"flax"}),
     "images": (set(), {"numpy", "PIL"}),
-    "data": ({"images"}, {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl"}),
+    "data": ({"images"}, {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl", "lmdb"}),
     "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
     "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax", "chex"}),
     "sharding": (set(), CORE),
@@ -34,12 +34,20 @@ ALLOWED = {
         {"checkpoint", "data", "images", "pretrained", "registry", "schedule", "sharding"},
         CORE | {"flax", "optax", "tqdm"},
     ),
+    "yardstick": (
+        {"checkpoint", "config", "data", "evaluation", "images", "registry", "sharding"},
+        CORE,
+    ),
     "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
+    "journal": (
+        {"config", "images", "sharding", "update"},
+        CORE | {"tensorboardX", "tqdm", "wandb"},
+    ),
     "generate": ({"config", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
-    "output": ({"config", "images"}, {"numpy", "tqdm"}),
-    "cli": ({"config", "checkpoint", "weights"}, {"absl", "ml_collections"}),
+    "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
+    "cli": ({"config", "checkpoint", "sharding", "weights"}, {"absl", "ml_collections"}),
 }
-MAINS = {"train", "sample", "encode", "evaluate", "convert"}
+MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
 
 
 def imports(file):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, error_line, ok, run, start
+from conftest import ROOT, error_line, ok, run, start, xla_flags
 from PIL import Image
 from test_commands import SMOKE, assert_same_run, leaves
 
@@ -223,7 +223,7 @@ def two_processes(*args, timeout=280):
             cwd=ROOT,
             env={
                 **os.environ,
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "XLA_FLAGS": xla_flags(2),
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(i),

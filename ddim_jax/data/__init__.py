@@ -6,6 +6,17 @@ A data set is a random-access source: `len(source)` and `source[indices] -> Batc
 
 from ddim_jax.data.batches import Plan, batches
 from ddim_jax.data.source import Batch, Source, fingerprint
-from ddim_jax.data.sources import DATASETS, SPLITS, in_memory, load
+from ddim_jax.data.sources import DATASETS, SPLITS, ArraySource, in_memory, load
 
-__all__ = ["DATASETS", "SPLITS", "Batch", "Plan", "Source", "batches", "fingerprint", "in_memory", "load"]
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "ArraySource",
+    "Batch",
+    "Plan",
+    "Source",
+    "batches",
+    "fingerprint",
+    "in_memory",
+    "load",
+]

@@ -1,5 +1,5 @@
-"""Data sets that tensorflow-datasets has prepared, read as they lie on the disk: array_record files, at random, without
-TensorFlow and without a network.
+"""Data sets that tensorflow-datasets, or `preparing`, has prepared, read as they lie on the disk: array_record files,
+at random, without TensorFlow and without a network.
 
 They are looked for in $TFDS_DATA_DIR, else ~/tensorflow_datasets, as tensorflow-datasets does.
 """
@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ def centre(image: np.ndarray, size: int = 256) -> np.ndarray:
 
 WHOLE = Cut("none", lambda image: image)
 CELEBA = Cut("128x128 around (89, 121), to 64x64", celeba)
+CELEBA_DONE = CELEBA._replace(apply=WHOLE.apply)  # it was made when they were prepared
 LSUN = Cut("centre square, to 256x256", centre)
 
 
@@ -53,13 +54,16 @@ class PreparedSource:
 
     instant = False
 
-    def __init__(self, name: str, split: str, cut: Cut = WHOLE):
-        """name: as tensorflow-datasets calls it, "cifar10", "lsun/church_outdoor", "cifar10:3.0.2". split: "train" or
-        "test". ValueError if it is not prepared here.
+    def __init__(self, split: str, cuts: Mapping[str, Cut], how: str | None = None):
+        """split: "train" or "test". cuts: names as tensorflow-datasets has them, "cifar10", "lsun/church_outdoor",
+        "cifar10:3.0.2", each with what is made of its images; the first that is prepared here is read. how: what
+        prepares it. ValueError if there is none.
         """
         import tensorflow_datasets as tfds  # half a second, and only those who use it have to have it
 
-        builder = tfds.builder_from_directory(str(_folder(name)))
+        name = next((name for name in cuts if _versions(name)), next(iter(cuts)))
+        cut = cuts[name]
+        builder = tfds.builder_from_directory(str(_folder(name, how)))
         features = builder.info.features
         keys = lambda kind: [key for key, feature in features.items() if isinstance(feature, kind)]
         images, labels = keys(tfds.features.Image), keys(tfds.features.ClassLabel)
@@ -110,25 +114,28 @@ def root() -> pathlib.Path:
     return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or pathlib.Path.home() / "tensorflow_datasets")
 
 
-def _folder(name: str) -> pathlib.Path:
+def _versions(name: str) -> dict[tuple[int, ...], pathlib.Path]:
+    """The folders of all versions of a data set that are here."""
+    home = root() / name.partition(":")[0]
+    return {
+        tuple(map(int, path.name.split("."))): path
+        for path in (home.iterdir() if name and home.is_dir() else ())
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file()
+    }
+
+
+def _folder(name: str, how: str | None) -> pathlib.Path:
     """The folder of the latest version that is prepared; ValueError, with what to do, if there is none that can be
     read.
     """
     plain, _, version = name.partition(":")
-    home = root() / plain
-    versions = {
-        tuple(map(int, path.name.split("."))): path
-        for path in (home.iterdir() if plain and home.is_dir() else ())
-        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file()
-    }
-    found = [path for path in versions.values() if version in ("", path.name)]
-    prepare = f"tfds build {plain or 'NAME'} --file_format=array_record"
+    versions = _versions(name)
+    found = {key: path for key, path in versions.items() if version in ("", path.name)}
+    prepare = how or f"pip install 'ddim-jax[prepare]' && tfds build {plain or 'NAME'} --file_format=array_record"
     if not found:
         others = f", only {', '.join(path.name for path in versions.values())}" if versions else ""
-        raise ValueError(
-            f"data set {name!r} is not prepared in {root()}{others}: pip install 'ddim-jax[prepare]' && {prepare}"
-        )
-    path = versions[max(key for key, path in versions.items() if path in found)]
+        raise ValueError(f"data set {name!r} is not prepared in {root()}{others}: {prepare}")
+    path = found[max(found)]
     kept = json.loads((path / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
     if kept != "array_record":
         raise ValueError(f"{path} is in the format {kept}, which cannot be read at random: {prepare}")

@@ -7,6 +7,7 @@ import pathlib
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -132,27 +133,31 @@ def npz(path: str, split: str) -> ArraySource:
 
 def tfds(path: str, split: str) -> PreparedSource:
     """Any data set that tensorflow-datasets has prepared, with images of one size; path is its name there."""
-    return PreparedSource(path, split)
+    return PreparedSource(split, {path: prepared.WHOLE})
 
 
 def cifar10(path: str, split: str) -> PreparedSource:
     """CIFAR-10, 32x32x3: 50,000 to train on, 10,000 to test. path is not used."""
-    return PreparedSource("cifar10", split)
+    return _published("cifar10", split, {"cifar10": prepared.WHOLE})
 
 
 def celeba64(path: str, split: str) -> PreparedSource:
     """CelebA as in the paper: 128x128 around (89, 121), resized to 64x64. path is not used."""
-    return PreparedSource("celeb_a", split, prepared.CELEBA)
+    return _published("celeba64", split, {"celeba64": prepared.CELEBA_DONE, "celeb_a": prepared.CELEBA})
 
 
 def lsun_bedroom256(path: str, split: str) -> PreparedSource:
     """LSUN bedroom, the centre square at 256x256. path is not used."""
-    return PreparedSource("lsun/bedroom", split, prepared.LSUN)
+    return _published("lsun_bedroom256", split, {"lsun_bedroom256": prepared.LSUN, "lsun/bedroom": prepared.LSUN})
 
 
 def lsun_church256(path: str, split: str) -> PreparedSource:
     """LSUN church (outdoor), the centre square at 256x256. path is not used."""
-    return PreparedSource("lsun/church_outdoor", split, prepared.LSUN)
+    return _published("lsun_church256", split, {"lsun_church256": prepared.LSUN, "lsun/church_outdoor": prepared.LSUN})
+
+
+def _published(name: str, split: str, cuts: Mapping[str, prepared.Cut]) -> PreparedSource:
+    return PreparedSource(split, cuts, f"python -m ddim_jax.prepare --data {name} --from FOLDER_OF_WHAT_IS_PUBLISHED")
 
 
 DATASETS = {  # (path, split) -> Source

@@ -1,0 +1,155 @@
+"""The paper's data sets, from the files that their authors publish into what `prepared.PreparedSource` reads: by
+tensorflow-datasets, without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ddim_jax.data import prepared
+
+Examples = Iterator[tuple[str, dict[str, Any]]]  # key -> features
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class Recipe(NamedTuple):
+    """How a data set is made."""
+
+    version: str
+    files: tuple[str, ...]  # what is read, in the folder that is given
+    where: str  # who publishes them
+    splits: Callable[[pathlib.Path], dict[str, Examples]]
+    features: Callable[[Any], dict[str, Any]]  # of the module tfds.features
+
+
+def cifar10(folder: pathlib.Path) -> dict[str, Examples]:
+    """Records of 3,073 bytes: the class, then 32x32 red, green and blue."""
+
+    def examples(split: str, files: list[str]) -> Examples:
+        with tarfile.open(folder / "cifar-10-binary.tar.gz") as archive:
+            packed = b"".join(archive.extractfile(f"cifar-10-batches-bin/{file}.bin").read() for file in files)
+        rows = np.frombuffer(packed, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+        images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        for i, (label, image) in enumerate(zip(rows[:, 0], images, strict=True)):
+            key = f"{split}_{i:05d}"
+            yield key, {"id": key, "image": Image.fromarray(image), "label": int(label)}
+
+    batches = [f"data_batch_{i}" for i in range(1, 6)]
+    return {"train": examples("train", batches), "test": examples("test", ["test_batch"])}
+
+
+def celeba64(folder: pathlib.Path) -> dict[str, Examples]:
+    """The aligned faces, cut as the paper does, and kept without loss."""
+    lines = [line.split() for line in (folder / "list_eval_partition.txt").read_text().splitlines() if line.strip()]
+
+    def examples(part: str) -> Examples:
+        with zipfile.ZipFile(folder / "img_align_celeba.zip") as archive:
+            for name in (name for name, number in lines if number == part):
+                face = _decoded(archive.read(f"img_align_celeba/{name}"), name)
+                yield name, {"image": Image.fromarray(prepared.celeba(face))}
+
+    return {"train": examples("0"), "validation": examples("1"), "test": examples("2")}
+
+
+def _decoded(content: bytes, name: str) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def lsun(category: str) -> Callable[[pathlib.Path], dict[str, Examples]]:
+    """The images as they are published, byte for byte; they are cut when they are read."""
+
+    def splits(folder: pathlib.Path) -> dict[str, Examples]:
+        try:
+            import lmdb
+        except ImportError as error:
+            raise ValueError("LSUN is published as lmdb: pip install 'ddim-jax[lsun]' reads it") from error
+
+        def examples(path: pathlib.Path) -> Examples:
+            with lmdb.open(str(path), readonly=True, lock=False) as database, database.begin() as view:
+                for key, content in view.cursor():
+                    yield key.decode(), {"image": bytes(content)}
+
+        parts = {"train": "train", "validation": "val"}
+        return {split: examples(folder / f"{category}_{part}_lmdb") for split, part in parts.items()}
+
+    return splits
+
+
+def _lsun(category: str) -> Recipe:
+    files = (f"{category}_train_lmdb", f"{category}_val_lmdb")
+    any_size = lambda kinds: {"image": kinds.Image(shape=(None, None, 3))}
+    return Recipe("1.0.0", files, "github.com/fyu/lsun, its zip files unpacked", lsun(category), any_size)
+
+
+RECIPES = {  # by the name in DATASETS
+    "cifar10": Recipe(
+        "3.0.2",  # what tensorflow-datasets calls the same
+        ("cifar-10-binary.tar.gz",),
+        "www.cs.toronto.edu/~kriz/cifar.html",
+        cifar10,
+        lambda kinds: {
+            "id": kinds.Text(),
+            "image": kinds.Image(shape=(32, 32, 3)),
+            "label": kinds.ClassLabel(names=CIFAR10_CLASSES),
+        },
+    ),
+    "celeba64": Recipe(
+        "1.0.0",
+        ("img_align_celeba.zip", "list_eval_partition.txt"),
+        "mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+        celeba64,
+        lambda kinds: {"image": kinds.Image(shape=(64, 64, 3))},
+    ),
+    "lsun_bedroom256": _lsun("bedroom"),
+    "lsun_church256": _lsun("church_outdoor"),
+}
+
+
+def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
+    """Makes the data set of RECIPES from the files in a folder, and returns where it is. What was interrupted leaves
+    nothing that would be read. ValueError where a file is missing or broken.
+    """
+    import tensorflow_datasets as tfds
+
+    recipe = RECIPES[name]
+    for file in recipe.files:
+        if not (folder / file).exists():
+            raise ValueError(f"{folder} holds no {file}; {name} is made of {', '.join(recipe.files)} ({recipe.where})")
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(recipe.version)
+        pkg_dir_path = folder  # where it would look for a description
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(recipe.features(tfds.features))
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return recipe.splits(folder)
+
+        def _generate_examples(self):
+            raise NotImplementedError  # the splits are given
+
+    Builder.name = name
+    builder = Builder(data_dir=str(prepared.root()), file_format="array_record")
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # zipfile, tarfile, gzip and lmdb each have their own
+        if isinstance(error, OSError) and error.errno:  # the disk is full
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the files in {folder} are not those that are published: {reason}") from error
+    return pathlib.Path(builder.data_dir)

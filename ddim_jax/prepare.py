@@ -1,0 +1,44 @@
+"""Makes a data set of the paper out of the files that its authors publish, for training to read at random.
+
+    python -m ddim_jax.prepare --data cifar10 --from FOLDER
+
+cifar10: FOLDER holds cifar-10-binary.tar.gz (www.cs.toronto.edu/~kriz/cifar.html). celeba64: img_align_celeba.zip and
+list_eval_partition.txt (mmlab.ie.cuhk.edu.hk/projects/CelebA.html). lsun_bedroom256 and lsun_church256: the folders
+bedroom_train_lmdb and bedroom_val_lmdb, or church_outdoor_..., out of their zip files (github.com/fyu/lsun).
+
+It is written to $TFDS_DATA_DIR, else ~/tensorflow_datasets. No TensorFlow is needed; LSUN needs
+`pip install "ddim-jax[lsun]"`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import types
+
+from ddim_jax import cli, data
+from ddim_jax.config import ConfigError, blame
+from ddim_jax.data import preparing
+from ddim_jax.registry import lookup
+
+OPTIONS = {
+    "data": (None, ", ".join(preparing.RECIPES)),
+    "from": (None, "The folder of what is published."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    folder = vars(options)["from"]
+    if not options.data or not folder:
+        raise ConfigError("--data NAME and --from FOLDER are both needed")
+    with blame("--data"):
+        lookup(preparing.RECIPES, options.data)
+    if not pathlib.Path(folder).is_dir():
+        raise ConfigError(f"--from: there is no folder {folder}")
+    with blame("--from"):
+        where = preparing.prepare(options.data, pathlib.Path(folder))
+    train = data.load(options.data)
+    print(f"{len(train):,} training images, {'x'.join(map(str, train.image_shape))}, are in {where}")
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS, config=False)
