@@ -112,6 +112,13 @@ def _config() -> Config:
     return config_lib.parse(weights.completed(values))
 
 
+def config_arguments() -> list[str]:
+    """The options that give another command the same config."""
+    changed = config_flags.get_override_values(FLAGS["config"])
+    file = config_flags.get_config_filename(FLAGS["config"])
+    return [f"--config={file}", *(f"--config.{field}={value}" for field, value in changed.items())]
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with its exceptions as one line each."""
     try:

@@ -52,9 +52,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     if options.workdir is None:
         raise ConfigError("--workdir is missing: the folder that the run is written to")
-    model = config_lib.network(config.model)
-    noise_schedule = config_lib.noise_schedule(config.schedule)
-    process = config_lib.process(config.sample, noise_schedule)
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     with blame("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     source = load_data(config, mesh)
@@ -63,17 +61,12 @@ def main(options: types.SimpleNamespace) -> None:
     workdir = cli.writable_folder(options.workdir)
 
     yard = quick_yardstick(config, mesh) if config.train.evaluate_every else None
-    optimizer = update.adam(config.train.learning_rate, config.train.warmup, config.train.clip_norm)
-    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
-    init = partial(train_state.init, model, optimizer)
-    placement = sharding.fully_sharded(mesh, jax.eval_shape(init, init_key))
-
     with (
         only_one(workdir),
         Preemption() as preemption,
         Checkpoints(workdir, config.train.keep, config.train.keep_every) as checkpoints,
     ):
-        state = jax.jit(init, out_shardings=placement)(init_key)
+        optimizer, state, step_key = first_state(config, mesh)
         state, begin = resumed(state, config, workdir, fingerprint, checkpoints, options.skip_damaged, mesh)
         record = dataclasses.asdict(config)
         if sharding.is_first():
@@ -107,6 +100,15 @@ def main(options: types.SimpleNamespace) -> None:
         f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
         f"sample it: python -m ddim_jax.sample {shlex.join(arg for arg in sys.argv[1:] if not _is_ours(arg))}"
     )
+
+
+def first_state(config: Config, mesh: jax.sharding.Mesh) -> tuple[optax.GradientTransformation, TrainState, jax.Array]:
+    """The optimizer, the state before the first update, where the mesh wants it, and the key of all updates."""
+    optimizer = update.adam(config.train.learning_rate, config.train.warmup, config.train.clip_norm)
+    init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
+    init = partial(train_state.init, config_lib.network(config.model), optimizer)
+    placement = sharding.fully_sharded(mesh, jax.eval_shape(init, init_key))
+    return optimizer, jax.jit(init, out_shardings=placement)(init_key), step_key
 
 
 def resumed(

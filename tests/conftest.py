@@ -2,9 +2,11 @@
 optimises less than it does for users: the tests mostly wait for it to compile.
 """
 
+import fcntl
 import getpass
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,22 @@ def meshes():
         jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
         for n in (1, 8)
     ]
+
+
+def once(tmp_path_factory, name, make):
+    """A folder of that name that make(folder) has filled, by the first of the processes that run the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            try:
+                make(folder)
+            except BaseException:
+                shutil.rmtree(folder)
+                raise
+    return folder
 
 
 def run(module, *args, devices=1, cwd=ROOT, **kwargs):

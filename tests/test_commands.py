@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import safetensors
-from conftest import ROOT, error_line, ok, run, start
+from conftest import ROOT, error_line, ok, once, run, start
 from PIL import Image
 
 SMOKE = ("--config", "configs/smoke.py")
@@ -18,10 +18,8 @@ SMOKE = ("--config", "configs/smoke.py")
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The workdir of a complete run, made once. Tests copy it before they change it."""
-    workdir = tmp_path_factory.mktemp("smoke") / "run"
-    ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir))
-    return workdir
+    """The workdir of a complete run. Tests copy it before they change it."""
+    return once(tmp_path_factory, "smoke", lambda workdir: ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir)))
 
 
 def leaves(workdir):
@@ -195,7 +193,7 @@ def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
         "--config.sample.num_images=400",
         "--config.sample.batch_size=4",
         "--config.sample.eta=1",
-        "--config.sample.steps=20",
+        "--config.sample.steps=100",
     )
     ok(run(*args, "--out", tmp_path / "whole"))
     process = start(*args, "--out", tmp_path / "cut")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import error_line, ok, run
+from conftest import error_line, ok, once, run
 from PIL import Image
 
 from ddim_jax import data
@@ -33,10 +33,11 @@ def samples(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory):
-    path = tmp_path_factory.mktemp("statistics") / "train.npz"
-    said = ok(run("ddim_jax.evaluate", *DIGITS, "--save_reference", path))
-    assert said.stdout.splitlines() == [str(path)]
-    return path
+    def make(folder):
+        said = ok(run("ddim_jax.evaluate", *DIGITS, "--save_reference", folder / "train.npz"))
+        assert said.stdout.splitlines() == [str(folder / "train.npz")]
+
+    return once(tmp_path_factory, "statistics", make) / "train.npz"
 
 
 def evaluate(*args):
@@ -224,12 +225,12 @@ def test_mistakes_are_told_in_one_line(samples, args, said):
 def test_statistics_tell_data_sets_of_tensorflow_datasets_apart():
     """Two that are read by the same name of ours, and a folder wherever it lies."""
     from configs import digits
-    from ddim_jax import config, evaluate
+    from ddim_jax import config, yardstick
 
     def name(**fields):
         values = digits.get_config().to_dict()
         values["data"].update(fields)
-        return evaluate._data_name(config.parse(values))
+        return yardstick._data_name(config.parse(values))
 
     assert name(name="tfds", path="mnist") == "mnist" != name(name="tfds", path="lsun/bedroom")
     assert name(name="folder", path="/a/faces") == name(name="folder", path="b/faces") == "faces"

@@ -14,7 +14,7 @@ from scipy import linalg
 
 from ddim_jax import data
 from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.evaluation import cache, digits_classifier, frechet, inception, judge, metrics, reference
+from ddim_jax.evaluation import cache, classifier, digits_classifier, frechet, inception, judge, metrics, reference
 from ddim_jax.evaluation.feature_network import Output, feature_network
 
 RNG = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def test_the_digits_classifier_that_ships_knows_digits_it_never_saw():
     ).mean()
     (params,) = digits_classifier.open_network().feature_fn.args
     assert right(params) > 0.98
-    assert right(digits_classifier.fit(train, steps=300)) > 0.95
+    assert right(classifier.fit(digits_classifier.Classifier(), train, steps=300)) > 0.95
     with pytest.raises(ValueError, match="takes images of 8x8x1, got 16x16x3"):
         digits_classifier.apply(params, np.zeros((1, 16, 16, 3), np.uint8))
 

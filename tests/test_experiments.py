@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import error_line, meshes, ok, run, start
+from conftest import error_line, meshes, ok, once, run, start
 from PIL import Image
 
 from configs import digits
@@ -42,9 +42,7 @@ def rows(out):
 @pytest.fixture(scope="module")
 def table1(tmp_path_factory):
     """An undisturbed run."""
-    out = tmp_path_factory.mktemp("table1") / "out"
-    ok(run("experiments.table1_fid", *TABLE1, "--out", out))
-    return out
+    return once(tmp_path_factory, "table1", lambda out: ok(run("experiments.table1_fid", *TABLE1, "--out", out)))
 
 
 def test_every_cell_is_in_the_table(table1):

@@ -32,7 +32,7 @@ ALLOWED = {
     ),
     "evaluation": (
         {"checkpoint", "data", "images", "pretrained", "registry", "schedule", "sharding"},
-        CORE | {"flax", "optax", "tqdm"},
+        CORE | {"flax", "optax", "safetensors", "tqdm"},
     ),
     "yardstick": (
         {"checkpoint", "config", "data", "evaluation", "images", "registry", "sharding"},

@@ -19,6 +19,47 @@ IMAGES = {
 }
 
 
+def prepare(root, called, features, examples):
+    """examples: split -> (key, features) of each."""
+    import tensorflow_datasets as tfds
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = called
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = root
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {split: iter(rows) for split, rows in examples.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Builder(data_dir=str(root), file_format="array_record").download_and_prepare()
+
+
+def prepared_digits(root, count):
+    """The first digits as "mine" in a folder, and the folder of that."""
+    import tensorflow_datasets as tfds
+
+    images = data.load("digits").images[:count, ..., 0]
+    rows = [(i, {"image": Image.fromarray(image)}) for i, image in enumerate(images)]
+    prepare(root, "mine", {"image": tfds.features.Image(shape=(8, 8, 1))}, {"train": rows})
+    return root / "mine"
+
+
+def break_a_record(folder, picture):
+    """Overwrites the middle of a picture, of which the number is returned."""
+    (file,) = folder.rglob("*train*array_record*")
+    content = bytearray(file.read_bytes())
+    places = [place for place in range(len(content)) if content.startswith(b"IDAT", place)]
+    content[places[picture] + 8 : places[picture] + 24] = bytes(16)
+    file.write_bytes(content)
+    return picture
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """$TFDS_DATA_DIR, in which two data sets are prepared: "mine", and "plain" without labels and with a validation
@@ -27,31 +68,15 @@ def root(tmp_path_factory):
     import tensorflow_datasets as tfds
 
     root = tmp_path_factory.mktemp("tfds")
-
-    def prepare(called, features, examples):
-        class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-            name = called
-            VERSION = tfds.core.Version("1.0.0")
-            pkg_dir_path = root
-
-            def _info(self):
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-            def _split_generators(self, dl_manager):
-                return {split: iter(rows) for split, rows in examples.items()}
-
-            def _generate_examples(self):
-                raise NotImplementedError
-
-        Builder(data_dir=str(root), file_format="array_record").download_and_prepare()
-
     rows = lambda split: [
         (i, {"image": Image.fromarray(image), "label": i % 3}) for i, image in enumerate(IMAGES[split])
     ]
     image = tfds.features.Image(shape=(None, None, 3))
-    prepare("mine", {"image": image, "label": tfds.features.ClassLabel(num_classes=3)}, {s: rows(s) for s in IMAGES})
+    prepare(
+        root, "mine", {"image": image, "label": tfds.features.ClassLabel(num_classes=3)}, {s: rows(s) for s in IMAGES}
+    )
     pictures = [(i, {"picture": Image.fromarray(image[: 12 - i])}) for i, image in enumerate(IMAGES["train"][:2])]
-    prepare("plain", {"picture": image}, {"train": pictures, "validation": pictures[:1]})
+    prepare(root, "plain", {"picture": image}, {"train": pictures, "validation": pictures[:1]})
     return root
 
 
@@ -124,13 +149,9 @@ def test_a_damaged_record_is_named(root, tmp_path, monkeypatch):
     import shutil
 
     shutil.copytree(root / "mine", tmp_path / "mine")
-    (file,) = (tmp_path / "mine").rglob("*train*array_record*")
-    content = bytearray(file.read_bytes())
-    picture = content.index(b"IDAT")
-    content[picture + 20 : picture + 60] = bytes(40)
-    file.write_bytes(content)
+    number = break_a_record(tmp_path / "mine", 17)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match=r"a record of mine, train cannot be read \(number \d+\)"):
+    with pytest.raises(ValueError, match=rf"a record of mine, train cannot be read \(number {number}\)"):
         source = data.load("tfds", "mine")
         source[np.arange(40)]
 

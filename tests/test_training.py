@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, error_line, ok, run, start, xla_flags
+from conftest import ROOT, error_line, ok, once, run, start, xla_flags
 from PIL import Image
 from test_commands import SMOKE, assert_same_run, leaves
 
@@ -27,9 +27,7 @@ OFTEN = (*SMOKE, "--config.train.checkpoint_every=5", "--config.train.grid_every
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The workdir of a run that was never disturbed; all its checkpoints are there. Tests copy it."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    ok(run("ddim_jax.train", *OFTEN, "--workdir", workdir))
-    return workdir
+    return once(tmp_path_factory, "whole", lambda workdir: ok(run("ddim_jax.train", *OFTEN, "--workdir", workdir)))
 
 
 def wait_for(path, process):
@@ -151,6 +149,7 @@ def test_other_images_are_not_trained_on_by_mistake(tmp_path):
     ok(run("ddim_jax.train", *args, "--config.train.num_steps=6"))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_stopped(tmp_path):
     """A learning rate at which the first update makes every later loss infinite."""
     workdir = tmp_path / "run"
@@ -172,8 +171,8 @@ def test_a_run_that_diverges_is_stopped(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path]).returncode:
+    """A file system of 4 MB."""
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]).returncode:
         pytest.skip("only root can make a small file system")
     yield tmp_path
     subprocess.run(["umount", "-l", tmp_path], check=True)
@@ -205,6 +204,87 @@ def test_a_data_worker_that_is_killed(tmp_path):
     assert "error: config.data: a process that reads images has died" in said, said[-2000:]
 
 
+# --- what is said while it trains ---
+
+JUDGED = (
+    *OFTEN,
+    "--config.train.evaluate_every=10",
+    "--config.train.evaluate_images=50",
+    "--config.evaluate.metrics=fid",
+)
+
+
+def test_evaluations_on_the_way_are_those_of_an_undisturbed_run(tmp_path, whole):
+    """Also where the run stopped between a checkpoint and its evaluation; they change nothing of the training."""
+    ok(run("ddim_jax.train", *JUDGED, "--workdir", tmp_path / "judged"))
+    assert_same_run(tmp_path / "judged", whole)
+    evaluations = (tmp_path / "judged" / "evaluations.jsonl").read_text()
+    lines = [json.loads(line) for line in evaluations.splitlines()]
+    assert [line["step"] for line in lines] == [10, 20] and all(line["fid"] > 100 for line in lines)
+
+    workdir = tmp_path / "run"
+    shutil.copytree(tmp_path / "judged", workdir)
+    for step in 15, 20:
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    (workdir / "evaluations.jsonl").write_text(evaluations.splitlines()[1] + "\n")  # of step 20, which is not there yet
+    again = ok(run("ddim_jax.train", *JUDGED, "--workdir", workdir))
+    assert "goes on from step 10" in again.stdout
+    assert (workdir / "evaluations.jsonl").read_text() == evaluations
+    again = ok(run("ddim_jax.train", *JUDGED, "--workdir", workdir))
+    assert "goes on from step 20" in again.stdout and (workdir / "evaluations.jsonl").read_text() == evaluations
+
+
+def test_an_evaluation_that_cannot_be_is_refused_before_training(tmp_path):
+    args = (*JUDGED, "--config.evaluate.features=inception", "--workdir", tmp_path / "run")
+    said = error_line(run("ddim_jax.train", *args, "--config.evaluate.weights=nowhere.pth"))
+    assert "config.evaluate.weights" in said and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_weights_and_biases(tmp_path, monkeypatch):
+    """Offline; the run goes on under the same name. Without the package one line says what to install."""
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    args = (*OFTEN, "--config.train.wandb=trial", "--workdir", tmp_path / "run")
+    for steps in 5, 10:
+        ok(run("ddim_jax.train", *args, f"--config.train.num_steps={steps}"))
+    name = (tmp_path / "run" / "wandb_id").read_text()
+    runs = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and all(one.endswith(name) for one in runs)
+
+
+def test_without_weights_and_biases(tmp_path):
+    (tmp_path / "wandb.py").write_text("raise ImportError('not here')")
+    process = run_with_path(
+        tmp_path, "ddim_jax.train", *OFTEN, "--config.train.wandb=trial", "--workdir", tmp_path / "r"
+    )
+    assert "config.train.wandb: Weights & Biases: pip install 'ddim-jax[wandb]'" in error_line(process)
+
+
+def run_with_path(path, module, *args):
+    """In a process that looks for packages there first."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}", "XLA_FLAGS": xla_flags(1)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_record_that_is_broken_ends_training_with_its_number(tmp_path, monkeypatch):
+    """Not one of those that are read before the first step."""
+    from test_prepared import break_a_record, prepared_digits
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    number = break_a_record(prepared_digits(tmp_path, 300), 101)
+    args = ("--config.data.name=tfds", "--config.data.path=mine", "--config.train.checkpoint_every=5")
+    said = error_line(run("ddim_jax.train", *SMOKE, *args, "--workdir", tmp_path / "run"))
+    assert f"error: config.data: a record of mine, train cannot be read (number {number})" in said
+    assert (tmp_path / "run" / "checkpoints").is_dir()  # it had begun
+
+
 # --- several processes ---
 
 
@@ -214,12 +294,12 @@ def free_port():
         return one.getsockname()[1]
 
 
-def two_processes(*args, timeout=280):
+def two_processes(*args, module="ddim_jax.train", timeout=280):
     """Both ends of one run of two processes with two devices each; their outputs."""
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "ddim_jax.train", *map(str, args), "--distributed"],
+            [sys.executable, "-m", module, *map(str, args), "--distributed"],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -244,10 +324,11 @@ def losses(workdir):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_share_checkpoints(tmp_path, whole):
-    """Ten steps in two processes with divided parameters, the other ten in one on four devices."""
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_train_as_one_and_share_checkpoints(tmp_path, whole, fsdp):
+    """Ten steps in two processes, with divided parameters or not, the other ten in one on four devices."""
     workdir = tmp_path / "run"
-    divided = "--config.mesh.fsdp=2"
+    divided = f"--config.mesh.fsdp={fsdp}"
     first, second = two_processes(*OFTEN, divided, "--config.train.num_steps=10", "--workdir", workdir)
     assert "10 steps are done" in first and not second.strip()
     again = ok(run("ddim_jax.train", *OFTEN, "--workdir", workdir, devices=4))
@@ -262,6 +343,31 @@ def test_two_processes_go_on_from_one(tmp_path, whole):
     first, _ = two_processes(*OFTEN, "--workdir", workdir)
     assert "goes on from step 10" in first
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_encode_and_evaluate_as_one(tmp_path, whole):
+    """Only the first of them writes, and says something."""
+    draw = (*SMOKE, "--workdir", whole, "--config.sample.num_images=10", "--film", "--out")
+    first, second = two_processes(*draw, tmp_path / "two", module="ddim_jax.sample")
+    ok(run("ddim_jax.sample", *draw, tmp_path / "one"))
+    assert "samples.npz" in first and not second.strip()
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    ours, theirs = (np.load(tmp_path / place / "samples.npz")["arr_0"] for place in ("one", "two"))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+    encode = (*SMOKE, "--workdir", whole, "--count=10", "--out")
+    first, second = two_processes(*encode, tmp_path / "two latents", module="ddim_jax.encode")
+    ok(run("ddim_jax.encode", *encode, tmp_path / "one latents"))
+    assert "report.json" in first and not second.strip()
+    ours, theirs = (np.load(tmp_path / f"{place} latents" / "latents.npz")["latents"] for place in ("one", "two"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+    judge = (*SMOKE, "--config.evaluate.num_images=10", "--config.evaluate.metrics=fid", "--samples")
+    first, second = two_processes(*judge, tmp_path / "two" / "samples.npz", module="ddim_jax.evaluate")
+    alone = ok(run("ddim_jax.evaluate", *judge, tmp_path / "two" / "samples.npz")).stdout
+    assert float(first.split()[1]) == pytest.approx(float(alone.split()[1]), rel=1e-4) and not second.strip()
 
 
 def test_one_of_several_without_a_word_of_which(tmp_path):

@@ -1,0 +1,43 @@
+"""Fits a judge: a classifier of real images, in whose features distances are measured.
+
+python -m experiments.fit_classifier --data digits --out FILE.safetensors     # the one that ships with the package
+python -m experiments.fit_classifier --data cifar10 --out FILE.safetensors
+python -m ddim_jax.evaluate --config ... --config.evaluate.weights=FILE.safetensors --samples ...
+"""
+
+from __future__ import annotations
+
+import pathlib
+import types
+
+from ddim_jax import cli, data
+from ddim_jax.config import ConfigError, blame
+from ddim_jax.evaluation import classifier, digits_classifier
+from ddim_jax.registry import lookup
+from experiments import cifar10_classifier, common
+
+JUDGES = {"digits": (digits_classifier, False), "cifar10": (cifar10_classifier, True)}  # (module, mirrored too)
+OPTIONS = {
+    "data": ("digits", "digits or cifar10."),
+    "steps": ("", "How many updates. Default: as many as the judge says."),
+    "out": (None, "The file to write."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    with blame("--data"):
+        module, flip = lookup(JUDGES, options.data)
+    (steps,) = common.ints("steps", options.steps or str(module.STEPS))
+    if not options.out or pathlib.Path(options.out).exists():
+        raise ConfigError(f"--out must name a file that is not there yet, got {options.out}")
+    with blame("--data"):
+        train, held_out = (data.in_memory(data.load(options.data, split=split)) for split in data.SPLITS)
+    model = module.Classifier()
+    params = classifier.fit(model, train, steps, flip=flip)
+    classifier.write(pathlib.Path(options.out), params)
+    right = classifier.accuracy(model, params, held_out)
+    print(f"{right:.3f} of {len(held_out)} held-out images right\n{options.out}")
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS, config=False)

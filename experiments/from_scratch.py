@@ -1,0 +1,133 @@
+"""From nothing to numbers by one command: trains a config for a given time, shows what it learned, and fills table 1.
+
+    python -m experiments.from_scratch --config configs/cifar10.py --config.model.dtype=bfloat16 --minutes 600 --out DIR
+
+In DIR: speed.json, what training takes on this machine; run, the workdir; loss.png; and in step-N, N being the step
+that was reached, samples and a table over eta and S. Where Inception would judge CIFAR-10, a classifier that is fitted
+first does: no weights from elsewhere are needed. All of it goes on where it was when it is interrupted; given again
+with --minutes=0 it trains no further, otherwise for as long again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import types
+
+import numpy as np
+
+from ddim_jax import cli
+from ddim_jax.config import Config, ConfigError
+from ddim_jax.train import RUN_ME_AGAIN
+from experiments import common, fit_classifier
+
+OPTIONS = {
+    "minutes": ("60", "How long this command trains, at most."),
+    "etas": ("0,0.2,0.5,1,hat", "The rows of the table."),
+    "steps": ("10,20,50,100", "Its columns, the values of S."),
+    "classifier_steps": ("", "How many updates the classifier gets. Default: as many as it says."),
+    "out": (None, "Folder of all results."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    config = options.config
+    (minutes,) = common.ints("minutes", options.minutes, 0)
+    if not options.out:
+        raise ConfigError("--out is missing: the folder of all results")
+    out = cli.writable_folder(options.out)
+    given = cli.config_arguments()
+    run = out / "run"
+    judge = judge_of(config, out, options.classifier_steps)
+    if not (out / "speed.json").exists():
+        call("benchmarks.training", *given, f"--out={out / 'speed.json'}")
+    if minutes:
+        train(given, run, 60 * minutes)
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    common.plot(out / "loss.png", lambda figure: curves(figure, losses))
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    place = cli.writable_folder(out / f"step-{step}")
+    call("ddim_jax.sample", *given, f"--workdir={run}", f"--out={place / 'samples'}")
+    table = place / "table1"
+    call(
+        "experiments.table1_fid",
+        *given,
+        *judge,
+        f"--workdir={run}",
+        f"--etas={options.etas}",
+        f"--steps={options.steps}",
+        f"--out={table}",
+    )
+    common.write_text(place / "report.md", report(json.loads((out / "speed.json").read_text()), losses, step, table))
+    for path in (place / "report.md", out / "loss.png", place / "samples" / "grid.png", table / "table.md"):
+        print(path)
+
+
+def call(module: str, *args: str) -> None:
+    """Runs a command; what it says of a mistake is said already."""
+    print(f"\npython -m {module} {' '.join(args)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", module, *args]).returncode
+    if code:
+        sys.exit(code)
+
+
+def judge_of(config: Config, out: pathlib.Path, steps: str) -> list[str]:
+    """The options that name who judges: what config.evaluate says, or the classifier of the data."""
+    if config.evaluate.features != "inception" or config.data.name not in fit_classifier.JUDGES:
+        return []
+    module, _ = fit_classifier.JUDGES[config.data.name]
+    weights = out / "classifier.safetensors"
+    if not weights.exists():
+        more = [f"--steps={steps}"] if steps else []
+        call("experiments.fit_classifier", f"--data={config.data.name}", f"--out={weights}", *more)
+    return [
+        f"--config.evaluate.features={module.__name__}:open_network",
+        f"--config.evaluate.weights={weights}",
+        "--config.evaluate.metrics=fid,kid,confidence",
+    ]
+
+
+def train(given: list[str], run: pathlib.Path, seconds: float) -> None:
+    """Trains for so long, or until it is done; the step that it was at is saved."""
+    process = subprocess.Popen([sys.executable, "-m", "ddim_jax.train", *given, f"--workdir={run}"])
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    if process.wait() not in (0, RUN_ME_AGAIN):
+        sys.exit(process.returncode)
+
+
+def curves(figure, losses: list[dict]) -> None:
+    """The loss over the steps, of all t and of each quarter."""
+    axes = figure.subplots()
+    for name in [name for name in losses[0] if name.startswith("loss")]:
+        points = [(line["step"], line[name]) for line in losses if line.get(name) is not None]
+        label = name.replace("loss_t", "t ").replace("_to_", " to ") if name != "loss" else "all t"
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=2 if name == "loss" else 0.8)
+    axes.set(xlabel="step", ylabel="mean square error of eps", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def report(speed: dict, losses: list[dict], step: int, table: pathlib.Path) -> str:
+    steady = [line["images_per_second"] for line in losses if line.get("images_per_second")]
+    size = speed["config"]["train"]["batch_size"]
+    return (
+        f"{speed['config']['name']}, {speed['config']['model']['dtype']}, {speed['devices']} x {speed['device']}, jax "
+        f"{speed['jax']}\n\n"
+        f"- one update of {size} images: {1e3 * speed['seconds_per_step']:.1f} ms, "
+        f"{size / speed['seconds_per_step']:.0f} images/s, {speed['tflops']:.2f} TFLOP/s of the model, "
+        f"{speed['tflops'] / speed['ceiling_tflops']:.1%} of one matrix product's {speed['ceiling_tflops']:.2f}\n"
+        f"- in training: {np.median(steady):.0f} images/s (median over the lines of metrics.jsonl)\n"
+        f"- trained for {step:,} steps, {step * size:,} images; the last loss {losses[-1]['loss']:.4f}\n\n"
+        f"{(table / 'table.md').read_text()}"
+    )
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)
