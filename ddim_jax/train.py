@@ -52,6 +52,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     if options.workdir is None:
         raise ConfigError("--workdir is missing: the folder that the run is written to")
+    config_lib.network(config.model)  # that its sizes fit shows before anything is read
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     with blame("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
@@ -312,6 +313,8 @@ def only_one(workdir: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is training in {workdir}") from None
+        except OSError as error:  # mounted buckets cannot lock
+            print(f"warning: {workdir} cannot be held against a second trainer: {error.strerror}", file=sys.stderr)
         yield
 
 

@@ -17,7 +17,8 @@ GIVEN = os.environ.get("XLA_FLAGS", "")
 
 
 def xla_flags(devices):
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1 {GIVEN}"
+    """The last word counts: a process that pytest-xdist starts is given these already."""
+    return f"{GIVEN} --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
 
 
 os.environ["XLA_FLAGS"] = xla_flags(8)

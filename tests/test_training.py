@@ -216,20 +216,17 @@ JUDGED = (
 
 def test_evaluations_on_the_way_are_those_of_an_undisturbed_run(tmp_path, whole):
     """Also where the run stopped between a checkpoint and its evaluation; they change nothing of the training."""
-    ok(run("ddim_jax.train", *JUDGED, "--workdir", tmp_path / "judged"))
-    assert_same_run(tmp_path / "judged", whole)
-    evaluations = (tmp_path / "judged" / "evaluations.jsonl").read_text()
-    lines = [json.loads(line) for line in evaluations.splitlines()]
-    assert [line["step"] for line in lines] == [10, 20] and all(line["fid"] > 100 for line in lines)
-
     workdir = tmp_path / "run"
-    shutil.copytree(tmp_path / "judged", workdir)
-    for step in 15, 20:
-        shutil.rmtree(workdir / "checkpoints" / str(step))
-    (workdir / "evaluations.jsonl").write_text(evaluations.splitlines()[1] + "\n")  # of step 20, which is not there yet
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    shutil.rmtree(workdir / "checkpoints" / "15")
+    (workdir / "evaluations.jsonl").write_text('{"step": 20, "fid": 1}\n')  # of a step that is not there yet
     again = ok(run("ddim_jax.train", *JUDGED, "--workdir", workdir))
     assert "goes on from step 10" in again.stdout
-    assert (workdir / "evaluations.jsonl").read_text() == evaluations
+    assert_same_run(workdir, whole)
+    evaluations = (workdir / "evaluations.jsonl").read_text()
+    lines = [json.loads(line) for line in evaluations.splitlines()]
+    assert [line["step"] for line in lines] == [10, 20] and all(line["fid"] > 100 for line in lines)
     again = ok(run("ddim_jax.train", *JUDGED, "--workdir", workdir))
     assert "goes on from step 20" in again.stdout and (workdir / "evaluations.jsonl").read_text() == evaluations
 
