@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -53,7 +54,7 @@ def start(
 
     for name in [*options, *(["config"] if config else [])]:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # what --help lists
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook, threading.excepthook = _unraisable, _in_a_thread
     logging_of_python.getLogger("asyncio").setLevel(logging_of_python.CRITICAL)  # the same, by another way
 
     def guarded(argv):
@@ -86,6 +87,12 @@ def _unraisable(event: Any) -> None:
     """Python's own, but for what the other reads of a damaged checkpoint say, hundreds of times, when one failed."""
     if not str(event.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
         sys.__unraisablehook__(event)
+
+
+def _in_a_thread(event: Any) -> None:
+    """Python's own, but for a full disk, which the command itself meets and tells in one line."""
+    if getattr(event.exc_value, "errno", None) != errno.ENOSPC:
+        threading.__excepthook__(event)
 
 
 def say(*words: Any) -> None:

@@ -407,6 +407,7 @@ def test_encoding_and_decoding_returns_the_images(tmp_path):
         assert 0.4 < file["latents"].std() < 1.2
 
 
+@pytest.mark.slow
 def test_encoding_goes_on_where_it_was(tmp_path):
     """A batch that is there is not made again: a marked one comes out marked. The size of batches does not matter."""
     args = (*ENCODE, "--config.sample.steps=5", "--count=7")

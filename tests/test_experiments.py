@@ -141,6 +141,7 @@ def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
     assert "weights is " in refused and refused.endswith("; give another --out")
 
 
+@pytest.mark.slow
 def test_any_field_as_a_further_axis(tmp_path):
     out = tmp_path / "out"
     args = ("--steps=5", "--etas=0", "--sweep=sample.tau=uniform,quadratic", "--sweep", "sample.seed=0,1", "--floor")

@@ -216,7 +216,9 @@ def test_dropout_acts_in_training_and_differs_by_step(mesh):
     assert losses_of(MODEL) == losses_of(MODEL)
 
 
-@pytest.mark.parametrize("prediction, gamma", [("eps", "one"), ("x0", "x0"), ("v", "v")])
+@pytest.mark.parametrize(
+    "prediction, gamma", [("eps", "one"), pytest.param("x0", "x0", marks=pytest.mark.slow), ("v", "v")]
+)
 def test_every_prediction_learns_the_digits(mesh, prediction, gamma):
     """60 small steps take a clear piece off the first loss."""
     model = MODEL.clone(dropout=0.0)
