@@ -277,6 +277,27 @@ def test_mistakes_in_the_other_scripts(tmp_path, script, args, said):
     assert said in error_line(run(f"experiments.{script}", *DIGITS, "--out", tmp_path / "out", *args))
 
 
+@pytest.mark.slow
+def test_from_nothing_to_a_table(tmp_path):
+    """Training is stopped in the middle, and its state judged; the second time nothing is trained, and all is there."""
+    out = tmp_path / "out"
+    smoke = ("--config", "configs/smoke.py", "--config.train.num_steps=1000000", "--config.evaluate.num_images=20")
+    table = ("--etas=0,1", "--steps=5", "--config.evaluate.metrics=fid", "--out", out)
+    said = ok(run("experiments.from_scratch", *smoke, *table, "--minutes=1"))
+    (place,) = out.glob("step-*")
+    report = (place / "report.md").read_text()
+    assert f"trained for {int(place.name[5:]):,} steps" in report and "one matrix product" in report
+    assert "| eta 1 |" in report and report.splitlines()[-2] in said.stdout
+    for picture in (out / "loss.png", place / "samples" / "grid.png", place / "table1" / "table.png"):
+        assert np.asarray(Image.open(picture)).std() > 1, picture
+    speed = json.loads((out / "speed.json").read_text())
+    assert 0 < speed["tflops"] < 2 * speed["ceiling_tflops"] and speed["gflop_per_image"] > 0
+    before = (place / "table1" / "table.csv").stat().st_mtime_ns
+    ok(run("experiments.from_scratch", *smoke, *table, "--minutes=0"))
+    assert list(out.glob("step-*")) == [place] and (place / "report.md").read_text() == report
+    assert (place / "samples" / "samples.npz").stat().st_mtime_ns < before
+
+
 # --- the numbers, by hand ---
 
 

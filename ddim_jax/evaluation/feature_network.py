@@ -38,5 +38,5 @@ def feature_network(name: str, feature_fn: Any, params: Any, resize: str = "none
 
 def on_one_device(shapes: Any) -> Any:
     """Shapes and dtypes with the placement of parameters that are about to be read."""
-    placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes)
