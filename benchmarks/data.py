@@ -62,7 +62,7 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def rates(source: data.Source, threads: int, batches: int) -> tuple[str, str]:
-    """Images a second of so many batches, begun anew each time."""
+    """Images a second of so many batches, begun anew each time, as words."""
     plan, found = data.Plan(source, BATCH, seed=0, flip=True), []
     for repeat in range(REPEATS):
         stream = data.batches(plan, repeat * batches, threads)
@@ -94,7 +94,7 @@ def publish_celeba(folder: pathlib.Path, count: int) -> None:
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
         for i, image in enumerate(parts(218, 178, count)):
             archive.writestr(f"img_align_celeba/{i:06d}.jpg", encoded(image, "JPEG"))
-    (folder / "list_eval_partition.txt").write_text("".join(f"{i:06d}.jpg 0\n" for i in range(count)))
+    (folder / "list_eval_partition.txt").write_text("".join(f"{i:06d}.jpg {(1, 2, 0)[min(i, 2)]}\n" for i in range(count)))
 
 
 def publish_lsun(folder: pathlib.Path, count: int) -> None:
