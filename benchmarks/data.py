@@ -94,7 +94,9 @@ def publish_celeba(folder: pathlib.Path, count: int) -> None:
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
         for i, image in enumerate(parts(218, 178, count)):
             archive.writestr(f"img_align_celeba/{i:06d}.jpg", encoded(image, "JPEG"))
-    (folder / "list_eval_partition.txt").write_text("".join(f"{i:06d}.jpg {(1, 2, 0)[min(i, 2)]}\n" for i in range(count)))
+    (folder / "list_eval_partition.txt").write_text(
+        "".join(f"{i:06d}.jpg {(1, 2, 0)[min(i, 2)]}\n" for i in range(count))
+    )
 
 
 def publish_lsun(folder: pathlib.Path, count: int) -> None:

@@ -75,7 +75,8 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1                         # devices along which parameters and optimizer are divided as well
 
     config.sample = sample = ConfigDict()
-    sample.sampler = "ddim"               # ddim | ddpm | ddpm_hat
+    sample.sampler = "ddim"               # ddim | ddpm | ddpm_hat, and of higher order, beyond the paper: heun | ab2 |
+                                          # ab4 | plms | dpm_solver_pp_2m | dpm_solver_pp_3m | unipc
     sample.eta = 0.0                      # Eq. (16): 0 is DDIM, 1 is DDPM; of the sampler ddim
     sample.steps = 50                     # S = dim(tau)
     sample.tau = placeholder(str)         # uniform | quadratic | leading | trailing | linspace | official_uniform |

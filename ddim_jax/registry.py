@@ -5,11 +5,12 @@ tests run over these.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ddim_jax import gaussian, losses, samplers, schedule, trajectory
+from ddim_jax import gaussian, losses, multistep, samplers, schedule, trajectory
 
 SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule
     "linear": schedule.linear,
@@ -33,6 +34,13 @@ SAMPLERS = {  # (what the signature names) -> Sampler
     "ddim": samplers.ddim,
     "ddpm": samplers.ddpm,
     "ddpm_hat": samplers.ddpm_hat,
+    "heun": multistep.heun,
+    "ab2": multistep.ab2,
+    "ab4": multistep.ab4,
+    "plms": multistep.plms,
+    "dpm_solver_pp_2m": functools.partial(multistep.dpm_solver_pp, 2),
+    "dpm_solver_pp_3m": functools.partial(multistep.dpm_solver_pp, 3),
+    "unipc": multistep.unipc,
 }
 
 PREDICTIONS = gaussian.PREDICTIONS

@@ -29,6 +29,8 @@ class Transition(NamedTuple):
     one_minus_alpha_bar_s: Array
     beta: Array  # 1 - alpha_bar_t / alpha_bar_s: beta_t of DDPM where s = t - 1. 0 where s > t
     posterior_variance: Array  # (1 - alpha_bar_s) / (1 - alpha_bar_t) beta: Eq. (16) at eta = 1, squared. 0 where s > t
+    lambda_t: Array  # log(alpha_bar_t / (1 - alpha_bar_t)) / 2, half the log-SNR; infinite at level 0
+    lambda_step: Array  # lambda_s - lambda_t
 
     @property
     def level_t(self) -> Level:
@@ -57,7 +59,10 @@ def transitions(noise_schedule: NoiseSchedule, t: Sequence[int], s: Sequence[int
     ab_t, ab_s = alpha_bar[t], alpha_bar[s]
     beta = np.maximum(1 - ab_t / ab_s, 0)
     posterior_variance = np.divide((1 - ab_s) * beta, 1 - ab_t, out=np.zeros_like(beta), where=t > s)
-    return Transition(t, s, ab_t, ab_s, 1 - ab_t, 1 - ab_s, beta, posterior_variance)
+    with np.errstate(divide="ignore"):
+        lambda_t, lambda_s = (np.log(ab / (1 - ab)) / 2 for ab in (ab_t, ab_s))
+    step = lambda_s - lambda_t
+    return Transition(t, s, ab_t, ab_s, 1 - ab_t, 1 - ab_s, beta, posterior_variance, lambda_t, step)
 
 
 def descend(noise_schedule: NoiseSchedule, tau: Sequence[int], end: int = 0) -> Transitions:

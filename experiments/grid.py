@@ -69,8 +69,9 @@ def at(options: types.SimpleNamespace, axes: Mapping[str, Any], count: int) -> C
     if axes.get("eta") == "hat":
         values["sample"].update(sampler="ddpm_hat", eta=0.0)
     elif "eta" in axes:
-        takes_eta = "eta" in registry.accepts(registry.SAMPLERS[options.config.sample.sampler])
-        values["sample"].update(eta=float(axes["eta"]), **({} if takes_eta else {"sampler": "ddim"}))
+        factory = registry.lookup(registry.SAMPLERS, values["sample"]["sampler"])
+        keeps = "eta" in registry.accepts(factory) or not registry.build(factory, {}).stochastic
+        values["sample"].update(eta=float(axes["eta"]), **({} if keeps else {"sampler": "ddim"}))
     return config_lib.parse(values)
 
 

@@ -35,7 +35,8 @@ def build(values):
         (
             "sample.sampler",
             "dimm",
-            "config.sample.sampler: 'dimm' is not one of ddim, ddpm, ddpm_hat (did you mean 'ddim'?)",
+            "config.sample.sampler: 'dimm' is not one of ddim, ddpm, ddpm_hat, heun, ab2, ab4, plms, dpm_solver_pp_2m, "
+            "dpm_solver_pp_3m, unipc (did you mean 'ddim'?)",
         ),
         ("schedule.name", "linaer", "config.schedule.name: 'linaer' .* (did you mean 'linear'?)"),
         ("sample.tau", "quadratc", "config.sample.tau: 'quadratc' .* (did you mean 'quadratic'?)"),

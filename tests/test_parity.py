@@ -20,7 +20,7 @@ from conftest import meshes  # noqa: E402
 from official_model import Model  # noqa: E402
 
 from ddim_jax import config as config_lib  # noqa: E402
-from ddim_jax import convert, gaussian, generate, pretrained, samplers, schedule, trajectory, weights  # noqa: E402
+from ddim_jax import convert, gaussian, generate, pretrained, registry, samplers, schedule, trajectory, weights  # noqa: E402
 from ddim_jax.checkpoint import CheckpointError  # noqa: E402
 from ddim_jax.models.unet import sinusoid  # noqa: E402
 
@@ -200,6 +200,39 @@ def test_fifty_steps_end_where_diffusers_s_do(variant, tmp_path, clip):
     x, labels = inputs(published, 2)
     theirs = ddim_of_diffusers(net, scheduler, x, 50, labels)
     assert difference(ours(where, params, x, 50, labels), theirs) < 1e-4
+
+
+SOLVERS = {  # name in registry.SAMPLERS -> (theirs, settings)
+    "plms": ("PNDMScheduler", dict(skip_prk_steps=True, set_alpha_to_one=True)),
+    "dpm_solver_pp_2m": (
+        "DPMSolverMultistepScheduler",
+        dict(lower_order_final=False, final_sigmas_type="zero", timestep_spacing="linspace"),
+    ),
+    "unipc": ("UniPCMultistepScheduler", dict(final_sigmas_type="zero", timestep_spacing="linspace")),
+}
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_solvers_end_where_diffusers_s_do(name, steps):
+    """A smooth network, over the levels that theirs visits."""
+    theirs, settings = SOLVERS[name]
+    scheduler = getattr(diffusers, theirs)(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **settings)
+    scheduler.set_timesteps(steps)
+    said = lambda x, time, sin: 0.8 * sin(1.3 * x + 0.002 * time) + 0.3 * x
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    their_x = torch.tensor(x)
+    for time in scheduler.timesteps:
+        their_x = scheduler.step(said(their_x, float(time), torch.sin), time, their_x).prev_sample
+    tau = [0, *sorted({int(time) + 1 for time in scheduler.timesteps})]
+    assert len(tau) == steps + 1
+    our_x = samplers.integrate(
+        registry.build(registry.SAMPLERS[name], {}),
+        lambda x, t: said(x, t - 1.0, jnp.sin),
+        trajectory.descend(schedule.linear(), tau),
+        x,
+    )
+    assert difference(np.asarray(our_x), their_x.numpy()) < 1e-5 * float(their_x.abs().max())
 
 
 @pytest.mark.slow

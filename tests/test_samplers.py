@@ -181,20 +181,25 @@ def test_encoding_is_not_noising(x64):
 # --- numbers of steps, and what a run keeps ---
 
 
+LEAST_STEPS = {"ab2": 2, "ab4": 4, "plms": 2, "dpm_solver_pp_2m": 2, "dpm_solver_pp_3m": 3, "unipc": 2}
+
+
 @pytest.mark.parametrize("S", [1, 300, 1000])
 @pytest.mark.parametrize("name", registry.SAMPLERS)
 def test_any_number_of_steps(name, S):
-    """From the posterior mean in one leap to every level; 300 does not divide 1000."""
+    """From the posterior mean in one leap to every level; 300 does not divide 1000. A method that remembers refuses
+    fewer steps than its order.
+    """
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, S))
     assert len(transitions.t) == S
     x = samplers.initial_noise(samplers.image_keys(jax.random.key(0), jnp.arange(2000)), (1,))
-    out = samplers.integrate(
-        registry.build(registry.SAMPLERS[name], {}),
-        oracle.gaussian(LINEAR, 0.3, 0.5),
-        transitions,
-        x,
-        jax.random.key(1),
-    )
+    sampler = registry.build(registry.SAMPLERS[name], {})
+    draw = lambda: samplers.integrate(sampler, oracle.gaussian(LINEAR, 0.3, 0.5), transitions, x, jax.random.key(1))
+    if S < LEAST_STEPS.get(name, 1):
+        with pytest.raises(ValueError, match=f"needs at least {LEAST_STEPS[name]} steps, got 1"):
+            draw()
+        return
+    out = draw()
     std = 0.0 if S == 1 else 0.5
     assert float(out.mean()) == pytest.approx(0.3, abs=0.05) and float(out.std()) == pytest.approx(std, abs=0.05)
 
@@ -215,7 +220,8 @@ def test_trajectory_is_integrate_with_its_way_kept(name):
         np.testing.assert_allclose(
             gaussian.q_marginal(path.x_0[i], eps_fn(path.x[i], t), level), path.x[i], rtol=1e-4, atol=1e-4
         )
-    np.testing.assert_allclose(path.x_0[-1], last, rtol=1e-5)  # the last step lands on what it predicts
+    if name not in ("ab2", "ab4", "plms"):  # these go on as they came; for the others
+        np.testing.assert_allclose(path.x_0[-1], last, rtol=1e-5)  # the last step lands on what it predicts
 
 
 # --- one image, one stream of noise ---

@@ -1,0 +1,298 @@
+"""Solvers of DDIM's ODE, Eq. (14), of higher order: fewer network calls for the same error.
+
+All are deterministic samplers for `samplers.integrate`. With `x_bar = x / sqrt(ab)` and
+`sigma_bar = sqrt((1 - ab) / ab)` the ODE is `d x_bar = eps d sigma_bar`, and DDIM is Euler on it. With
+`lambda = -log(sigma_bar)`, half the log-SNR, the same ODE reads `d (x / sqrt(1 - ab)) = exp(lambda) x_0 d lambda` (Lu
+et al. 2022b, "DPM-Solver++", Eq. 8).
+
+A method of order p remembers what the network said in the last p - 1 steps. Before the first step that lies infinitely
+far away, where it counts for nothing, so the order grows from 1 by itself. To the image lambda is infinite, and a step
+there is of order one for the methods in lambda: it returns the predicted x_0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_static
+
+from ddim_jax import gaussian
+from ddim_jax.schedule import Array
+from ddim_jax.trajectory import Transition, Transitions
+
+FAR = 1e12  # beyond all levels; its powers are still float32
+
+
+class Memory(NamedTuple):
+    """What was said at the levels before, the latest first."""
+
+    at: Array  # (p - 1,): sigma_bar, or lambda
+    said: Array  # (p - 1, B, ...): eps, or x_0
+
+
+def _empty(x: Array, order: int) -> Memory:
+    return Memory(FAR * jnp.arange(1, order, dtype=x.dtype), jnp.zeros((order - 1, *x.shape), x.dtype))
+
+
+def _with(memory: Memory, at: Array, said: Array) -> Memory:
+    """The memory with one more in front."""
+    return Memory(jnp.concatenate([at[None], memory.at]), jnp.concatenate([said[None], memory.said]))
+
+
+def _without_last(memory: Memory) -> Memory:
+    return Memory(memory.at[:-1], memory.said[:-1])
+
+
+def polynomial(memory: Memory) -> list[Array]:
+    """Coefficients c_0, c_1, ... of the polynomial `sum_k c_k (u - at[0])^k` through all points, by Newton's divided
+    differences.
+    """
+    count, differences = len(memory.at), list(memory.said)
+    offset = memory.at[0] - memory.at  # u - at[j] = v + offset[j], with v = u - at[0]
+    powers, coefficients = [jnp.ones_like(offset[0])], [differences[0]]
+    for k in range(1, count):
+        powers = _times(powers, offset[k - 1])
+        differences = [
+            (differences[i] - differences[i + 1]) / (memory.at[i] - memory.at[i + k]) for i in range(count - k)
+        ]
+        coefficients.append(jnp.zeros_like(differences[0]))
+        coefficients = [c + power * differences[0] for c, power in zip(coefficients, powers, strict=True)]
+    return coefficients
+
+
+def _times(powers: list[Array], offset: Array) -> list[Array]:
+    """The coefficients of `p(v) (v + offset)`."""
+    zero = jnp.zeros_like(offset)
+    return [offset * low + high for low, high in zip([*powers, zero], [zero, *powers], strict=True)]
+
+
+def _in_sequence(name: str, least: int, transitions: Transitions) -> None:
+    """ValueError for fewer steps than that, and for steps that ascend or do not begin where the last one ended."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in transitions):
+        return
+    t, s = np.asarray(transitions.t), np.asarray(transitions.s)
+    if len(t) < least:
+        raise ValueError(f"{name} needs at least {least} steps, got {len(t)}")
+    if (s > t).any() or (s[:-1] != t[1:]).any():
+        raise ValueError(f"{name} descends from level to level: no step may ascend, or leave a level out")
+
+
+def _orders(name: str, order: int, known: Sequence[int]) -> None:
+    if order not in known:
+        raise ValueError(f"{name} has orders {', '.join(map(str, known))}, got {order}")
+
+
+def _sigma_bars(transition: Transition) -> tuple[Array, Array]:
+    """sigma_bar at t and at s."""
+    return (
+        jnp.sqrt(transition.one_minus_alpha_bar_t / transition.alpha_bar_t),
+        jnp.sqrt(transition.one_minus_alpha_bar_s / transition.alpha_bar_s),
+    )
+
+
+def _moved(x_t: Array, transition: Transition, grown: Array) -> Array:
+    """x_s, where x_bar grows by that."""
+    return jnp.sqrt(transition.alpha_bar_s) * (x_t / jnp.sqrt(transition.alpha_bar_t) + grown)
+
+
+@register_static
+@dataclasses.dataclass(frozen=True)
+class AdamsBashforth:
+    """The polynomial through the last eps, integrated over the step in sigma_bar, however the levels are spaced."""
+
+    order: int
+
+    stochastic = False
+
+    def check(self, transitions: Transitions) -> None:
+        _in_sequence(f"ab{self.order}", self.order, transitions)
+
+    def init(self, x: Array) -> Memory:
+        return _empty(x, self.order)
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        begin, end = _sigma_bars(transition)
+        state = _with(state, begin, eps_fn(x_t, transition.t))
+        grown = sum(c * (end - begin) ** (k + 1) / (k + 1) for k, c in enumerate(polynomial(state)))
+        return _moved(x_t, transition, grown), _without_last(state)
+
+
+def ab2() -> AdamsBashforth:
+    """Adams-Bashforth of order 2: one network call a step."""
+    return AdamsBashforth(2)
+
+
+def ab4() -> AdamsBashforth:
+    """Adams-Bashforth of order 4: one network call a step."""
+    return AdamsBashforth(4)
+
+
+class PLMS(NamedTuple):
+    """Pseudo linear multistep (Liu et al. 2022, Eq. 12): the eps of a DDIM step is a fixed mixture of the last four.
+
+    Its weights are Adams-Bashforth's for equal steps; the first step asks the network twice.
+    """
+
+    stochastic = False
+
+    def check(self, transitions: Transitions) -> None:
+        _in_sequence("plms", 2, transitions)
+
+    def init(self, x: Array) -> tuple:
+        return jnp.zeros((), jnp.int32), (jnp.zeros_like(x),) * 3  # steps done, and what was said in the last three
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        done, before = state
+        eps, (begin, end) = eps_fn(x_t, transition.t), _sigma_bars(transition)
+        euler = _moved(x_t, transition, (end - begin) * eps)
+        weights = jnp.asarray(PLMS_WEIGHTS, x_t.dtype)[jnp.minimum(done, 3)]
+        first = lambda _: (eps + eps_fn(euler, transition.s)) / 2
+        later = lambda _: sum(weights[k] * said for k, said in enumerate((eps, *before)))
+        mixed = jax.lax.cond(done == 0, first, later, None)
+        return _moved(x_t, transition, (end - begin) * mixed), (done + 1, (eps, *before[:-1]))
+
+
+PLMS_WEIGHTS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
+
+
+def plms() -> PLMS:
+    """PLMS, as in the first latent diffusion models: one network call a step, two in the first."""
+    return PLMS()
+
+
+class Heun(NamedTuple):
+    """The trapezoidal rule in sigma_bar (Karras et al. 2022, Algorithm 1): two network calls a step, one in a step to
+    the image.
+    """
+
+    stochastic = False
+
+    def check(self, transitions: Transitions) -> None:
+        _in_sequence("heun", 1, transitions)
+
+    def init(self, x: Array) -> tuple:
+        return ()
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        eps, (begin, end) = eps_fn(x_t, transition.t), _sigma_bars(transition)
+        euler = _moved(x_t, transition, (end - begin) * eps)
+        twice = lambda _: _moved(x_t, transition, (end - begin) * (eps + eps_fn(euler, transition.s)) / 2)
+        return jax.lax.cond(end > 0, twice, lambda _: euler, None), state
+
+
+def heun() -> Heun:
+    """Heun's method, order 2."""
+    return Heun()
+
+
+def _exponential(x_t: Array, transition: Transition, x_0: Array, change: Array) -> Array:
+    """`x_s = sigma_s / sigma_t x_t + sqrt(ab_s) ((1 - exp(-h)) x_0 + change)`, with sigma = sqrt(1 - ab); to the image
+    x_0 alone.
+    """
+    ratio = jnp.sqrt(transition.one_minus_alpha_bar_s / transition.one_minus_alpha_bar_t)
+    change = jnp.where(transition.one_minus_alpha_bar_s > 0, change, 0)
+    return ratio * x_t + jnp.sqrt(transition.alpha_bar_s) * (-jnp.expm1(-transition.lambda_step) * x_0 + change)
+
+
+def _finite_step(transition: Transition) -> Array:
+    """h = lambda_s - lambda_t; 1 to the image, where it is not used."""
+    return jnp.where(transition.one_minus_alpha_bar_s > 0, transition.lambda_step, 1)
+
+
+@register_static
+@dataclasses.dataclass(frozen=True)
+class DPMSolverPP:
+    """DPM-Solver++ multistep (Lu et al. 2022b): the polynomial in lambda through the last predicted x_0."""
+
+    order: int
+
+    stochastic = False
+
+    def check(self, transitions: Transitions) -> None:
+        _in_sequence(f"dpm_solver_pp of order {self.order}", self.order, transitions)
+
+    def init(self, x: Array) -> Memory:
+        return _empty(x, self.order)
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        x_0 = gaussian.predict_x0(x_t, eps_fn(x_t, transition.t), transition.level_t)
+        state, h = _with(state, transition.lambda_t, x_0), _finite_step(transition)
+        _, *coefficients = polynomial(state)
+        weights = self._weights(h)
+        change = sum(weight * c for weight, c in zip(weights, coefficients, strict=True))
+        return _exponential(x_t, transition, x_0, change), _without_last(state)
+
+    def _weights(self, h: Array) -> list[Array]:
+        """Of the powers 1, 2 of lambda - lambda_t: `int_0^h exp(v - h) v^k dv`; for order 2 the paper's midpoint."""
+        constant = -jnp.expm1(-h)
+        if self.order == 2:
+            return [h * constant / 2]
+        linear = h - constant
+        return [linear, h**2 - 2 * linear]
+
+
+def dpm_solver_pp(order: int = 2) -> DPMSolverPP:
+    """DPM-Solver++(2M) or (3M): one network call a step. ValueError for another order."""
+    _orders("dpm_solver_pp", order, (2, 3))
+    return DPMSolverPP(order)
+
+
+class UniPCState(NamedTuple):
+    done: Array  # () steps
+    x: Array  # (B, ...): where the last step began, corrected
+    memory: Memory  # (2,): predicted x_0 there and one step before
+    last: Transition  # the last step
+
+
+class UniPC(NamedTuple):
+    """UniPC of order 2 with `B(h) = exp(h) - 1` (Zhao et al. 2023, Algorithms 1 and 2): what the network says at the
+    predicted point first corrects the step that led there. One network call a step.
+    """
+
+    stochastic = False
+
+    def check(self, transitions: Transitions) -> None:
+        _in_sequence("unipc", 2, transitions)
+
+    def init(self, x: Array) -> UniPCState:
+        nothing = jnp.ones((), x.dtype)
+        memory = _empty(x, 3)
+        return UniPCState(jnp.zeros((), jnp.int32), x, memory, Transition(*[nothing] * len(Transition._fields)))
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        x_0 = gaussian.predict_x0(x_t, eps_fn(x_t, transition.t), transition.level_t)
+        corrected = jnp.where(state.done > 0, self._corrected(state, x_0), x_t)
+        memory = _without_last(_with(state.memory, transition.lambda_t, x_0))
+        h, slope = _finite_step(transition), _slope(memory)
+        x_s = _exponential(corrected, transition, x_0, -jnp.expm1(-h) * h * slope / 2)
+        return x_s, UniPCState(state.done + 1, corrected, memory, _as(transition, x_t.dtype))
+
+    def _corrected(self, state: UniPCState, x_0: Array) -> Array:
+        """The end of the last step, with the x_0 predicted there too."""
+        h, (begin, _), (before, _) = _finite_step(state.last), state.memory.said, state.memory.at
+        r = (state.memory.at[1] - before) / h
+        constant = -jnp.expm1(-h)
+        first = (1 - constant / h) / constant  # b_1 and b_2 of UniPC's linear system
+        second = 2 * (0.5 - (1 - constant / h) / h) / constant
+        first, second = jnp.where(state.done > 1, first, 0.5), jnp.where(state.done > 1, second, 0.5)
+        older = (first - second) / (1 - r)
+        change = older * _slope(state.memory) * h + (first - older) * (x_0 - begin)
+        return _exponential(state.x, state.last, begin, constant * change)
+
+
+def _slope(memory: Memory) -> Array:
+    return (memory.said[0] - memory.said[1]) / (memory.at[0] - memory.at[1])
+
+
+def _as(transition: Transition, dtype) -> Transition:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), transition)
+
+
+def unipc() -> UniPC:
+    """UniPC-2: order 3 for one network call a step."""
+    return UniPC()
