@@ -103,7 +103,11 @@ def _moved(x_t: Array, transition: Transition, grown: Array) -> Array:
 @register_static
 @dataclasses.dataclass(frozen=True)
 class AdamsBashforth:
-    """The polynomial through the last eps, integrated over the step in sigma_bar, however the levels are spaced."""
+    """The polynomial through the last eps, integrated over the step in sigma_bar, however the levels are spaced.
+
+    While there are fewer of them than its order, a step asks the network at its end too, and integrates the polynomial
+    through that one as well (Adams-Moulton): else the error of the first steps would be all that is left.
+    """
 
     order: int
 
@@ -112,23 +116,34 @@ class AdamsBashforth:
     def check(self, transitions: Transitions) -> None:
         _in_sequence(f"ab{self.order}", self.order, transitions)
 
-    def init(self, x: Array) -> Memory:
-        return _empty(x, self.order)
+    def init(self, x: Array) -> tuple[Array, Memory]:
+        return jnp.zeros((), jnp.int32), _empty(x, self.order)  # steps done
 
     def step(self, x_t, state, transition, eps_fn, noise):
-        begin, end = _sigma_bars(transition)
-        state = _with(state, begin, eps_fn(x_t, transition.t))
-        grown = sum(c * (end - begin) ** (k + 1) / (k + 1) for k, c in enumerate(polynomial(state)))
-        return _moved(x_t, transition, grown), _without_last(state)
+        (done, memory), (begin, end) = state, _sigma_bars(transition)
+        memory = _with(memory, begin, eps_fn(x_t, transition.t))
+        ahead = _moved(x_t, transition, _integral(polynomial(memory), end - begin))
+
+        def corrected(_):
+            more = _with(memory, end, eps_fn(ahead, transition.s))
+            return _moved(x_t, transition, -_integral(polynomial(more), begin - end))
+
+        x_s = jax.lax.cond(done < self.order - 1, corrected, lambda _: ahead, None)
+        return x_s, (done + 1, _without_last(memory))
+
+
+def _integral(coefficients: list[Array], h: Array) -> Array:
+    """`int_0^h sum_k c_k v^k dv`."""
+    return sum(c * h ** (k + 1) / (k + 1) for k, c in enumerate(coefficients))
 
 
 def ab2() -> AdamsBashforth:
-    """Adams-Bashforth of order 2: one network call a step."""
+    """Adams-Bashforth of order 2: one network call a step, two in the first."""
     return AdamsBashforth(2)
 
 
 def ab4() -> AdamsBashforth:
-    """Adams-Bashforth of order 4: one network call a step."""
+    """Adams-Bashforth of order 4: one network call a step, two in the first three."""
     return AdamsBashforth(4)
 
 
