@@ -93,6 +93,8 @@ def get_config() -> ConfigDict:
     sample.clip_quantile = 0.0            # above 0, dynamic thresholding: the bound is this quantile of |x_0|, but at
                                           # least 1 and at most clip_range, and x_0 is divided by it
     sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
+    sample.refine = 0                     # of encoding: network calls a step that solve it, so that decoding returns
+                                          # the image (10 to 20); 0: the paper's explicit step
     sample.label = -1                     # the class, for class-conditional networks; -1: image i has class i mod n
 
     config.evaluate = evaluate = ConfigDict()

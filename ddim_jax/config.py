@@ -169,6 +169,7 @@ class SampleConfig:
     clip_quantile: float = _below_one()
     ema: bool = _field()
     label: int = _at_least(-1)
+    refine: int = _at_least(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,7 @@ BEFORE = {
     },
     "train": {"accumulate": 1, "max_skipped": 20, "evaluate_every": 0, "evaluate_images": 1000, "wandb": ""},
     "mesh": {"data": -1, "fsdp": 1},
-    "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0},
+    "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0, "refine": 0},
     "evaluate": {
         "features": "inception",
         "weights": "",

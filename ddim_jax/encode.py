@@ -7,6 +7,7 @@ Without --images it takes the test split of the config's data set. Writes `laten
 The error is that of table 2: the mean square over pixels in [0, 1]. A run that was interrupted goes on where it was
 when the same command is given again.
 
+config.sample.refine solves each step, so that decoding returns the image itself.
 Encoding is deterministic, so eta must be 0, and nothing is clipped: what is clipped cannot be taken back.
 """
 
@@ -162,6 +163,7 @@ def fingerprint(
         "schedule": dataclasses.asdict(config.schedule),
         "model": dataclasses.asdict(config.model),
         "weights": found.digest,
+        **({"refine": config.sample.refine} if config.sample.refine else {}),
     }
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import samplers, schedule, sharding
+from ddim_jax import inversion, samplers, schedule, sharding
 from ddim_jax.config import Config, Process, network, noise_schedule
 from ddim_jax.data.scaling import to_uint8
 from ddim_jax.gaussian import EpsFn, clip_x0, threshold_x0
@@ -83,11 +83,15 @@ def encode(
     config: Config, process: Process, params: Any, mesh: Mesh, x_0: np.ndarray, labels: np.ndarray | None
 ) -> np.ndarray:
     """The latents x_T (B, H, W, C), float32 on the host, of images x_0 (B, H, W, C) in [-1, 1]: Eq. (13) up the levels
-    of the process's tau. B: a multiple of the devices. labels: (B,) ints for a network with classes.
+    of the process's tau, each step solved where config.sample.refine asks for it. B: a multiple of the devices. labels:
+    (B,) ints for a network with classes.
     """
     said, x_0 = eps_fn(config, params, _split(mesh, labels)), sharding.split_batch(mesh, x_0)
     noise = noise_schedule(config.schedule)
-    return sharding.to_host(samplers.invert(said, noise, process.tau, x_0, end=config.sample.tau_end))
+    end, refine = config.sample.tau_end, config.sample.refine
+    if refine:
+        return sharding.to_host(inversion.invert(said, noise, process.tau, x_0, refine, end).x_T)
+    return sharding.to_host(samplers.invert(said, noise, process.tau, x_0, end=end))
 
 
 def decode(

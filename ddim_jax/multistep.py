@@ -87,7 +87,7 @@ def _orders(name: str, order: int, known: Sequence[int]) -> None:
         raise ValueError(f"{name} has orders {', '.join(map(str, known))}, got {order}")
 
 
-def _sigma_bars(transition: Transition) -> tuple[Array, Array]:
+def sigma_bars(transition: Transition) -> tuple[Array, Array]:
     """sigma_bar at t and at s."""
     return (
         jnp.sqrt(transition.one_minus_alpha_bar_t / transition.alpha_bar_t),
@@ -95,7 +95,7 @@ def _sigma_bars(transition: Transition) -> tuple[Array, Array]:
     )
 
 
-def _moved(x_t: Array, transition: Transition, grown: Array) -> Array:
+def moved(x_t: Array, transition: Transition, grown: Array) -> Array:
     """x_s, where x_bar grows by that."""
     return jnp.sqrt(transition.alpha_bar_s) * (x_t / jnp.sqrt(transition.alpha_bar_t) + grown)
 
@@ -120,13 +120,13 @@ class AdamsBashforth:
         return jnp.zeros((), jnp.int32), _empty(x, self.order)  # steps done
 
     def step(self, x_t, state, transition, eps_fn, noise):
-        (done, memory), (begin, end) = state, _sigma_bars(transition)
+        (done, memory), (begin, end) = state, sigma_bars(transition)
         memory = _with(memory, begin, eps_fn(x_t, transition.t))
-        ahead = _moved(x_t, transition, _integral(polynomial(memory), end - begin))
+        ahead = moved(x_t, transition, _integral(polynomial(memory), end - begin))
 
         def corrected(_):
             more = _with(memory, end, eps_fn(ahead, transition.s))
-            return _moved(x_t, transition, -_integral(polynomial(more), begin - end))
+            return moved(x_t, transition, -_integral(polynomial(more), begin - end))
 
         x_s = jax.lax.cond(done < self.order - 1, corrected, lambda _: ahead, None)
         return x_s, (done + 1, _without_last(memory))
@@ -163,13 +163,13 @@ class PLMS(NamedTuple):
 
     def step(self, x_t, state, transition, eps_fn, noise):
         done, before = state
-        eps, (begin, end) = eps_fn(x_t, transition.t), _sigma_bars(transition)
-        euler = _moved(x_t, transition, (end - begin) * eps)
+        eps, (begin, end) = eps_fn(x_t, transition.t), sigma_bars(transition)
+        euler = moved(x_t, transition, (end - begin) * eps)
         weights = jnp.asarray(PLMS_WEIGHTS, x_t.dtype)[jnp.minimum(done, 3)]
         first = lambda _: (eps + eps_fn(euler, transition.s)) / 2
         later = lambda _: sum(weights[k] * said for k, said in enumerate((eps, *before)))
         mixed = jax.lax.cond(done == 0, first, later, None)
-        return _moved(x_t, transition, (end - begin) * mixed), (done + 1, (eps, *before[:-1]))
+        return moved(x_t, transition, (end - begin) * mixed), (done + 1, (eps, *before[:-1]))
 
 
 PLMS_WEIGHTS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
@@ -194,9 +194,9 @@ class Heun(NamedTuple):
         return ()
 
     def step(self, x_t, state, transition, eps_fn, noise):
-        eps, (begin, end) = eps_fn(x_t, transition.t), _sigma_bars(transition)
-        euler = _moved(x_t, transition, (end - begin) * eps)
-        twice = lambda _: _moved(x_t, transition, (end - begin) * (eps + eps_fn(euler, transition.s)) / 2)
+        eps, (begin, end) = eps_fn(x_t, transition.t), sigma_bars(transition)
+        euler = moved(x_t, transition, (end - begin) * eps)
+        twice = lambda _: moved(x_t, transition, (end - begin) * (eps + eps_fn(euler, transition.s)) / 2)
         return jax.lax.cond(end > 0, twice, lambda _: euler, None), state
 
 

@@ -84,7 +84,7 @@ def default_folder(config: Config, workdir: str | None) -> pathlib.Path:
 def fingerprint(config: Config, process: Process, found: weights.Weights) -> dict[str, Any]:
     """All that the images depend on. Not the batch size: it does not change them."""
     sample = dataclasses.asdict(config.sample) | {"tau": process.tau.tolist()}
-    del sample["batch_size"], sample["steps"]
+    del sample["batch_size"], sample["steps"], sample["refine"]
     schedule, model = dataclasses.asdict(config.schedule), dataclasses.asdict(config.model)
     return {"sample": sample, "schedule": schedule, "model": model, "weights": found.digest}
 

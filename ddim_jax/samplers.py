@@ -142,6 +142,13 @@ def integrate(sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Arra
     drawn: ValueError if the sampler is stochastic. Memory does not grow with S, and a new S is the only thing
     that compiles again.
     """
+    return run(sampler, eps_fn, transitions, x, key)[0]
+
+
+def run(
+    sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None
+) -> tuple[Array, Any]:
+    """`integrate` that also returns the sampler's last state: what it has to tell of the run."""
     return _run(sampler, eps_fn, transitions, x, key, keep=False)[0]
 
 
@@ -149,7 +156,7 @@ def trajectory(
     sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None
 ) -> tuple[Array, Trajectory]:
     """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S."""
-    last, (states, x_0) = _run(sampler, eps_fn, transitions, x, key, keep=True)
+    (last, _), (states, x_0) = _run(sampler, eps_fn, transitions, x, key, keep=True)
     return last, Trajectory(jnp.concatenate([jnp.asarray(x)[None], states]), x_0)
 
 
@@ -224,8 +231,7 @@ def _scan(sampler, eps_fn, transitions, x, keys, *, keep):
         kept = (x_s, gaussian.predict_x0(x_t, said[0], transition.level_t)) if keep else None
         return (x_s.astype(x.dtype), state), kept
 
-    (last, _), kept = jax.lax.scan(body, (x, sampler.init(x)), transitions)
-    return last, kept
+    return jax.lax.scan(body, (x, sampler.init(x)), transitions)
 
 
 def _typed(key):

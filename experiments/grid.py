@@ -21,7 +21,7 @@ OPTIONS = common.OPTIONS | {
     "steps": (",".join(map(str, paper.STEPS)), "The columns: values of S."),
     "sweep": ([], "A further axis, FIELD=VALUE,VALUE: any field of the config. Values with commas: separate by ;"),
 }
-VARIED = ("sampler", "eta", "steps", "num_images", "batch_size")  # by the axes, or without effect
+VARIED = ("sampler", "eta", "steps", "num_images", "batch_size", "refine")  # by the axes, or without effect
 
 
 def places(etas: str, steps: str, sweeps: Iterable[str] = ()) -> list[dict[str, Any]]:

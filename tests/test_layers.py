@@ -16,6 +16,7 @@ ALLOWED = {
     "trajectory": ({"schedule", "gaussian"}, CORE),
     "samplers": ({"schedule", "gaussian", "trajectory"}, CORE),
     "multistep": ({"schedule", "gaussian", "trajectory"}, CORE),
+    "inversion": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
     "latent": ({"schedule"}, CORE),
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers", "multistep"}, CORE),
@@ -44,7 +45,7 @@ ALLOWED = {
         {"config", "images", "sharding", "update"},
         CORE | {"tensorboardX", "tqdm", "wandb"},
     ),
-    "generate": ({"config", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
+    "generate": ({"config", "inversion", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
     "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
     "cli": ({"config", "checkpoint", "sharding", "weights"}, {"absl", "ml_collections"}),
 }

@@ -1,0 +1,114 @@
+"""Encoding that decodes to the image: each step of Eq. (13) upwards solved as the equation that it is.
+
+Decoding takes x_s to x_t, t < s, with the eps at x_s. The paper's encoding, `samplers.invert`, takes the eps at x_t
+instead, because x_s is not known yet; its error falls like 1/S. Here x_s is the fixed point of
+`x_s = sqrt(ab_s) (x_t / sqrt(ab_t) + (sigma_bar_s - sigma_bar_t) eps(x_s, s))`, found to a residual that is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_static
+
+from ddim_jax import samplers
+from ddim_jax import trajectory as tau_lib
+from ddim_jax.gaussian import EpsFn
+from ddim_jax.multistep import moved, sigma_bars
+from ddim_jax.schedule import Array, NoiseSchedule
+from ddim_jax.trajectory import Transitions
+
+MEMORY = 5  # differences of iterates that are mixed
+
+
+class Inverted(NamedTuple):
+    x_T: Array  # (B, ...)
+    residual: Array  # (B,): root of the mean square by which x_s misses its equation, the largest of all steps
+
+
+def invert(
+    eps_fn: EpsFn, noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, refine: int = 10, end: int = 0
+) -> Inverted:
+    """Encodes images into latents whose DDIM decoding over the same tau is the image again, as far as the residual is
+    small.
+
+    refine: iterations in each step, one network call each, beside the explicit one that they begin with. Where a step
+    has no fixed point nearby, as the first often has not (what decoding removes altogether cannot be encoded), the
+    iterate with the smallest residual is kept. end: the level of x_0 that tau begins with.
+    """
+    x_T, residual = samplers.run(Implicit(refine), eps_fn, tau_lib.ascend(noise_schedule, tau, end), x_0)
+    return Inverted(x_T, residual)
+
+
+@register_static
+@dataclasses.dataclass(frozen=True)
+class Implicit:
+    """The steps of encoding; its state is the largest residual so far, (B,)."""
+
+    refine: int
+
+    stochastic = False
+
+    def check(self, transitions: Transitions) -> None:
+        if self.refine < 1:
+            raise ValueError(f"refine must be at least 1, got {self.refine}")
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in transitions):
+            if (np.asarray(transitions.s) < np.asarray(transitions.t)).any():
+                raise ValueError("an implicit step encodes: it must ascend")
+
+    def init(self, x: Array) -> Array:
+        return jnp.zeros(x.shape[0], x.dtype)
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        begin, end = sigma_bars(transition)
+        explicit = moved(x_t, transition, (end - begin) * eps_fn(x_t, transition.t))
+        equation = lambda x: moved(x_t, transition, (end - begin) * eps_fn(x, transition.s))
+        x_s, residual = fixed_point(equation, explicit, self.refine)
+        return x_s, jnp.maximum(state, residual)
+
+
+class _Iterate(NamedTuple):
+    x: Array  # (B, ...)
+    error: Array  # (B, ...): f(x) - x
+
+
+def fixed_point(f: Callable[[Array], Array], x: Array, iterations: int) -> tuple[Array, Array]:
+    """x with f(x) = x by Anderson's mixing (Walker and Ni 2011), for each image (B, ...) on its own, and the root mean
+    square of f(x) - x, (B,).
+
+    It goes on from the best iterate so far; what the worse ones told is not lost.
+    """
+    flat = lambda a: a.reshape(*a.shape[: a.ndim - x.ndim + 1], -1)  # (..., B, d)
+    size = lambda a: jnp.sqrt(jnp.mean(flat(a) ** 2, axis=-1))  # (B,)
+    choose = lambda where, a, b: jnp.where(where.reshape(-1, *[1] * (x.ndim - 1)), a, b)
+
+    def iterate(carry, _):
+        now, last, moves, best, known = carry
+        now = _Iterate(now, f(now) - now)
+        better = size(now.error) < known
+        best = _Iterate(choose(better, now.x, best.x), choose(better, now.error, best.error))
+        known = jnp.minimum(known, size(now.error))
+        moves = jax.tree.map(lambda many, a, b: jnp.concatenate([(a - b)[None], many[:-1]]), moves, now, last)
+        mixed = jnp.einsum("mb,mb...->b...", _weights(flat(moves.error), flat(best.error)), moves.x + moves.error)
+        return (best.x + best.error - mixed, now, moves, best, known), None
+
+    start = _Iterate(x, jnp.zeros_like(x))
+    first = _Iterate(x, f(x) - x)
+    none = jax.tree.map(lambda leaf: jnp.zeros((MEMORY, *leaf.shape), leaf.dtype), start)
+    carry = (x + first.error, first, none, first, size(first.error))
+    (_, _, _, best, known), _ = jax.lax.scan(iterate, carry, length=iterations - 1)
+    return best.x, known
+
+
+def _weights(moves: Array, error: Array) -> Array:
+    """w (m, B) for which `error - sum_m w_m moves_m` is smallest, moves (m, B, d); moves of nothing get 0."""
+    products = jnp.einsum("mbd,nbd->bmn", moves, moves)
+    scale = jnp.trace(products, axis1=1, axis2=2)[:, None, None]
+    small = jnp.finfo(products.dtype).eps * 10 * scale + jnp.finfo(products.dtype).tiny
+    right = jnp.einsum("mbd,bd->bm", moves, error)
+    return jnp.linalg.solve(products + small * jnp.eye(len(moves))[None], right[..., None])[..., 0].T
