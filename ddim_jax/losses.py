@@ -1,12 +1,15 @@
-"""The training objective, Eq. (5)."""
+"""The objectives: L_gamma of Eq. (5), which trains, and J_sigma of Eq. (11), the bound that it stands for."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddim_jax import gaussian
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.schedule import Array, Level, level_at
+from ddim_jax.trajectory import Transitions
 
 # gamma as a function of the level. One network trained with any gamma > 0 serves all sampling processes (Theorem 1).
 GAMMAS = {
@@ -26,3 +29,93 @@ def l_gamma(eps_fn: EpsFn, table: Level, x_0: Array, t: Array, eps: Array, gamma
     level = level_at(table, t, x_0)
     error = eps_fn(gaussian.q_marginal(x_0, eps, level), t) - eps
     return jnp.mean(GAMMAS[gamma](level) * error**2, axis=tuple(range(1, x_0.ndim)))
+
+
+def gamma_exact(transitions: Transitions, sigma2: Array) -> np.ndarray:
+    """The weights for which Theorem 1 holds: `J_sigma = L_gamma + C`, with the error of eps summed over dimensions, not
+    averaged. (S,), on the host in float64.
+
+    The means of q_sigma(x_s | x_t, x_0) and of the same with the predicted f differ by `c (x_0 - f)`,
+    `c = sqrt(ab_s) - sqrt((1 - ab_s - sigma^2) ab_t / (1 - ab_t))`, so that
+    `gamma_t = c^2 (1 - ab_t) / (2 sigma^2 ab_t)`. To the image, where x_0 itself is told by N(f, sigma^2), c is 1.
+    transitions: `descend` to 0. sigma2: (S,), above 0; the last is the decoder's variance.
+    """
+    t = transitions
+    room = np.maximum(t.one_minus_alpha_bar_s - sigma2, 0)
+    c = np.sqrt(t.alpha_bar_s) - np.sqrt(room * t.alpha_bar_t / t.one_minus_alpha_bar_t)
+    return np.where(t.s > 0, c, 1.0) ** 2 * t.one_minus_alpha_bar_t / (2 * sigma2 * t.alpha_bar_t)
+
+
+def gamma_paper(transitions: Transitions, sigma2: Array, dimension: int) -> np.ndarray:
+    """The weights that the paper prints with Theorem 1, `1 / (2 d sigma^2 alpha_bar_t)`, (S,).
+
+    They leave c, and 1 - alpha_bar_t, out of `gamma_exact`, so J_sigma is not L_gamma with them. The theorem's use does
+    not depend on it: where every level has a network of its own, all gamma > 0 have the same optimum.
+    """
+    return 1 / (2 * dimension * sigma2 * transitions.alpha_bar_t)
+
+
+def decoder_nats(x_0: Array, mean: Array, sigma2: Array) -> Array:
+    """`-log N(x_0; mean, sigma^2 I)`, the paper's decoder at t = 1, in nats of a density. (B,)"""
+    each = (x_0 - mean) ** 2 / (2 * sigma2) + jnp.log(2 * jnp.pi * sigma2) / 2
+    return jnp.sum(each, axis=tuple(range(1, x_0.ndim)))
+
+
+def decoder_nats_of_pixels(x_0: Array, mean: Array, sigma2: Array) -> Array:
+    """The same for pixels: minus the log of the Gaussian's mass in each value's bin of width 2/255, the first and the
+    last bin open (Ho et al. 2020, Eq. 13). x_0: (B, ...), the 256 values of `scaling.to_unit`. (B,)
+    """
+    std = jnp.sqrt(sigma2)
+    upper, lower = (x_0 - mean + 1 / 255) / std, (x_0 - mean - 1 / 255) / std
+    below, above = jax.scipy.special.log_ndtr(upper), jax.scipy.special.log_ndtr(-lower)
+    # log(ndtr(upper) - ndtr(lower)), from the side on which it does not cancel
+    left, right = jnp.where(lower > 0, -upper, lower), jnp.where(lower > 0, -lower, upper)
+    low, high = jax.scipy.special.log_ndtr(left), jax.scipy.special.log_ndtr(right)
+    between = high + jnp.log1p(-jnp.exp(jnp.minimum(low - high, -1e-7)))
+    log_mass = jnp.where(x_0 < -0.999, below, jnp.where(x_0 > 0.999, above, between))
+    return -jnp.sum(log_mass, axis=tuple(range(1, x_0.ndim)))
+
+
+DECODERS = {"gaussian": decoder_nats, "pixels": decoder_nats_of_pixels}
+
+
+def sigma2_of(transitions: Transitions, eta: float) -> np.ndarray:
+    """sigma^2 of every step, (S,), on the host: Eq. (16), but `1 - ab_t` to the image, where (16) is 0: beta_1 of
+    DDPM where the step is from level 1.
+    """
+    return np.where(transitions.s > 0, gaussian.sigma_squared(eta, transitions), transitions.one_minus_alpha_bar_t)
+
+
+def j_sigma(
+    eps_fn: EpsFn, transitions: Transitions, x_0: Array, key: Array, eta: float = 1.0, decoder: str = "gaussian"
+) -> Array:
+    """The objective of Theorem 1, Eq. (11): an upper bound of `-log p(x_0)` in nats, (B,), estimated with one draw of
+    every x_t.
+
+    `E_q[log q_sigma(x_1:T | x_0) - log p(x_0:T)] = KL(q(x_T | x_0) || p(x_T)) + sum KL(q_sigma(x_s | x_t, x_0) ||
+    q_sigma(x_s | x_t, f)) - log p(x_0 | x_1)`. transitions: `descend` to 0, leaves (S,). x_0: (B, ...). key: one key.
+    eta: above 0, for at 0 q_sigma is not a density. decoder: "gaussian", or "pixels" for images of 256 values; with
+    these `nats / (d log 2)` are bits per dimension. ValueError for another eta or decoder.
+    """
+    if not eta > 0:
+        raise ValueError(f"eta must be above 0: J_sigma is infinite at 0, got {eta}")
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+    x_0, sigma2 = jnp.asarray(x_0), sigma2_of(transitions, eta)
+    floats = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x_0.dtype)
+    steps = transitions, sigma2, gamma_exact(transitions, sigma2)
+    steps = jax.tree.map(lambda leaf: floats(jnp.asarray(leaf)), steps)
+    axes = tuple(range(1, x_0.ndim))
+    alpha_bar, one_minus = steps[0].alpha_bar_t[0], steps[0].one_minus_alpha_bar_t[0]
+    prior = (alpha_bar * x_0**2 - alpha_bar - jnp.log(one_minus)) / 2
+
+    def body(total, step):
+        transition, sigma2, gamma = step
+        eps = jax.random.normal(jax.random.fold_in(key, transition.t), x_0.shape, x_0.dtype)
+        x_t = gaussian.q_marginal(x_0, eps, transition.level_t)
+        said = eps_fn(x_t, transition.t)
+        kl = gamma * jnp.sum((said - eps) ** 2, axis=axes)
+        told = DECODERS[decoder](x_0, gaussian.predict_x0(x_t, said, transition.level_t), sigma2)
+        return total + jnp.where(transition.s > 0, kl, told), None
+
+    return jax.lax.scan(body, jnp.sum(prior, axis=axes), steps)[0]

@@ -12,10 +12,12 @@ CORE = {"jax", "numpy"}
 ALLOWED = {
     "schedule": (set(), CORE),
     "gaussian": ({"schedule"}, CORE),
-    "losses": ({"schedule", "gaussian"}, CORE),
     "trajectory": ({"schedule", "gaussian"}, CORE),
+    "losses": ({"schedule", "gaussian", "trajectory"}, CORE),
     "samplers": ({"schedule", "gaussian", "trajectory"}, CORE),
     "multistep": ({"schedule", "gaussian", "trajectory"}, CORE),
+    "ode": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
+    "inference": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "inversion": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
     "latent": ({"schedule"}, CORE),
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
@@ -116,6 +118,7 @@ class Refuse:
         if name.split(".")[0] in REFUSED:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-from ddim_jax import gaussian, latent, losses, oracle, registry, samplers, schedule, trajectory
+from ddim_jax import gaussian, inference, inversion, latent, losses, multistep, ode, oracle, registry, samplers
+from ddim_jax import schedule, trajectory
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddim_jax import gaussian, losses, oracle, schedule
+from ddim_jax import gaussian, losses, oracle, schedule, trajectory
 
 LINEAR = schedule.linear()
 TABLE = schedule.levels(LINEAR)
@@ -54,3 +54,100 @@ def test_the_network_is_asked_about_x_t():
     alpha_bar = LINEAR.alpha_bar[np.asarray(t)]
     np.testing.assert_allclose(seen["x"][:, 0, 0, 0], np.sqrt(alpha_bar) + 2 * np.sqrt(1 - alpha_bar), rtol=1e-5)
     assert (seen["t"] == t).all()
+
+
+# --- J_sigma ---
+
+
+def random_eps_fns():
+    weights = np.random.default_rng(0).normal(size=(3, 3))
+    return [lambda x, t, w=w: jnp.tanh(w[0] * x + w[1]) * w[2] + 0.001 * t for w in weights]
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_theorem_one(eta, x64):
+    """J_sigma, from the means of both Gaussians of every step, is L_gamma with the exact weights, and one constant, for
+    whatever the network says.
+    """
+    transitions = trajectory.descend(LINEAR, trajectory.quadratic(1000, 12))
+    sigma2 = losses.sigma2_of(transitions, eta)
+    x_0, key = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3))), jax.random.key(2)
+    constants = []
+    for eps_fn in random_eps_fns():
+        bound, weighted = 0.0, 0.0
+        for i, gamma in enumerate(losses.gamma_exact(transitions, sigma2)):
+            step = jax.tree.map(lambda leaf, i=i: leaf[i], transitions)
+            eps = jax.random.normal(jax.random.fold_in(key, step.t), x_0.shape)
+            x_t = gaussian.q_marginal(x_0, eps, step.level_t)
+            said = eps_fn(x_t, step.t)
+            f = gaussian.predict_x0(x_t, said, step.level_t)
+            if step.s:
+                (true, variance), (told, _) = (gaussian.q_sigma(x_t, x, step, sigma2[i]) for x in (x_0, f))
+                bound += ((true - told) ** 2).sum(1) / (2 * variance)
+            else:
+                density = -((x_0 - f) ** 2) / (2 * sigma2[i]) - np.log(2 * np.pi * sigma2[i]) / 2
+                bound -= density.sum(1)
+            weighted += gamma * ((said - eps) ** 2).sum(1)
+        first = jax.tree.map(lambda leaf: leaf[0], transitions)
+        variance = first.one_minus_alpha_bar_t
+        bound += (first.alpha_bar_t * x_0**2 + variance - 1 - np.log(variance)).sum(1) / 2
+        found = losses.j_sigma(eps_fn, transitions, x_0, key, eta)
+        np.testing.assert_allclose(found, bound, rtol=1e-10)
+        constants.append(np.asarray(found - weighted))
+    np.testing.assert_allclose(constants[1:], [constants[0]] * 2, rtol=1e-8)
+
+
+def test_the_exact_weights_are_ho_s_at_eta_one():
+    """`beta^2 / (2 sigma^2 (1 - beta) (1 - ab))` (Ho et al. 2020, Eq. 12); what the paper prints is far from it."""
+    transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 1000))
+    sigma2 = losses.sigma2_of(transitions, 1.0)
+    beta, ab = transitions.beta[:-1], transitions.alpha_bar_t[:-1]
+    exact = losses.gamma_exact(transitions, sigma2)
+    np.testing.assert_allclose(exact[:-1], beta**2 / (2 * sigma2[:-1] * (1 - beta) * (1 - ab)), rtol=1e-8)
+    assert (losses.gamma_paper(transitions, sigma2, 1)[:-1] / exact[:-1]).min() > 1000
+
+
+@pytest.mark.parametrize("S", [10, 1000])
+def test_the_bound_of_gaussian_data(S, x64):
+    """Its mean in closed form, with the exact eps, whose error at t is `ab s^2 / (ab s^2 + 1 - ab)`; above -log p."""
+    mean, std, count = 0.3, 0.5, 4000
+    transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, S))
+    sigma2, ab, one_minus = (
+        losses.sigma2_of(transitions, 1.0),
+        transitions.alpha_bar_t,
+        transitions.one_minus_alpha_bar_t,
+    )
+    errors = ab * std**2 / (ab * std**2 + one_minus)
+    prior = (ab[0] * (mean**2 + std**2) + one_minus[0] - 1 - np.log(one_minus[0])) / 2
+    expected = prior + (losses.gamma_exact(transitions, sigma2) * errors).sum() + np.log(2 * np.pi * sigma2[-1]) / 2
+    x_0 = jnp.asarray(np.random.default_rng(0).normal(mean, std, (count, 1)))
+    bounds = np.asarray(losses.j_sigma(oracle.gaussian(LINEAR, mean, std), transitions, x_0, KEY))
+    assert bounds.mean() == pytest.approx(expected, abs=5 * bounds.std() / np.sqrt(count))
+    assert expected > (np.log(2 * np.pi * std**2) + 1) / 2  # the entropy of the data
+
+
+KEY = jax.random.key(3)
+
+
+@pytest.mark.parametrize("std", [0.5, 0.01, 0.002])
+def test_the_masses_of_pixels_add_up_to_one(std):
+    values = jnp.asarray(np.arange(256) / 127.5 - 1, jnp.float32)[:, None]
+    for mean in (-1.2, -0.999, 0.003, 0.7, 1.0):
+        nats = losses.decoder_nats_of_pixels(values, jnp.float32(mean), jnp.float32(std**2))
+        assert np.isfinite(nats).all() and float(jnp.exp(-nats).sum()) == pytest.approx(1, abs=2e-3)
+
+
+def test_a_bin_has_the_density_times_its_width():
+    """Where the Gaussian is wide beside the bins."""
+    values = jnp.asarray(np.arange(100, 150) / 127.5 - 1, jnp.float32)[:, None]
+    pixels = losses.decoder_nats_of_pixels(values, jnp.float32(0.1), jnp.float32(0.04))
+    density = losses.decoder_nats(values, jnp.float32(0.1), jnp.float32(0.04))
+    np.testing.assert_allclose(pixels, density - np.log(2 / 255), atol=2e-3)
+
+
+def test_mistakes_of_j_sigma():
+    transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
+    with pytest.raises(ValueError, match="eta must be above 0: J_sigma is infinite at 0, got 0"):
+        losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY, eta=0.0)
+    with pytest.raises(ValueError, match="decoder must be one of gaussian, pixels, got 'laplace'"):
+        losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY, decoder="laplace")

@@ -1,0 +1,66 @@
+"""Section 4.3: DDIM as Euler in sigma_bar, the probability flow beside it, and likelihoods."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddim_jax import ode, oracle, samplers, schedule, trajectory
+
+LINEAR = schedule.linear()
+
+
+@pytest.mark.parametrize("S", [1, 7, 100])
+def test_ddim_is_euler_in_sigma_bar(S, x64):
+    eps_fn = lambda x, t: jnp.sin(3 * x) + 0.1 * jnp.cos(0.01 * t) * x
+    x, transitions = (
+        jax.random.normal(jax.random.key(0), (5, 4)),
+        trajectory.descend(LINEAR, trajectory.uniform(1000, S)),
+    )
+    ddim, euler = (samplers.integrate(one, eps_fn, transitions, x) for one in (samplers.ddim(), ode.SigmaEuler()))
+    np.testing.assert_allclose(ddim, euler, rtol=1e-12, atol=1e-12)
+
+
+# The standard deviation that remains of data N(0, 0.5^2), T = 1000, uniform tau: a step is linear in x, so it is the
+# product of its slopes. Computed in float64 with NumPy, from the equations, apart from this code.
+REMAINS = {"ddim": (0.370, 0.431, 0.471, 0.485, 0.498), "flow": (2.885, 1.272, 0.732, 0.605, 0.510)}
+
+
+@pytest.mark.parametrize("name", REMAINS)
+def test_steps_in_t_need_many_more(name, x64):
+    sampler = samplers.ddim() if name == "ddim" else ode.FlowEuler()
+    eps_fn = oracle.gaussian(LINEAR, 0.0, 0.5)
+    for S, expected in zip((10, 20, 50, 100, 1000), REMAINS[name], strict=True):
+        transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, S))
+        slope = samplers.integrate(sampler, eps_fn, transitions, jnp.ones((1, 1)))
+        assert abs(float(slope[0, 0])) == pytest.approx(expected, abs=6e-4)
+
+
+def test_the_flow_cannot_leave_the_image():
+    with pytest.raises(ValueError, match="no step from level 0"):
+        transitions = trajectory.ascend(LINEAR, trajectory.uniform(1000, 5))
+        samplers.integrate(ode.FlowEuler(), lambda x, t: x, transitions, jnp.ones((1, 1)))
+
+
+def normal(x, mean, std):
+    return (-((x - mean) ** 2) / (2 * std**2) - np.log(2 * np.pi * std**2) / 2).sum(1)
+
+
+def test_the_likelihood_of_gaussian_data(x64):
+    """Against the density of the data, and, sharper, against that of what the exact flow makes of N(0, I)."""
+    mean, std = np.array([0.3, -1.0, 0.1]), np.array([0.5, 0.2, 1.5])
+    x_0 = jnp.asarray(mean + std * np.random.default_rng(0).normal(size=(5, 3)))
+    found = ode.log_likelihood(oracle.gaussian(LINEAR, mean, std), LINEAR, trajectory.uniform(1000, 1000), x_0)
+    np.testing.assert_allclose(found, normal(np.asarray(x_0), mean, std), atol=0.05)
+    alpha_bar = LINEAR.alpha_bar[1000]  # the flow is affine: x_0 = mean + std (x_T - sqrt(ab) mean) / scale
+    scale = np.sqrt(alpha_bar * std**2 + 1 - alpha_bar)
+    flow = normal(np.asarray(x_0), mean - std * np.sqrt(alpha_bar) * mean / scale, std / scale)
+    np.testing.assert_allclose(found, flow, atol=0.01)
+
+
+def test_the_trace_by_noise_is_right_in_the_mean():
+    x_0 = jnp.tile(jnp.array([[0.4, -0.3]]), (3000, 1))
+    args = oracle.gaussian(LINEAR, 0.3, 0.5), LINEAR, trajectory.uniform(1000, 50)
+    exact, drawn = ode.log_likelihood(*args, x_0[:1]), ode.log_likelihood(*args, x_0, jax.random.key(0))
+    assert drawn.shape == (3000,) and float(drawn.std()) > 0.05
+    assert float(drawn.mean()) == pytest.approx(float(exact[0]), abs=5 * float(drawn.std()) / np.sqrt(3000))
