@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import inversion, samplers, schedule, sharding
+from ddim_jax import inversion, losses, samplers, schedule, sharding
 from ddim_jax.config import Config, Process, network, noise_schedule
-from ddim_jax.data.scaling import to_uint8
+from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.gaussian import EpsFn, clip_x0, threshold_x0
 from ddim_jax.models import adapter
 
@@ -104,6 +104,19 @@ def decode(
     return sharding.to_host(
         samplers.integrate(process.sampler, said, process.transitions, sharding.split_batch(mesh, x_T))
     )
+
+
+def bound(
+    config: Config, process: Process, params: Any, mesh: Mesh, images: np.ndarray, index: np.ndarray, labels: Any
+) -> np.ndarray:
+    """J_sigma of pixels (B, H, W, C) uint8 in nats, (B,): what images index (B,) cost at most under the process's tau
+    and config.sample.eta. The draws of image i depend on (config.sample.seed, i) alone. ValueError for an eta of 0.
+    """
+    said = eps_fn(config, params, _split(mesh, labels))
+    keys = _image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
+    x_0 = sharding.split_batch(mesh, to_unit(images))
+    nats = losses.j_sigma(said, process.transitions, x_0, keys, config.sample.eta, "pixels")
+    return np.asarray(sharding.to_host(nats), np.float64)
 
 
 def _split(mesh: Mesh, labels: np.ndarray | None) -> jax.Array | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from ddim_jax import gaussian
 from ddim_jax.gaussian import EpsFn
@@ -87,23 +90,30 @@ def sigma2_of(transitions: Transitions, eta: float) -> np.ndarray:
 
 
 def j_sigma(
-    eps_fn: EpsFn, transitions: Transitions, x_0: Array, key: Array, eta: float = 1.0, decoder: str = "gaussian"
+    eps_fn: EpsFn, transitions: Transitions, x_0: Array, keys: Array, eta: float = 1.0, decoder: str = "gaussian"
 ) -> Array:
     """The objective of Theorem 1, Eq. (11): an upper bound of `-log p(x_0)` in nats, (B,), estimated with one draw of
     every x_t.
 
     `E_q[log q_sigma(x_1:T | x_0) - log p(x_0:T)] = KL(q(x_T | x_0) || p(x_T)) + sum KL(q_sigma(x_s | x_t, x_0) ||
-    q_sigma(x_s | x_t, f)) - log p(x_0 | x_1)`. transitions: `descend` to 0, leaves (S,). x_0: (B, ...). key: one key.
-    eta: above 0, for at 0 q_sigma is not a density. decoder: "gaussian", or "pixels" for images of 256 values; with
-    these `nats / (d log 2)` are bits per dimension. ValueError for another eta or decoder.
+    q_sigma(x_s | x_t, f)) - log p(x_0 | x_1)`. transitions: `descend` to 0, on the host. x_0: (B, ...). keys: (B,), one
+    for each image, as of `samplers.image_keys`. eta: above 0, for at 0 q_sigma is not a density. decoder: "gaussian",
+    or "pixels" for images of 256 values; with these `nats / (d log 2)` are bits per dimension. ValueError for another
+    eta or decoder.
     """
     if not eta > 0:
         raise ValueError(f"eta must be above 0: J_sigma is infinite at 0, got {eta}")
     if decoder not in DECODERS:
         raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-    x_0, sigma2 = jnp.asarray(x_0), sigma2_of(transitions, eta)
+    sigma2 = sigma2_of(transitions, eta)
+    if jax.tree_util.all_leaves([eps_fn]):  # a plain function is no pytree yet
+        eps_fn = Partial(eps_fn)
+    return _bound(eps_fn, (transitions, sigma2, gamma_exact(transitions, sigma2)), jnp.asarray(x_0), keys, decoder)
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _bound(eps_fn, steps, x_0, keys, decoder):
     floats = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x_0.dtype)
-    steps = transitions, sigma2, gamma_exact(transitions, sigma2)
     steps = jax.tree.map(lambda leaf: floats(jnp.asarray(leaf)), steps)
     axes = tuple(range(1, x_0.ndim))
     alpha_bar, one_minus = steps[0].alpha_bar_t[0], steps[0].one_minus_alpha_bar_t[0]
@@ -111,7 +121,8 @@ def j_sigma(
 
     def body(total, step):
         transition, sigma2, gamma = step
-        eps = jax.random.normal(jax.random.fold_in(key, transition.t), x_0.shape, x_0.dtype)
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, transition.t), x_0.shape[1:], x_0.dtype)
+        eps = jax.vmap(draw)(keys)
         x_t = gaussian.q_marginal(x_0, eps, transition.level_t)
         said = eps_fn(x_t, transition.t)
         kl = gamma * jnp.sum((said - eps) ** 2, axis=axes)

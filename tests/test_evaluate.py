@@ -235,3 +235,34 @@ def test_statistics_tell_data_sets_of_tensorflow_datasets_apart():
     assert name(name="tfds", path="mnist") == "mnist" != name(name="tfds", path="lsun/bedroom")
     assert name(name="folder", path="/a/faces") == name(name="folder", path="b/faces") == "faces"
     assert name(name="cifar10") == "cifar10" and name(name="npz", path="") is None
+
+
+# --- the network itself ---
+
+BITS = (*DIGITS, "--metric=bits_per_dim", "--config.evaluate.split=test", "--config.evaluate.num_images=12")
+
+
+def bits(*args):
+    said = ok(run("ddim_jax.evaluate", *BITS, "--config.sample.steps=20", *args)).stdout
+    return float(said.split("bits_per_dim")[1].split()[0]), said
+
+
+def test_bits_per_dimension():
+    """Of images i, whatever the batch; fewer than the 8 of noise, and more than nothing."""
+    few, said = bits("--config.sample.eta=1", "--config.evaluate.batch_size=12")
+    again, _ = bits("--config.sample.eta=1", "--config.evaluate.batch_size=5")
+    assert "12 images (test), 20 steps, eta 1" in said and again == pytest.approx(few, rel=1e-4)
+    assert 1 < few < 8
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (("--metric=bits",), "--metric: 'bits' is not one of bits_per_dim (did you mean 'bits_per_dim'?)"),
+        ((), "config.sample.eta: must be above 0 for bits_per_dim, got 0.0"),
+        (("--config.sample.eta=1", "--config.sample.tau_end=5"), "config.sample.tau_end: must be 0"),
+        (("--config.sample.eta=1", "--config.data.name=npz"), "config.data: data set 'npz' needs a file"),
+    ],
+)
+def test_mistakes_of_bits_per_dimension(args, said):
+    assert said in error_line(run("ddim_jax.evaluate", *BITS, *args))

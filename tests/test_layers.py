@@ -47,7 +47,10 @@ ALLOWED = {
         {"config", "images", "sharding", "update"},
         CORE | {"tensorboardX", "tqdm", "wandb"},
     ),
-    "generate": ({"config", "inversion", "samplers", "schedule", "sharding", "data", "gaussian", "models"}, CORE),
+    "generate": (
+        {"config", "inversion", "losses", "samplers", "schedule", "sharding", "data", "gaussian", "models"},
+        CORE,
+    ),
     "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
     "cli": ({"config", "checkpoint", "sharding", "weights"}, {"absl", "ml_collections"}),
 }

@@ -71,13 +71,13 @@ def test_theorem_one(eta, x64):
     """
     transitions = trajectory.descend(LINEAR, trajectory.quadratic(1000, 12))
     sigma2 = losses.sigma2_of(transitions, eta)
-    x_0, key = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3))), jax.random.key(2)
+    x_0, keys = jnp.asarray(np.random.default_rng(1).normal(size=(4, 3))), jax.random.split(jax.random.key(2), 4)
     constants = []
     for eps_fn in random_eps_fns():
         bound, weighted = 0.0, 0.0
         for i, gamma in enumerate(losses.gamma_exact(transitions, sigma2)):
             step = jax.tree.map(lambda leaf, i=i: leaf[i], transitions)
-            eps = jax.random.normal(jax.random.fold_in(key, step.t), x_0.shape)
+            eps = jnp.stack([jax.random.normal(jax.random.fold_in(key, step.t), (3,)) for key in keys])
             x_t = gaussian.q_marginal(x_0, eps, step.level_t)
             said = eps_fn(x_t, step.t)
             f = gaussian.predict_x0(x_t, said, step.level_t)
@@ -91,7 +91,7 @@ def test_theorem_one(eta, x64):
         first = jax.tree.map(lambda leaf: leaf[0], transitions)
         variance = first.one_minus_alpha_bar_t
         bound += (first.alpha_bar_t * x_0**2 + variance - 1 - np.log(variance)).sum(1) / 2
-        found = losses.j_sigma(eps_fn, transitions, x_0, key, eta)
+        found = losses.j_sigma(eps_fn, transitions, x_0, keys, eta)
         np.testing.assert_allclose(found, bound, rtol=1e-10)
         constants.append(np.asarray(found - weighted))
     np.testing.assert_allclose(constants[1:], [constants[0]] * 2, rtol=1e-8)
@@ -121,7 +121,9 @@ def test_the_bound_of_gaussian_data(S, x64):
     prior = (ab[0] * (mean**2 + std**2) + one_minus[0] - 1 - np.log(one_minus[0])) / 2
     expected = prior + (losses.gamma_exact(transitions, sigma2) * errors).sum() + np.log(2 * np.pi * sigma2[-1]) / 2
     x_0 = jnp.asarray(np.random.default_rng(0).normal(mean, std, (count, 1)))
-    bounds = np.asarray(losses.j_sigma(oracle.gaussian(LINEAR, mean, std), transitions, x_0, KEY))
+    bounds = np.asarray(
+        losses.j_sigma(oracle.gaussian(LINEAR, mean, std), transitions, x_0, jax.random.split(KEY, count))
+    )
     assert bounds.mean() == pytest.approx(expected, abs=5 * bounds.std() / np.sqrt(count))
     assert expected > (np.log(2 * np.pi * std**2) + 1) / 2  # the entropy of the data
 
@@ -148,6 +150,6 @@ def test_a_bin_has_the_density_times_its_width():
 def test_mistakes_of_j_sigma():
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
     with pytest.raises(ValueError, match="eta must be above 0: J_sigma is infinite at 0, got 0"):
-        losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY, eta=0.0)
+        losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY[None], eta=0.0)
     with pytest.raises(ValueError, match="decoder must be one of gaussian, pixels, got 'laplace'"):
-        losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY, decoder="laplace")
+        losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY[None], decoder="laplace")
