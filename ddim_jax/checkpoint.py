@@ -13,6 +13,7 @@ import hashlib
 import pathlib
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,6 +119,7 @@ class Checkpoints:
     def _unwritable(self, error: Exception) -> CheckpointError:
         """What is wrong, in one line."""
         self._failed = True
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # the rest of that save
         whole = self.steps()
         said = str(error) or repr(error)
         full = "No space left" in said or "RESOURCE_EXHAUSTED" in said

@@ -125,7 +125,7 @@ class Log:
         """What else is known of a step: the numbers of an evaluation, pictures. The time since the last step does not
         count as training.
         """
-        if numbers:
+        if numbers and self._writers:
             self._bar.write(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in numbers.items()))
         self._write("evaluations.jsonl", step, numbers or {}, pictures)
         if self._since is not None:

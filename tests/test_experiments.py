@@ -216,7 +216,10 @@ def test_the_paper_s_value_and_the_difference():
 
 
 SCRIPTS = [
-    ("table3_lsun", ("--steps=5", "--config.evaluate.num_images=20"), [], "eta 1"),
+    pytest.param(
+        *("table3_lsun", ("--steps=5", "--config.evaluate.num_images=20"), [], "eta 1"),
+        marks=pytest.mark.slow,  # it is table 1
+    ),
     ("table2_reconstruction", ("--steps=5,10", "--count=12"), ["errors.png"], "std of the latents"),
     ("fig3_fig5_consistency", ("--steps=5,10", "--etas=0,1", "--count=9"), [], "twin is nearest"),
     ("fig4_wallclock", ("--steps=5,10,20", "--repeats=2", "--config.sample.batch_size=8"), [], "R^2 = "),
@@ -226,6 +229,7 @@ SCRIPTS = [
         ["random_lines.png", "random_grid.png", "encoded_lines.png", "encoded_grid.png"],
         "distance of the ends",
     ),
+    ("inversion", ("--explicit=5,10", "--solved=5", "--refine=2", "--count=9"), [], "iterations a step"),
     ("predicted_x0", ("--steps=5,10", "--count=9"), ["distances.png"], "one shot to image"),
     (
         "oracle_table1",

@@ -236,7 +236,7 @@ IMAGES = np.random.default_rng(0).normal(size=(50, 8, 8, 1))
     [
         oracle.gaussian(LINEAR, IMAGES[0], 0.5),
         oracle.mixture(LINEAR, IMAGES, np.full(50, 0.2)),
-        oracle.finite(LINEAR, IMAGES),
+        pytest.param(oracle.finite(LINEAR, IMAGES), marks=pytest.mark.slow),
     ],
     ids=["gaussian", "mixture", "finite"],
 )

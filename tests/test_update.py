@@ -217,7 +217,8 @@ def test_dropout_acts_in_training_and_differs_by_step(mesh):
 
 
 @pytest.mark.parametrize(
-    "prediction, gamma", [("eps", "one"), pytest.param("x0", "x0", marks=pytest.mark.slow), ("v", "v")]
+    "prediction, gamma",
+    [("eps", "one"), *(pytest.param(name, name, marks=pytest.mark.slow) for name in ("x0", "v"))],
 )
 def test_every_prediction_learns_the_digits(mesh, prediction, gamma):
     """60 small steps take a clear piece off the first loss."""
