@@ -193,7 +193,7 @@ def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
         "--config.sample.num_images=400",
         "--config.sample.batch_size=4",
         "--config.sample.eta=1",
-        "--config.sample.steps=100",
+        "--config.sample.steps=50",
     )
     ok(run(*args, "--out", tmp_path / "whole"))
     process = start(*args, "--out", tmp_path / "cut")

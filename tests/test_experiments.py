@@ -117,6 +117,7 @@ def test_a_reference_that_somebody_left_is_not_taken_for_ours(tmp_path):
     assert "already holds reference.npz" in said
 
 
+@pytest.mark.slow
 def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(table1, out)

@@ -51,7 +51,7 @@ def test_the_batch_size_changes_nothing(eta):
         )  # 1e-5, rounded to uint8
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(eta):
     from ddim_jax import samplers
 

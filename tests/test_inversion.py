@@ -61,6 +61,7 @@ def test_what_has_no_fixed_point_keeps_the_best():
     np.testing.assert_allclose(x, 1, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_digits_come_back_a_thousand_times_nearer():
     """The trained network at S = 20: mean square error of the explicit scheme over that of solved steps."""
     config = config_lib.parse(digits.get_config().to_dict())

@@ -287,6 +287,7 @@ def test_a_config_saved_by_an_earlier_version_is_read():
 # --- the commands ---
 
 
+@pytest.mark.slow
 def test_sampling_it_is_sampling_the_run_that_it_was(original, tmp_path):
     """One folder, one file and one run of the same network: one set of images, and nothing to match by hand."""
     images = []

@@ -404,6 +404,7 @@ def test_the_dtype_of_x_is_kept(dtype, x64):
         assert out.dtype == dtype
 
 
+@pytest.mark.slow
 def test_every_sampler_keeps_a_gaussian_marginal_at_full_length():
     """What every entry of SAMPLERS must do to be one: 1,000 steps of the oracle give the data back."""
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(20_000))

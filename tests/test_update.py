@@ -57,6 +57,7 @@ def train(mesh, steps, model=MODEL, optimizer=ADAM, state=None, first=0, **optio
     return state, metrics
 
 
+@pytest.mark.slow
 def test_eight_devices_have_one_s_parameters():
     """Under plain descent, because Adam turns the rounding error of a gradient that is 0, such as that of the
     attention's key bias, into steps of full size.
@@ -117,6 +118,7 @@ def test_the_collectives_of_an_update():
     assert {"all-reduce", "all-gather"} <= found[8] <= {"all-reduce", "all-gather", "reduce-scatter"}, found
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_batch():
     """Without dropout, whose masks each part has of its own; one device against eight."""
     model = MODEL.clone(dropout=0.0)
@@ -207,6 +209,7 @@ def test_the_learning_rate_warms_up_and_stays():
         assert -float(optimizer.update(jnp.ones(1), optimizer.init(x))[0][0]) == pytest.approx(0.1, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_and_differs_by_step(mesh):
     frozen = optax.set_to_zero()
     start = begun(mesh, MODEL, frozen)
@@ -228,6 +231,7 @@ def test_every_prediction_learns_the_digits(mesh, prediction, gamma):
     assert np.mean(values[-10:]) < 0.75 * np.mean(values[:5])
 
 
+@pytest.mark.slow
 def test_a_class_conditional_network_trains(mesh):
     _, metrics = train(mesh, 3, MODEL.clone(num_classes=10))
     assert np.isfinite([m.loss for m in metrics]).all()
