@@ -415,6 +415,7 @@ def test_x_T_decides_the_image_if_eta_is_0_and_not_if_it_is_1(network):
     assert ddpm["quotient"] > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("S", [10, pytest.param(20, marks=pytest.mark.slow)])
 def test_few_steps_ddim_is_near_the_best_and_sigma_hat_the_worst(network, S):
     """1,000 images of each: with fewer the distance of one process moves by more than what divides the best."""

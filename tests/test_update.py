@@ -91,7 +91,7 @@ def curve(mesh, state, step, steps=20, batch=16):
     return values, state
 
 
-@pytest.mark.parametrize("fsdp", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("fsdp", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 8])
 def test_eight_devices_train_as_one(fsdp):
     """The loss curve; fsdp of them share the parameters and the optimizer."""
     one = [float(m.loss) for m in train(meshes()[0], 20)[1]]
