@@ -13,7 +13,6 @@ there is of order one for the methods in lambda: it returns the predicted x_0.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -80,11 +79,6 @@ def _in_sequence(name: str, least: int, transitions: Transitions) -> None:
         raise ValueError(f"{name} needs at least {least} steps, got {len(t)}")
     if (s > t).any() or (s[:-1] != t[1:]).any():
         raise ValueError(f"{name} descends from level to level: no step may ascend, or leave a level out")
-
-
-def _orders(name: str, order: int, known: Sequence[int]) -> None:
-    if order not in known:
-        raise ValueError(f"{name} has orders {', '.join(map(str, known))}, got {order}")
 
 
 def sigma_bars(transition: Transition) -> tuple[Array, Array]:
@@ -253,7 +247,8 @@ class DPMSolverPP:
 
 def dpm_solver_pp(order: int = 2) -> DPMSolverPP:
     """DPM-Solver++(2M) or (3M): one network call a step. ValueError for another order."""
-    _orders("dpm_solver_pp", order, (2, 3))
+    if order not in (2, 3):
+        raise ValueError(f"dpm_solver_pp has orders 2, 3, got {order}")
     return DPMSolverPP(order)
 
 
