@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     model.cos_first = False               # the time embedding is cos, sin instead of sin, cos
     model.dropout = 0.1
     model.num_classes = 0                 # above 0: class-conditional, the data must have labels
+    model.label_dropout = 0.0             # above 0: this share of the labels is hidden in training, for guidance
     model.dtype = "float32"               # float32 | bfloat16: what convolutions compute in; parameters are float32
     model.remat = False                   # less memory in training, a third more time: blocks are computed twice
     model.prediction = "eps"              # eps | x0 | v: what the network's output means
@@ -96,11 +97,13 @@ def get_config() -> ConfigDict:
     sample.refine = 0                     # of encoding: network calls a step that solve it, so that decoding returns
                                           # the image (10 to 20); 0: the paper's explicit step
     sample.label = -1                     # the class, for class-conditional networks; -1: image i has class i mod n
+    sample.guidance = 1.0                 # classifier-free guidance: above 1, more of what the class adds; 1: none
 
     config.evaluate = evaluate = ConfigDict()
     evaluate.features = "inception"       # inception (FID's network) | digits | a function of yours: "module:function"
     evaluate.weights = ""                 # the file of its weights; empty: the usual ones, fetched once or shipped
-    evaluate.metrics = "fid,kid,inception_score,precision_recall"   # also confidence, nearest
+    evaluate.metrics = "fid,kid,inception_score,precision_recall"   # also confidence,
+                                          # nearest, and agreement with the class that an image was drawn as
     evaluate.num_images = 50_000          # exactly so many samples are judged
     evaluate.batch_size = 50              # over all devices
     evaluate.reference = ""               # real images, or statistics of them; empty: those of config.data

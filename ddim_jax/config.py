@@ -111,6 +111,7 @@ class ModelConfig:
     cos_first: bool = _field()
     dropout: float = _below_one()
     num_classes: int = _at_least(0)
+    label_dropout: float = _below_one()
     dtype: str = _one_of(DTYPES)
     remat: bool = _field()
     prediction: str = _one_of(registry.PREDICTIONS)
@@ -169,6 +170,7 @@ class SampleConfig:
     clip_quantile: float = _below_one()
     ema: bool = _field()
     label: int = _at_least(-1)
+    guidance: float = _at_least(0)
     refine: int = _at_least(0)
 
 
@@ -212,11 +214,12 @@ BEFORE = {
         "halve_padding": "end",
         "frequency_shift": 1.0,
         "cos_first": False,
+        "label_dropout": 0.0,
         "remat": False,
     },
     "train": {"accumulate": 1, "max_skipped": 20, "evaluate_every": 0, "evaluate_images": 1000, "wandb": ""},
     "mesh": {"data": -1, "fsdp": 1},
-    "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0, "refine": 0},
+    "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0, "guidance": 1.0, "refine": 0},
     "evaluate": {
         "features": "inception",
         "weights": "",
@@ -257,6 +260,11 @@ def parse(values: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"config.sample.label: must be -1 (all in turn) or a class of the network, which has "
             f"{config.model.num_classes}; got {config.sample.label}"
+        )
+    if config.sample.guidance != 1 and not (config.model.num_classes and config.model.label_dropout):
+        raise ConfigError(
+            f"config.sample.guidance: must be 1 for a network without classes, or trained without "
+            f"config.model.label_dropout: it cannot tell what a class adds; got {config.sample.guidance}"
         )
     return config
 

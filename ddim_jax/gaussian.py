@@ -86,10 +86,10 @@ def q_sigma_forward(x_s: Array, x_0: Array, transition, sigma2: Array) -> tuple[
 def clip_x0(eps_fn: EpsFn, table: Level, low: float = -1.0, high: float = 1.0) -> EpsFn:
     """An eps_fn whose predicted x_0 stays in [low, high], for any sampler.
 
-    eps is derived again from the clipped x_0, so that (9) holds between the two. table: `schedule.levels(...)`.
-    The paper does not clip; most published samplers of DDPM do.
+    eps is derived again from the clipped x_0, see `with_x0`. table: `schedule.levels(...)`. The paper
+    does not clip; most published samplers of DDPM do.
     """
-    return Partial(_bounded_eps, eps_fn, table, Partial(_clip, low, high))
+    return with_x0(eps_fn, table, Partial(_clip, low, high))
 
 
 def _clip(low, high, x_0):
@@ -102,7 +102,7 @@ def threshold_x0(eps_fn: EpsFn, table: Level, quantile: float, maximum: float) -
     The predicted x_0 of each image is clipped to [-s, s] and divided by s, where s is the quantile of its absolute
     values, but at least 1 and at most maximum. eps is derived again, as in `clip_x0`.
     """
-    return Partial(_bounded_eps, eps_fn, table, Partial(_threshold, quantile, maximum))
+    return with_x0(eps_fn, table, Partial(_threshold, quantile, maximum))
 
 
 def _threshold(quantile, maximum, x_0):
@@ -111,6 +111,13 @@ def _threshold(quantile, maximum, x_0):
     return jnp.clip(x_0, -s, s) / s
 
 
-def _bounded_eps(eps_fn, table, bound, x_t, t):
+def with_x0(eps_fn: EpsFn, table: Level, change: Callable[[Array], Array]) -> EpsFn:
+    """An eps_fn whose predicted x_0 is `change` of what it was, and whose eps is derived again from that, so that (9)
+    holds between the two. change: a pytree, such as a `jax.tree_util.Partial`. For t >= 1.
+    """
+    return Partial(_eps_with_x0, eps_fn, table, change)
+
+
+def _eps_with_x0(eps_fn, table, change, x_t, t):
     level = level_at(table, t, x_t)
-    return predict_eps(x_t, bound(predict_x0(x_t, eps_fn(x_t, t), level)), level)
+    return predict_eps(x_t, change(predict_x0(x_t, eps_fn(x_t, t), level)), level)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import inversion, losses, samplers, schedule, sharding
+from ddim_jax import guidance, inversion, losses, samplers, schedule, sharding
 from ddim_jax.config import Config, Process, network, noise_schedule
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.gaussian import EpsFn, clip_x0, threshold_x0
@@ -35,10 +36,15 @@ def labels_of(config: Config, index: np.ndarray) -> np.ndarray | None:
 
 
 def eps_fn(config: Config, params: Any, labels: jax.Array | None = None) -> EpsFn:
-    """The network of config.model with these parameters, its x_0 bounded where config.sample.clip_x0 says so."""
+    """The network of config.model with these parameters, guided by config.sample.guidance, its x_0 bounded where
+    config.sample.clip_x0 says so.
+    """
     sample = config.sample
     table = schedule.levels(noise_schedule(config.schedule))
-    said = adapter.eps_fn(network(config.model), params, table, config.model.prediction, labels)
+    of_class = lambda labels: adapter.eps_fn(network(config.model), params, table, config.model.prediction, labels)
+    said = of_class(labels)
+    if sample.guidance != 1:
+        said = guidance.guided(said, of_class(jnp.full_like(labels, config.model.num_classes)), sample.guidance)
     if not sample.clip_x0:
         return said
     if sample.clip_quantile:

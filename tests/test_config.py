@@ -49,6 +49,13 @@ def build(values):
         ("sample.tau", "1,50,2000", "config.sample.tau: tau must stay within 1..1000, got 2000"),
         ("sample.tau", "-5,50", "config.sample.tau: tau must ascend strictly, got 0 and then -5"),
         ("sample.tau", "", "config.sample.tau: '' is not one of uniform"),
+        (
+            "sample.guidance",
+            2.0,
+            "config.sample.guidance: must be 1 for a network without classes, or trained without "
+            "config.model.label_dropout: it cannot tell what a class adds; got 2.0",
+        ),
+        ("model.label_dropout", 0.1, "config.model: label_dropout needs num_classes above 0, got 0.1"),
         ("sample.tau_offset", 1, "config.sample.tau_offset and tau_end: tau must stay within 1..1000, got 1001"),
         ("sample.tau_end", 1000, "config.sample.tau_offset and tau_end: tau needs at least one step"),
         ("sample.clip_range", 0.0, "config.sample.clip_range: must be above 0, got 0.0"),

@@ -240,13 +240,26 @@ def test_a_network_of_ones_own_through_the_same_door(tmp_path, monkeypatch, mesh
 def test_metrics_say_what_they_lack():
     moments = frechet.moments(RNG.normal(size=(10, 3)))
     bare = judge.Judged(0, moments)
-    full = judge.Judged(10, moments, RNG.normal(size=(10, 3)), RNG.normal(size=(10, 4)))
+    full = judge.Judged(10, moments, RNG.normal(size=(10, 3)), RNG.normal(size=(10, 4)), RNG.integers(0, 4, 10))
     assert judge.measure(["fid"], full, bare) == {"fid": pytest.approx(0, abs=1e-9)}
     for name in ("kid", "precision_recall", "nearest"):
         with pytest.raises(ValueError, match=f"{name} needs the features of the real images"):
             judge.measure([name], full, bare)
     numbers = judge.measure(list(judge.METRICS), full, full)
     assert numbers["kid_subset_size"] == 10 and numbers["inception_score_splits"] == 10 and numbers["recall"] == 1
+
+
+def test_agreement_is_with_the_class_that_was_asked_for(mesh):
+    """The classifier is right about nearly all of its own training images, and about a tenth of shuffled labels."""
+    network, real = judge.open_features("digits"), data.load("digits")
+    say = lambda labels: judge.measure(
+        ["agreement"],
+        judge.judge(network, data.sources.ArraySource(real.images[:200], labels), mesh, 64, {"logits", "labels"}),
+        judge.Judged(0, None),
+    )["agreement"]
+    assert say(real.labels[:200]) > 0.97 and say((real.labels[:200] + 1) % 10) < 0.03
+    with pytest.raises(ValueError, match="the images have no classes"):
+        say(None)
 
 
 def made(**changes):

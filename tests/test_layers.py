@@ -19,6 +19,7 @@ ALLOWED = {
     "ode": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
     "inference": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "inversion": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
+    "guidance": ({"schedule", "gaussian"}, CORE),
     "latent": ({"schedule"}, CORE),
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers", "multistep"}, CORE),
@@ -48,7 +49,7 @@ ALLOWED = {
         CORE | {"tensorboardX", "tqdm", "wandb"},
     ),
     "generate": (
-        {"config", "inversion", "losses", "samplers", "schedule", "sharding", "data", "gaussian", "models"},
+        {"config", "guidance", "inversion", "losses", "samplers", "schedule", "sharding", "data", "gaussian", "models"},
         CORE,
     ),
     "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
@@ -121,7 +122,7 @@ class Refuse:
         if name.split(".")[0] in REFUSED:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-from ddim_jax import gaussian, inference, inversion, latent, losses, multistep, ode, oracle, registry, samplers
-from ddim_jax import schedule, trajectory
+from ddim_jax import gaussian, guidance, inference, inversion, latent, losses, multistep, ode, oracle, registry
+from ddim_jax import samplers, schedule, trajectory
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,5 +1,6 @@
 """Published checkpoints without PyTorch: what is read, what is refused, and what the commands do with them."""
 
+import dataclasses
 import http.server
 import json
 import pathlib
@@ -16,7 +17,7 @@ import safetensors.numpy
 from conftest import error_line, meshes, ok, run
 from test_unet import random_params
 
-from configs import default, smoke
+from configs import default, digits_conditional, smoke
 from ddim_jax import config as config_lib
 from ddim_jax import pretrained, weights
 from ddim_jax.checkpoint import CheckpointError
@@ -447,3 +448,16 @@ def test_without_pytorch_its_own_format_names_the_extra(folder, monkeypatch):
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match=r"to read it, pip install 'ddim-jax\[torch\]' \(a .safetensors file"):
         load(folder)
+
+
+def test_the_class_none_comes_back_from_diffusers():
+    """A network for guidance has one class more there, and is told apart from one with so many classes."""
+    config = config_lib.parse(digits_conditional.get_config().to_dict())
+    model = dataclasses.asdict(config.model)
+    told = diffusers_folder.unet_config(model)
+    assert told["num_class_embeds"] == 11
+    fields = diffusers_folder.network_fields(json.loads(json.dumps(told)), "here")
+    assert fields == {name: model[name] for name in fields} and fields["label_dropout"] == 0.1
+    for wrong in ({"_label_dropout": "much"}, {"num_class_embeds": None}):
+        with pytest.raises(CheckpointError, match="_label_dropout = .* is not supported"):
+            diffusers_folder.network_fields(told | wrong, "here")

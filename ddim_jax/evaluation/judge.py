@@ -54,6 +54,7 @@ class Judged(NamedTuple):
     moments: Moments  # of the features
     features: np.ndarray | None = None  # (N, D) float32, where a metric needs them
     logits: np.ndarray | None = None  # (N, K) float32, likewise
+    labels: np.ndarray | None = None  # (N,) ints, the classes that the images were drawn as, likewise
 
 
 class Metric(NamedTuple):
@@ -72,14 +73,18 @@ def judge(
     doing: str = "features",
 ) -> Judged:
     """The first `count` images of a source (default: all) as the network sees them, in batches over the mesh: the
-    moments are summed in float64, and what `keep` names, "features" or "logits", is kept beside them.
+    moments are summed in float64, and what `keep` names, "features", "logits" or "labels", is kept beside them.
 
-    ValueError, naming the image, where features are not finite.
+    ValueError, naming the image, where features are not finite, and where labels are to be kept of images without.
     """
     count = len(source) if count is None else count
     kept, total, done = {name: [] for name in keep}, None, 0
     with tqdm(total=count, desc=doing, unit="image") as bar:
-        for output in outputs(network, source, mesh, batch_size, count):
+        for output, labels in outputs(network, source, mesh, batch_size, count):
+            if "labels" in kept:
+                if labels is None:
+                    raise ValueError("the images have no classes (arr_1 of the .npz), which agreement is with")
+                kept["labels"].append(labels)
             for name, array in output._asdict().items():
                 bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
                 if len(bad):
@@ -94,19 +99,22 @@ def judge(
     return Judged(count, frechet.moments(total), **arrays)
 
 
-def outputs(network: FeatureNetwork, source: Source, mesh: Mesh, batch_size: int, count: int) -> Iterator[Output]:
-    """Output on the host, batch by batch, of the first `count` images of a source. While a batch is computed the next
-    is read.
+def outputs(
+    network: FeatureNetwork, source: Source, mesh: Mesh, batch_size: int, count: int
+) -> Iterator[tuple[Output, np.ndarray | None]]:
+    """Output on the host, batch by batch, of the first `count` images of a source, and their labels if they have any.
+    While a batch is computed the next is read.
     """
     size = -(-min(batch_size, count) // mesh.size) * mesh.size
     feature_fn = sharding.put_replicated(mesh, network.feature_fn)
     waiting = None
     for begin in range(0, count, size):
         index = np.arange(begin, begin + size)
-        images = sharding.split_batch(mesh, source[np.minimum(index, count - 1)].images)
+        images, labels = source[np.minimum(index, count - 1)]
+        images = sharding.split_batch(mesh, images)
         if waiting is not None:
             yield _to_host(*waiting)
-        waiting = _compute(feature_fn, images), min(size, count - begin)
+        waiting = _compute(feature_fn, images), labels, min(size, count - begin)
     yield _to_host(*waiting)
 
 
@@ -115,8 +123,9 @@ def _compute(feature_fn: Partial, images: jax.Array) -> Output:
     return feature_fn(images)
 
 
-def _to_host(output: Output, size: int) -> Output:
-    return Output(*(np.asarray(sharding.to_host(leaf)[:size], np.float32) for leaf in output))
+def _to_host(output: Output, labels: np.ndarray | None, size: int) -> tuple[Output, np.ndarray | None]:
+    on_host = Output(*(np.asarray(sharding.to_host(leaf)[:size], np.float32) for leaf in output))
+    return on_host, None if labels is None else labels[:size]
 
 
 def measure(names: Iterable[str], samples: Judged, reference: Judged) -> dict[str, Any]:
@@ -168,6 +177,10 @@ def _confidence(samples: Judged, reference: Judged) -> dict[str, float]:
     return metrics.confidence(samples.logits)._asdict()
 
 
+def _agreement(samples: Judged, reference: Judged) -> dict[str, float]:
+    return {"agreement": float((samples.logits.argmax(axis=1) == samples.labels).mean())}
+
+
 def _nearest(samples: Judged, reference: Judged) -> dict[str, float]:
     return {"nearest": metrics.nearest(samples.features, reference.features)}
 
@@ -178,5 +191,6 @@ METRICS = {
     "inception_score": Metric(("logits",), (), _inception_score),
     "precision_recall": Metric(("features",), ("features",), _precision_recall),
     "confidence": Metric(("logits",), (), _confidence),
+    "agreement": Metric(("logits", "labels"), (), _agreement),
     "nearest": Metric(("features",), ("features",), _nearest),
 }

@@ -125,7 +125,9 @@ class UNet(nn.Module):
     image_size: H = W, halved len(channel_mult) - 1 times. attention_resolutions: sizes at which every block is
     followed by attention. middle_attention: whether the middle has one. head_channels: channels of an attention
     head, None for a single head. halve_padding: a name in HALVE_PADDING. frequency_shift, cos_first: see `sinusoid`.
-    num_classes: 0 for none, else `labels` are required. remat: compute the blocks again for the gradient instead of
+    num_classes: 0 for none, else `labels` are required. label_dropout: above 0 there is one more class, num_classes,
+    which says nothing of the image; in training a label is replaced by it with this probability, so that the network
+    can guide itself (Ho and Salimans 2022). remat: compute the blocks again for the gradient instead of
     keeping what they computed: less memory, a third more time.
     """
 
@@ -144,6 +146,7 @@ class UNet(nn.Module):
     cos_first: bool = False
     dropout: float = 0.1
     num_classes: int = 0
+    label_dropout: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
 
@@ -176,11 +179,14 @@ class UNet(nn.Module):
             raise ValueError(
                 f"frequency_shift must be below half of channels {self.channels}, got {self.frequency_shift}"
             )
+        if self.label_dropout and not self.num_classes:
+            raise ValueError(f"label_dropout needs num_classes above 0, got {self.label_dropout}")
 
     @nn.compact
     def __call__(self, x: Array, time: Array, labels: Array | None = None, train: bool = False) -> Array:
-        """x: (B, H, W, C). time: (B,), 0-based as in every published network. labels: (B,) ints. Returns (B, H, W,
-        C), at least float32. train: whether dropout acts, which then needs a "dropout" rng.
+        """x: (B, H, W, C). time: (B,), 0-based as in every published network. labels: (B,) ints in
+        0..num_classes - 1, or num_classes for none where label_dropout is above 0. Returns (B, H, W, C), at least
+        float32. train: whether dropout acts, of features and of labels, which then needs a "dropout" rng.
         """
         if x.shape[1:] != (self.image_size, self.image_size, self.image_channels):
             raise ValueError(
@@ -202,7 +208,11 @@ class UNet(nn.Module):
         embedding = sinusoid(time, self.channels, self.frequency_shift, self.cos_first)
         embedding = dense("time_1")(nn.silu(dense("time_0")(embedding)))
         if self.num_classes:
-            embedding += nn.Embed(self.num_classes, 4 * self.channels, dtype=self.dtype, name="class")(labels)
+            if train and self.label_dropout:
+                dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, labels.shape)
+                labels = jnp.where(dropped, self.num_classes, labels)
+            rows = self.num_classes + (self.label_dropout > 0)
+            embedding += nn.Embed(rows, 4 * self.channels, dtype=self.dtype, name="class")(labels)
 
         h = conv(self.channels, "conv_in", padding=1)(x)
         skips = [h]

@@ -57,6 +57,8 @@ def model_card(config: Mapping[str, Any], step: int | None, count: int) -> str:
         notes.append("The predicted x_0 is clipped, and eps derived again from it, which that argument asks for.")
     if model["num_classes"]:
         notes.append("The network is class-conditional: the pipeline cannot pass classes, its unet takes class_labels.")
+    if model["label_dropout"]:
+        notes.append(f"Class {model['num_classes']} says nothing of the image: it is for classifier-free guidance.")
     return _CARD.format(
         name=config["name"],
         count=count,

@@ -97,6 +97,7 @@ TAUS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 # Where a spacing is not known to diffusers, the nearest that it knows.
 SPACINGS = {**TAUS, "uniform": "trailing", "quadratic": "trailing", "official_uniform": "leading"}
 HALVE_PADDING = {0: "end", 1: "both"}
+LABEL_DROPOUT = "_label_dropout"  # ours, which diffusers does not look at: the last of its classes is none
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -205,6 +206,10 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if unet["downsample_padding"] not in HALVE_PADDING:
         refuse("downsample_padding", unet["downsample_padding"], " or ".join(map(str, HALVE_PADDING)))
 
+    hidden = values.get(LABEL_DROPOUT, 0.0)
+    if not isinstance(hidden, float) or hidden and (unet["num_class_embeds"] or 0) < 2:
+        refuse(LABEL_DROPOUT, hidden, "a number, 0.0 for a network without classes")
+
     attended = {}
     for direction in ("down", "up"):
         types = [str(name).removeprefix("UNetRes") for name in unet[f"{direction}_block_types"]]
@@ -233,7 +238,8 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "frequency_shift": unet["freq_shift"],
         "cos_first": unet["flip_sin_to_cos"],
         "dropout": unet["dropout"],
-        "num_classes": unet["num_class_embeds"] or 0,
+        "num_classes": (unet["num_class_embeds"] or 0) - (hidden > 0),
+        "label_dropout": hidden,
     }
 
 
@@ -298,7 +304,8 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
         "norm_num_groups": model["groups"],
         "norm_eps": model["norm_epsilon"],
         "add_attention": model["middle_attention"],
-        "num_class_embeds": model["num_classes"] or None,
+        "num_class_embeds": model["num_classes"] + (model["label_dropout"] > 0) or None,
+        **({LABEL_DROPOUT: model["label_dropout"]} if model["label_dropout"] else {}),
     }
 
 

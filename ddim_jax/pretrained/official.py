@@ -71,6 +71,7 @@ FIXED = {
     "frequency_shift": 1.0,
     "cos_first": False,
     "num_classes": 0,
+    "label_dropout": 0.0,
     "prediction": "eps",
 }
 SAMPLE = {"tau": "uniform", "tau_offset": 0, "tau_end": 0, "clip_x0": False, "clip_range": 1.0, "clip_quantile": 0.0}

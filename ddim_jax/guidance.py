@@ -1,0 +1,43 @@
+"""What a sampler is led by beside its network, as combinators around eps_fn: the same under every sampler.
+
+Bounds of the predicted x_0, `clip_x0` and `threshold_x0`, are in `gaussian`.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from ddim_jax.gaussian import EpsFn, with_x0
+from ddim_jax.schedule import Array, Level
+
+
+def guided(eps_fn: EpsFn, unguided: EpsFn, scale: Array | float) -> EpsFn:
+    """Classifier-free guidance (Ho and Salimans 2022): `eps = eps_none + scale (eps_class - eps_none)`.
+
+    eps_fn: of a network that is told the class. unguided: of one that is not, or of a weaker network (Karras et al.
+    2024). scale: 1 is eps_fn alone, 0 is unguided alone, above 1 goes beyond; Ho and Salimans call `scale - 1` w. Two
+    network calls for one.
+    """
+    return Partial(_guided, eps_fn, unguided, scale)
+
+
+def _guided(eps_fn, unguided, scale, x_t, t):
+    without = unguided(x_t, t)
+    return without + scale * (eps_fn(x_t, t) - without)
+
+
+def inpainted(eps_fn: EpsFn, table: Level, known: Array, mask: Array) -> EpsFn:
+    """An eps_fn that knows pixels of x_0, and leaves the others to the network.
+
+    Where x_0 is known it is put in the place of the predicted one, so that these pixels follow q_sigma(x_s | x_t, x_0)
+    of Eq. (7) itself: each of their x_t has the law (4), and the last step ends at the pixels. The rest is drawn beside
+    them, by a network that sees both, and agrees with them better the more noise the sampler draws: eta = 1 rather than
+    0. table: `schedule.levels(...)`. known: (B, ...), x_0 where mask is True. mask:
+    bool, broadcasts against known.
+    """
+    return with_x0(eps_fn, table, Partial(_known, jnp.asarray(known), jnp.asarray(mask, bool)))
+
+
+def _known(known, mask, x_0):
+    return jnp.where(mask, known.astype(x_0.dtype), x_0)
