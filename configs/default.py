@@ -45,11 +45,14 @@ def get_config() -> ConfigDict:
     model.prediction = "eps"              # eps | x0 | v: what the network's output means
 
     config.schedule = schedule = ConfigDict()
-    schedule.name = "linear"              # linear | scaled_linear | cosine | sigmoid | from_betas
+    schedule.name = "linear"              # linear | scaled_linear | cosine | sigmoid | from_betas, and in closed form,
+                                          # for all real t: vp | log_snr
     schedule.num_steps = 1000             # T
-    schedule.beta_start = 1e-4            # of linear, scaled_linear, sigmoid
+    schedule.beta_start = 1e-4            # of linear, scaled_linear, sigmoid, vp
     schedule.beta_end = 0.02
     schedule.betas = ()                   # of from_betas: beta_1 .. beta_T
+    schedule.log_snr_max = 13.3           # of log_snr: log(alpha_bar / (1 - alpha_bar)) at t = 0, and at t = T
+    schedule.log_snr_min = -10.0
 
     config.train = train = ConfigDict()
     train.num_steps = 800_000
@@ -60,6 +63,7 @@ def get_config() -> ConfigDict:
     train.clip_norm = 1.0                 # global norm of the gradient
     train.ema_decay = 0.9999              # of the moving average that is sampled
     train.gamma = "one"                   # weights of Eq. (5): one (the paper's) | x0 | v (plain error of these)
+    train.real_time = False               # draw t from all reals in [1, T], not from the levels 1..T alone
     train.accumulate = 1                  # parts of the batch, one after the other: memory for one, gradients of all
     train.max_skipped = 20                # updates in a row that may be left out because they are not finite
     train.log_every = 100                 # steps between lines of metrics.jsonl and TensorBoard
@@ -81,7 +85,9 @@ def get_config() -> ConfigDict:
     sample.eta = 0.0                      # Eq. (16): 0 is DDIM, 1 is DDPM; of the sampler ddim
     sample.steps = 50                     # S = dim(tau)
     sample.tau = placeholder(str)         # uniform | quadratic | leading | trailing | linspace | official_uniform |
-                                          # official_quadratic, or the levels themselves: "1,10,100,1000";
+                                          # official_quadratic; between the levels, for any number of steps:
+                                          # time | log_snr | sigma | karras, evenly spaced in these; or the levels
+                                          # themselves: "1,10,99.5,1000"
                                           # open: as config.pretrained says, without one uniform
     sample.tau_offset = 0                 # added to every level of tau
     sample.tau_end = 0                    # the level that the last step ends at; 0: the image itself

@@ -23,7 +23,7 @@ from ddim_jax import registry, trajectory
 from ddim_jax.data import DATASETS, SPLITS
 from ddim_jax.models.unet import HALVE_PADDING, UNet
 from ddim_jax.samplers import Sampler
-from ddim_jax.schedule import NoiseSchedule
+from ddim_jax.schedule import Schedule
 from ddim_jax.trajectory import Transitions
 
 
@@ -124,6 +124,8 @@ class ScheduleConfig:
     beta_start: float = _above_zero()
     beta_end: float = _above_zero()
     betas: tuple[float, ...] = _field()
+    log_snr_max: float = _field()
+    log_snr_min: float = _field()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ class TrainConfig:
     clip_norm: float = _above_zero()
     ema_decay: float = _below_one()
     gamma: str = _one_of(registry.GAMMAS)
+    real_time: bool = _field()
     accumulate: int = _at_least(1)
     max_skipped: int = _at_least(1)
     log_every: int = _at_least(1)
@@ -217,7 +220,15 @@ BEFORE = {
         "label_dropout": 0.0,
         "remat": False,
     },
-    "train": {"accumulate": 1, "max_skipped": 20, "evaluate_every": 0, "evaluate_images": 1000, "wandb": ""},
+    "schedule": {"log_snr_max": 13.3, "log_snr_min": -10.0},
+    "train": {
+        "accumulate": 1,
+        "real_time": False,
+        "max_skipped": 20,
+        "evaluate_every": 0,
+        "evaluate_images": 1000,
+        "wandb": "",
+    },
     "mesh": {"data": -1, "fsdp": 1},
     "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0, "guidance": 1.0, "refine": 0},
     "evaluate": {
@@ -376,6 +387,7 @@ RESUMED_WITH = (
     "data.flip",
     *(f"train.{name}" for name in ("batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")),
     "train.accumulate",
+    "train.real_time",
 )
 SAMPLED_WITH = (
     "schedule",
@@ -397,7 +409,7 @@ def check_same(config: Config, saved: Config, fields: tuple[str, ...], where: st
             raise ConfigError(f"config.{field} is {ours!r}, but {where} was made with {theirs!r}")
 
 
-def noise_schedule(config: ScheduleConfig) -> NoiseSchedule:
+def noise_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that config.schedule names. Its factory gets those fields that its signature names."""
     with blame("config.schedule"):
         return registry.build(registry.lookup(registry.SCHEDULES, config.name), dataclasses.asdict(config))
@@ -420,22 +432,24 @@ class Process(NamedTuple):
     transitions: Transitions  # leaves (S,)
 
 
-def process(config: SampleConfig, schedule: NoiseSchedule) -> Process:
+def process(config: SampleConfig, schedule: Schedule) -> Process:
     """Sampler, tau and transitions of config.sample; ConfigError if they do not fit together or the schedule.
 
-    config.tau is a name in registry.TAUS, or the levels themselves: "1,10,100,1000"; tau_offset and tau_end: see
-    `trajectory.moved`.
+    config.tau is a name in registry.TAUS or registry.SPACINGS, or the levels themselves: "1,10,99.5,1000"; tau_offset
+    and tau_end: see `trajectory.moved`.
     """
     with blame("config.sample.tau"):
-        if config.tau.replace(",", "").replace(" ", "").lstrip("-").isdigit():
-            tau = trajectory.explicit(
-                schedule.num_steps, [int(level) for level in config.tau.split(",") if level.strip()]
-            )
+        given = _numbers(config.tau)
+        if given:
+            tau = trajectory.explicit(schedule.num_steps, given)
         else:
-            build_tau = registry.lookup(registry.TAUS, config.tau)
-    if config.tau in registry.TAUS:
+            registry.lookup(registry.NAMED_TAUS, config.tau)
+    if not given:
         with blame("config.sample.steps"):
-            tau = build_tau(schedule.num_steps, config.steps)
+            if config.tau in registry.TAUS:
+                tau = registry.TAUS[config.tau](schedule.num_steps, config.steps)
+            else:
+                tau = registry.SPACINGS[config.tau](schedule, config.steps)
     with blame("config.sample.tau_offset and tau_end"):
         tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
     transitions = trajectory.descend(schedule, tau, config.tau_end)
@@ -443,3 +457,11 @@ def process(config: SampleConfig, schedule: NoiseSchedule) -> Process:
         sampler = registry.build(registry.SAMPLERS[config.sampler], dataclasses.asdict(config))
         sampler.check(transitions)
     return Process(sampler, tau, transitions)
+
+
+def _numbers(text: str) -> list[float]:
+    """Those of a list with commas; none if it is something else."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        return []

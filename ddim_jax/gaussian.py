@@ -7,12 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from ddim_jax.schedule import Array, Level, level_at
+from ddim_jax.schedule import Array, Level, Levels, level_at
 
 EpsFn = Callable[[Array, Array], Array]  # (x_t (B, ...), t () or (B,) in 1..T) -> eps (B, ...)
+
+
+def noise(keys: Array, t: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """N(0, I) of level t, (B, *shape): image i's depends on keys[i] and t alone. keys: (B,). t: (), int or real."""
+    return jax.vmap(lambda key: jax.random.normal(level_key(key, t), shape, dtype))(keys)
+
+
+def level_key(key: Array, t: Array) -> Array:
+    """The key of level t, () int or real, from that of an image."""
+    t = jnp.asarray(t)
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        t = jax.lax.bitcast_convert_type(t.astype(jnp.float32), jnp.uint32)
+    return jax.random.fold_in(key, t)
 
 
 def q_marginal(x_0: Array, eps: Array, level: Level) -> Array:
@@ -83,7 +97,7 @@ def q_sigma_forward(x_s: Array, x_0: Array, transition, sigma2: Array) -> tuple[
     return jnp.sqrt(transition.alpha_bar_t) * x_0 + k * r * residual, sigma2 * r
 
 
-def clip_x0(eps_fn: EpsFn, table: Level, low: float = -1.0, high: float = 1.0) -> EpsFn:
+def clip_x0(eps_fn: EpsFn, table: Levels, low: float = -1.0, high: float = 1.0) -> EpsFn:
     """An eps_fn whose predicted x_0 stays in [low, high], for any sampler.
 
     eps is derived again from the clipped x_0, see `with_x0`. table: `schedule.levels(...)`. The paper
@@ -96,7 +110,7 @@ def _clip(low, high, x_0):
     return jnp.clip(x_0, low, high)
 
 
-def threshold_x0(eps_fn: EpsFn, table: Level, quantile: float, maximum: float) -> EpsFn:
+def threshold_x0(eps_fn: EpsFn, table: Levels, quantile: float, maximum: float) -> EpsFn:
     """An eps_fn with dynamic thresholding (Saharia et al. 2022, section 2.3), for any sampler.
 
     The predicted x_0 of each image is clipped to [-s, s] and divided by s, where s is the quantile of its absolute
@@ -111,7 +125,7 @@ def _threshold(quantile, maximum, x_0):
     return jnp.clip(x_0, -s, s) / s
 
 
-def with_x0(eps_fn: EpsFn, table: Level, change: Callable[[Array], Array]) -> EpsFn:
+def with_x0(eps_fn: EpsFn, table: Levels, change: Callable[[Array], Array]) -> EpsFn:
     """An eps_fn whose predicted x_0 is `change` of what it was, and whose eps is derived again from that, so that (9)
     holds between the two. change: a pytree, such as a `jax.tree_util.Partial`. For t >= 1.
     """

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from ddim_jax.gaussian import EpsFn, with_x0
-from ddim_jax.schedule import Array, Level
+from ddim_jax.schedule import Array, Levels
 
 
 def guided(eps_fn: EpsFn, unguided: EpsFn, scale: Array | float) -> EpsFn:
@@ -27,7 +27,7 @@ def _guided(eps_fn, unguided, scale, x_t, t):
     return without + scale * (eps_fn(x_t, t) - without)
 
 
-def inpainted(eps_fn: EpsFn, table: Level, known: Array, mask: Array) -> EpsFn:
+def inpainted(eps_fn: EpsFn, table: Levels, known: Array, mask: Array) -> EpsFn:
     """An eps_fn that knows pixels of x_0, and leaves the others to the network.
 
     Where x_0 is known it is put in the place of the predicted one, so that these pixels follow q_sigma(x_s | x_t, x_0)

@@ -11,10 +11,10 @@ from jax.tree_util import Partial
 
 from ddim_jax import gaussian, samplers
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.schedule import Array, NoiseSchedule, level_at, levels
+from ddim_jax.schedule import Array, Schedule, level_at, levels
 
 
-def backward(noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
+def backward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
     """x at tau[S], ..., tau[1], (S, B, ...): x_T by (4), then each by (7) from the one before it.
 
     It is the generative process with x_0 itself in place of the predicted one. x_0: (B, ...). key: one key. ValueError
@@ -35,7 +35,7 @@ def _known_eps(table, x_0, x_t, t):
     return gaussian.predict_eps(x_t, x_0, level_at(table, t, x_t))
 
 
-def forward(noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
+def forward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
     """The same x, in the same order, drawn from the image up: x at tau[1] by (4), then each by (8) from the one below
     it, which needs x_0 too: it is no Markov chain.
     """
@@ -44,7 +44,7 @@ def forward(noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, key: Arr
     samplers.ddim(eta).check(transitions)
     upwards = jax.tree.map(lambda leaf: jnp.asarray(leaf)[::-1], transitions)
     upwards = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.integer) else a.astype(x_0.dtype), upwards)
-    draw = lambda t: jax.random.normal(jax.random.fold_in(key, t), x_0.shape, x_0.dtype)
+    draw = lambda t: jax.random.normal(gaussian.level_key(key, t), x_0.shape, x_0.dtype)
 
     def body(x_s, transition):
         mean, variance = gaussian.q_sigma_forward(x_s, x_0, transition, gaussian.sigma_squared(eta, transition))

@@ -20,7 +20,7 @@ from ddim_jax import samplers
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.multistep import moved, sigma_bars
-from ddim_jax.schedule import Array, NoiseSchedule
+from ddim_jax.schedule import Array, Schedule
 from ddim_jax.trajectory import Transitions
 
 MEMORY = 5  # differences of iterates that are mixed
@@ -32,7 +32,7 @@ class Inverted(NamedTuple):
 
 
 def invert(
-    eps_fn: EpsFn, noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, refine: int = 10, end: int = 0
+    eps_fn: EpsFn, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, refine: int = 10, end: int = 0
 ) -> Inverted:
     """Encodes images into latents whose DDIM decoding over the same tau is the image again, as far as the residual is
     small.

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from ddim_jax import gaussian
 from ddim_jax.gaussian import EpsFn
-from ddim_jax.schedule import Array, Level, level_at
+from ddim_jax.schedule import Array, Levels, level_at
 from ddim_jax.trajectory import Transitions
 
 # gamma as a function of the level. One network trained with any gamma > 0 serves all sampling processes (Theorem 1).
@@ -22,10 +22,10 @@ GAMMAS = {
 }
 
 
-def l_gamma(eps_fn: EpsFn, table: Level, x_0: Array, t: Array, eps: Array, gamma: str = "one") -> Array:
+def l_gamma(eps_fn: EpsFn, table: Levels, x_0: Array, t: Array, eps: Array, gamma: str = "one") -> Array:
     """The terms of Eq. (5): `gamma_t || eps_theta(x_t) - eps ||^2 / d`, with x_t of Eq. (4), one for each image.
 
-    table: `schedule.levels(...)`. x_0, eps: (B, ...) with eps ~ N(0, I). t: (B,) ints in 1..T. gamma: a name in
+    table: `schedule.levels(...)`. x_0, eps: (B, ...) with eps ~ N(0, I). t: (B,) in [1, T]. gamma: a name in
     GAMMAS. Returns (B,) float32. Divided by the dimension d, as in DDPM's code, so that gradient norms do not
     depend on the image size; the mean over t uniform in 1..T and over the data is L_gamma / (T d).
     """
@@ -121,8 +121,7 @@ def _bound(eps_fn, steps, x_0, keys, decoder):
 
     def body(total, step):
         transition, sigma2, gamma = step
-        draw = lambda key: jax.random.normal(jax.random.fold_in(key, transition.t), x_0.shape[1:], x_0.dtype)
-        eps = jax.vmap(draw)(keys)
+        eps = gaussian.noise(keys, transition.t, x_0.shape[1:], x_0.dtype)
         x_t = gaussian.q_marginal(x_0, eps, transition.level_t)
         said = eps_fn(x_t, transition.t)
         kl = gamma * jnp.sum((said - eps) ** 2, axis=axes)

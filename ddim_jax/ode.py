@@ -20,7 +20,7 @@ from ddim_jax import samplers
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.multistep import moved, sigma_bars
-from ddim_jax.schedule import Array, NoiseSchedule
+from ddim_jax.schedule import Array, Schedule
 from ddim_jax.trajectory import Transitions
 
 
@@ -58,7 +58,7 @@ class FlowEuler(NamedTuple):
 
 
 def log_likelihood(
-    eps_fn: EpsFn, noise_schedule: NoiseSchedule, tau: np.ndarray, x_0: Array, key: Array | None = None
+    eps_fn: EpsFn, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array | None = None
 ) -> Array:
     """`log p(x_0)` in nats, (B,), of what the ODE makes of N(0, I), by the instantaneous change of variables:
 

@@ -13,10 +13,10 @@ import numpy as np
 from jax.tree_util import Partial
 
 from ddim_jax.gaussian import EpsFn
-from ddim_jax.schedule import Array, NoiseSchedule, level_at, levels
+from ddim_jax.schedule import Array, Schedule, level_at, levels
 
 
-def gaussian(noise_schedule: NoiseSchedule, mean: Array = 0.0, std: Array = 1.0) -> EpsFn:
+def gaussian(noise_schedule: Schedule, mean: Array = 0.0, std: Array = 1.0) -> EpsFn:
     """For data N(mean, diag(std^2)); mean and std broadcast against one sample (...).
 
     `eps(x, t) = sqrt(1 - ab_t) (x - sqrt(ab_t) mean) / (ab_t std^2 + 1 - ab_t)`.
@@ -31,7 +31,7 @@ def _gaussian_eps(table, mean, std, x, t):
     return jnp.sqrt(level.one_minus_alpha_bar) * centred / (level.alpha_bar * std**2 + level.one_minus_alpha_bar)
 
 
-def mixture(noise_schedule: NoiseSchedule, means: Array, stds: Array, weights: Array | None = None) -> EpsFn:
+def mixture(noise_schedule: Schedule, means: Array, stds: Array, weights: Array | None = None) -> EpsFn:
     """For data drawn from component k with probability weights[k], then from N(means[k], stds[k]^2 I).
 
     means: (K, ...). stds: (K,), each at least 0; where one is 0, t must be at least 1. weights: (K,), default
@@ -47,7 +47,7 @@ def mixture(noise_schedule: NoiseSchedule, means: Array, stds: Array, weights: A
     return Partial(_mixture_eps, levels(noise_schedule), means, stds, np.log(weights))
 
 
-def finite(noise_schedule: NoiseSchedule, data: Array) -> EpsFn:
+def finite(noise_schedule: Schedule, data: Array) -> EpsFn:
     """For data that is one of the given points (N, ...), each equally likely: what a network that memorises would
     learn. t >= 1.
     """

@@ -12,15 +12,17 @@ from typing import Any
 
 from ddim_jax import gaussian, losses, multistep, samplers, schedule, trajectory
 
-SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule
+SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule or ContinuousSchedule
     "linear": schedule.linear,
     "scaled_linear": schedule.scaled_linear,
     "cosine": schedule.cosine,
     "sigmoid": schedule.sigmoid,
+    "vp": schedule.vp,
+    "log_snr": schedule.log_snr,
     "from_betas": schedule.from_betas,
 }
 
-TAUS = {  # (T, S) -> tau
+TAUS = {  # (T, S) -> tau, of ints
     "uniform": trajectory.uniform,
     "quadratic": trajectory.quadratic,
     "leading": trajectory.leading,
@@ -29,6 +31,15 @@ TAUS = {  # (T, S) -> tau
     "official_uniform": trajectory.official_uniform,
     "official_quadratic": trajectory.official_quadratic,
 }
+
+SPACINGS = {  # (schedule, S) -> tau, of reals
+    "time": trajectory.time,
+    "log_snr": trajectory.log_snr,
+    "sigma": trajectory.sigma,
+    "karras": trajectory.karras,
+}
+
+NAMED_TAUS = TAUS | SPACINGS
 
 SAMPLERS = {  # (what the signature names) -> Sampler
     "ddim": samplers.ddim,

@@ -51,7 +51,7 @@ def main(options: types.SimpleNamespace) -> None:
 
     output.claim(out, fingerprint(config, process, found), WRITTEN, options.overwrite)
     steps = len(process.tau) - 1
-    fewer_or_more = config.sample.tau in registry.TAUS and steps != config.sample.steps
+    fewer_or_more = config.sample.tau in registry.NAMED_TAUS and steps != config.sample.steps
     asked = f" ({config.sample.steps} were asked for)" if fewer_or_more else ""
     cli.say(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
 
@@ -76,7 +76,9 @@ def default_folder(config: Config, workdir: str | None) -> pathlib.Path:
     """A folder for each way to sample, so that the default of one never meets the other's files."""
     sample = config.sample
     eta = f"-eta{sample.eta:g}" if "eta" in registry.accepts(registry.SAMPLERS[sample.sampler]) else ""
-    tau = f"{sample.tau}-{sample.steps}" if sample.tau in registry.TAUS else f"explicit-{sample.tau.count(',') + 1}"
+    tau = (
+        f"{sample.tau}-{sample.steps}" if sample.tau in registry.NAMED_TAUS else f"explicit-{sample.tau.count(',') + 1}"
+    )
     root = pathlib.Path(workdir, "samples") if workdir else pathlib.Path("samples", config.name)
     return root / f"{sample.sampler}{eta}-{tau}-seed{sample.seed}-n{sample.num_images}"
 

@@ -17,7 +17,7 @@ from jax.tree_util import Partial
 from ddim_jax import gaussian
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
-from ddim_jax.schedule import Array, NoiseSchedule
+from ddim_jax.schedule import Array, Schedule
 from ddim_jax.trajectory import Transition, Transitions
 
 
@@ -162,7 +162,7 @@ def trajectory(
 
 def invert(
     eps_fn: EpsFn,
-    noise_schedule: NoiseSchedule,
+    noise_schedule: Schedule,
     tau: np.ndarray,
     x_0: Array,
     evaluate_at: str = "current",
@@ -190,11 +190,7 @@ def image_keys(key: Array, index: Array) -> Array:
 
 def initial_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """x_T ~ N(0, I), (B, *shape), from (B,) keys. It is the noise of level 0, a level that no step leaves."""
-    return _noise(keys, 0, shape, dtype)
-
-
-def _noise(keys, t, shape, dtype):
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape, dtype))(keys)
+    return gaussian.noise(keys, 0, shape, dtype)
 
 
 def _run(sampler, eps_fn, transitions, x, key, keep):
@@ -226,7 +222,7 @@ def _scan(sampler, eps_fn, transitions, x, keys, *, keep):
             said.append(eps_fn(x, t))
             return said[-1]
 
-        noise = None if keys is None else _noise(keys, transition.t, x.shape[1:], x.dtype)
+        noise = None if keys is None else gaussian.noise(keys, transition.t, x.shape[1:], x.dtype)
         x_s, state = sampler.step(x_t, state, transition, heard, noise)
         kept = (x_s, gaussian.predict_x0(x_t, said[0], transition.level_t)) if keep else None
         return (x_s.astype(x.dtype), state), kept

@@ -14,23 +14,36 @@ Notation, here and in the whole project (Song, Meng, Ermon 2020, arXiv:2010.0250
 
 A level t counts 1..T; t = 0 is the image itself, `alpha_bar[0] = 1`. Schedules are built on the host in
 float64, because `1 - alpha_bar` at small t keeps only four digits if it is subtracted in float32.
+
+Time is real as well: between its levels a schedule goes on, a table by interpolation, a `ContinuousSchedule` by its
+formula.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import register_static
 
 Array = jax.Array | np.ndarray
+
+
+class Level(NamedTuple):
+    """What Eq. (4) needs to know of a noise level. Leaves of any one shape: (), (B, 1, ..., 1), (S,)."""
+
+    alpha_bar: Array
+    one_minus_alpha_bar: Array  # subtracted in float64
 
 
 class NoiseSchedule(NamedTuple):
     """The noise levels of a diffusion; all other quantities follow from `alpha_bar`.
 
-    alpha_bar: (T+1,) float64 on the host, `alpha_bar[0] = 1`, strictly decreasing, above 0.
+    alpha_bar: (T+1,) float64 on the host, `alpha_bar[0] = 1`, strictly decreasing, above 0. Between two levels
+    log(alpha_bar) is linear in t: noise comes at the rate with which it is there by the next one.
     """
 
     alpha_bar: Array
@@ -40,29 +53,106 @@ class NoiseSchedule(NamedTuple):
         """T, the number of training steps."""
         return self.alpha_bar.shape[0] - 1
 
+    def level(self, t: np.ndarray) -> Level:
+        """Levels t, ints or reals in [0, T], in float64 on the host."""
+        table = self.levels()
+        if np.issubdtype(np.asarray(t).dtype, np.integer):
+            return Level(table.alpha_bar[t], table.one_minus_alpha_bar[t])
+        return _from_log(np.interp(t, np.arange(self.num_steps + 1), table.log_alpha_bar), np)
 
-class Level(NamedTuple):
-    """What Eq. (4) needs to know of a noise level. Leaves of any one shape: (), (B, 1, ..., 1), or the table (T+1,)."""
+    def levels(self) -> LevelTable:
+        alpha_bar = np.asarray(self.alpha_bar, np.float64)
+        return LevelTable(alpha_bar, 1 - alpha_bar, np.log(alpha_bar))
+
+
+@dataclasses.dataclass(frozen=True)
+class ContinuousSchedule:
+    """A noise schedule in closed form, to stand wherever a NoiseSchedule stands. Make it a frozen dataclass with a
+    `log_alpha_bar`: schedules of equal fields are equal, and compile once. A pytree without leaves.
+    """
+
+    num_steps: int  # T: t runs over [0, T], and networks are asked about t in [1, T]
+
+    def __init_subclass__(cls) -> None:
+        register_static(cls)
+
+    def log_alpha_bar(self, t: Array) -> Array:
+        """log(alpha_bar) at t > 0, strictly decreasing, for arrays of NumPy's and of JAX's."""
+        raise NotImplementedError
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """(T+1,): the levels 0..T."""
+        return self.level(np.arange(self.num_steps + 1)).alpha_bar
+
+    def level(self, t: np.ndarray) -> Level:
+        """Levels t, in [0, T], in float64 on the host."""
+        t = np.asarray(t, np.float64)
+        with np.errstate(all="ignore"):  # at 0, where the formula is not asked
+            return _from_log(np.where(t > 0, self.log_alpha_bar(t), 0.0), np)
+
+    def levels(self) -> ContinuousSchedule:
+        return self
+
+    def at(self, t: Array, dtype: jnp.dtype) -> Level:
+        """Levels t, see `Levels`."""
+        t = t.astype(jnp.promote_types(dtype, jnp.float32))
+        log = jnp.where(t > 0, self.log_alpha_bar(jnp.where(t > 0, t, 1)), 0)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), _from_log(log, jnp))
+
+
+Schedule = NoiseSchedule | ContinuousSchedule
+
+
+def _from_log(log_alpha_bar, numpy):
+    return Level(numpy.exp(log_alpha_bar), 0 - numpy.expm1(log_alpha_bar))  # 0 at the image, not -0
+
+
+class Levels(Protocol):
+    """All levels of a schedule, as a pytree that crosses the border to the device."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    def at(self, t: Array, dtype: jnp.dtype) -> Level:
+        """Levels t, ints or reals in [0, T], of any shape. Traceable."""
+
+
+class LevelTable(NamedTuple):
+    """Of a NoiseSchedule: leaves (T+1,)."""
 
     alpha_bar: Array
-    one_minus_alpha_bar: Array  # subtracted in float64
+    one_minus_alpha_bar: Array
+    log_alpha_bar: Array
+
+    @property
+    def num_steps(self) -> int:
+        return self.alpha_bar.shape[0] - 1
+
+    def at(self, t, dtype):
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            exact = self.alpha_bar, self.one_minus_alpha_bar
+            return Level(*(jnp.asarray(leaf).astype(dtype)[t] for leaf in exact))
+        log = jnp.asarray(self.log_alpha_bar).astype(jnp.promote_types(dtype, jnp.float32))
+        below = jnp.clip(jnp.floor(t), 0, self.num_steps - 1).astype(jnp.int32)
+        between = log[below] + (t - below).astype(log.dtype) * (log[below + 1] - log[below])
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), _from_log(between, jnp))
 
 
-def levels(noise_schedule: NoiseSchedule) -> Level:
-    """All levels 0..T as one table, float64 on the host, leaves (T+1,)."""
-    alpha_bar = np.asarray(noise_schedule.alpha_bar, np.float64)
-    return Level(alpha_bar, 1 - alpha_bar)
+def levels(noise_schedule: Schedule) -> Levels:
+    """All levels of a schedule: a table in float64 on the host, or a formula."""
+    return noise_schedule.levels()
 
 
-def level_at(table: Level, t: Array, x: Array) -> Level:
-    """Level t of a table, shaped to broadcast against a batch.
+def level_at(table: Levels, t: Array, x: Array) -> Level:
+    """Level t, shaped to broadcast against a batch.
 
-    table: `levels(...)`, leaves (T+1,). t: ints in 0..T, () or (B,). x: (B, ...), gives dtype and rank.
-    Returns leaves () or (B, 1, ..., 1), in the dtype of x.
+    table: `levels(...)`. t: ints or reals in [0, T], () or (B,). x: (B, ...), gives dtype and rank. Returns leaves ()
+    or (B, 1, ..., 1), in the dtype of x.
     """
     t = jnp.asarray(t)
     shape = t.shape + (1,) * (x.ndim - 1 if t.ndim else 0)
-    return Level(*(jnp.asarray(leaf).astype(x.dtype)[t].reshape(shape) for leaf in table))
+    return jax.tree.map(lambda leaf: leaf.reshape(shape), table.at(t, x.dtype))
 
 
 def from_betas(betas) -> NoiseSchedule:
@@ -117,3 +207,44 @@ def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999
     u = np.arange(num_steps + 1) / num_steps
     curve = np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
     return from_betas(np.minimum(1 - curve[1:] / curve[:-1], max_beta))
+
+
+@dataclasses.dataclass(frozen=True)
+class VP(ContinuousSchedule):
+    beta_start: float
+    beta_end: float
+
+    def log_alpha_bar(self, t):
+        return -(self.beta_start * t + (self.beta_end - self.beta_start) * t**2 / (2 * self.num_steps))
+
+
+def vp(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VP:
+    """The variance-preserving process with a rate linear in t (Song et al. 2021, Eq. 32 and 33), in closed form:
+    `log(alpha_bar) = -(beta_start t + (beta_end - beta_start) t^2 / (2 T))`.
+
+    It is `linear` as its steps become small; in the time t / T its rates are T beta_start and T beta_end, 0.1 and 20.
+    """
+    _check_range(num_steps, beta_start, beta_end)
+    return VP(num_steps, beta_start, beta_end)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSNR(ContinuousSchedule):
+    log_snr_max: float
+    log_snr_min: float
+
+    def log_alpha_bar(self, t):
+        numpy = t.__array_namespace__()
+        log_snr = self.log_snr_max + (self.log_snr_min - self.log_snr_max) * t / self.num_steps
+        return -numpy.logaddexp(numpy.zeros_like(t), -log_snr)
+
+
+def log_snr(num_steps: int = 1000, log_snr_max: float = 13.3, log_snr_min: float = -10.0) -> LogSNR:
+    """log(alpha_bar / (1 - alpha_bar)) linear in t (Kingma et al. 2021, appendix F, which learned such a range). The
+    image itself, t = 0, is beyond the line.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    if not -80 <= log_snr_min < log_snr_max <= 80:
+        raise ValueError(f"-80 <= log_snr_min < log_snr_max <= 80 must hold, got {log_snr_min} and {log_snr_max}")
+    return LogSNR(num_steps, log_snr_max, log_snr_min)

@@ -159,6 +159,7 @@ def update_of(config: Config, optimizer: optax.GradientTransformation) -> update
         gamma=config.train.gamma,
         ema_decay=config.train.ema_decay,
         accumulate=config.train.accumulate,
+        real_time=config.train.real_time,
     )
 
 

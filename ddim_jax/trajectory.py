@@ -1,7 +1,8 @@
 """Which levels a sampler visits. Every off-by-one of the method lives here.
 
-tau is a host array of S + 1 ascending ints with tau[0] = 0: S steps between neighbours. The paper writes tau_1..tau_S
-(section 4.2) and lets the last step end at the image; here that image has its own entry, the 0 in front.
+tau is a host array of S + 1 ascending numbers with tau[0] = 0: S steps between neighbours. The paper writes
+tau_1..tau_S (section 4.2) and lets the last step end at the image; here that image has its own entry, the 0 in front.
+The paper's levels are ints. Time is real too: levels between them are legal, and then S has no limit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddim_jax.schedule import Array, Level, NoiseSchedule
+from ddim_jax.schedule import Array, Level, Schedule
 
 
 class Transition(NamedTuple):
@@ -21,8 +22,8 @@ class Transition(NamedTuple):
     `t` is the level at which the network is asked; all coefficients come from the other leaves.
     """
 
-    t: Array  # ints in 0..T
-    s: Array  # ints in 0..T
+    t: Array  # ints or reals in [0, T]
+    s: Array
     alpha_bar_t: Array
     alpha_bar_s: Array
     one_minus_alpha_bar_t: Array
@@ -40,8 +41,9 @@ class Transition(NamedTuple):
 Transitions = Transition
 
 
-def transitions(noise_schedule: NoiseSchedule, t: Sequence[int], s: Sequence[int]) -> Transitions:
-    """The steps t[i] -> s[i], (S,) ints each, in 0..T, t[i] != s[i]; ValueError otherwise. Leaves (S,), on the host.
+def transitions(noise_schedule: Schedule, t: Sequence[float], s: Sequence[float]) -> Transitions:
+    """The steps t[i] -> s[i], (S,) ints or reals each, in [0, T], t[i] != s[i]; ValueError otherwise. Leaves (S,), on
+    the host.
 
     A step need not begin where the one before it ended, so the habits of other samplers can be followed: diffusers
     steps from t to t - T // S whatever level comes next.
@@ -49,23 +51,26 @@ def transitions(noise_schedule: NoiseSchedule, t: Sequence[int], s: Sequence[int
     T = noise_schedule.num_steps
     t, s = np.asarray(t), np.asarray(s)
     for name, levels in (("t", t), ("s", s)):
-        if levels.ndim != 1 or not np.issubdtype(levels.dtype, np.integer):
-            raise ValueError(f"{name} must be a list of ints, got {levels.tolist()}")
+        if levels.ndim != 1 or not np.issubdtype(levels.dtype, np.number):
+            raise ValueError(f"{name} must be a list of numbers, got {levels.tolist()}")
         if levels.size and not 0 <= levels.min() <= levels.max() <= T:
             raise ValueError(f"{name} must stay within 0..{T}, got {levels.min()}..{levels.max()}")
     if t.shape != s.shape or (t == s).any():
         raise ValueError(f"t and s must be of one length and differ in every step, got {t.tolist()} and {s.tolist()}")
-    alpha_bar = np.asarray(noise_schedule.alpha_bar, np.float64)
-    ab_t, ab_s = alpha_bar[t], alpha_bar[s]
+    (ab_t, rest_t), (ab_s, rest_s) = noise_schedule.level(t), noise_schedule.level(s)
     beta = np.maximum(1 - ab_t / ab_s, 0)
-    posterior_variance = np.divide((1 - ab_s) * beta, 1 - ab_t, out=np.zeros_like(beta), where=t > s)
-    with np.errstate(divide="ignore"):
-        lambda_t, lambda_s = (np.log(ab / (1 - ab)) / 2 for ab in (ab_t, ab_s))
+    posterior_variance = np.divide(rest_s * beta, rest_t, out=np.zeros_like(beta), where=t > s)
+    lambda_t, lambda_s = _lambda(ab_t, rest_t), _lambda(ab_s, rest_s)
     step = lambda_s - lambda_t
-    return Transition(t, s, ab_t, ab_s, 1 - ab_t, 1 - ab_s, beta, posterior_variance, lambda_t, step)
+    return Transition(t, s, ab_t, ab_s, rest_t, rest_s, beta, posterior_variance, lambda_t, step)
 
 
-def descend(noise_schedule: NoiseSchedule, tau: Sequence[int], end: int = 0) -> Transitions:
+def _lambda(alpha_bar: np.ndarray, one_minus_alpha_bar: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        return np.log(alpha_bar / one_minus_alpha_bar) / 2
+
+
+def descend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0) -> Transitions:
     """The steps of the generative process: tau[S] -> tau[S-1] -> ... -> tau[0] = end. Leaves (S,), on the host.
 
     end: 0, the image itself, or the level that tau begins with and the process is to stop at.
@@ -74,7 +79,7 @@ def descend(noise_schedule: NoiseSchedule, tau: Sequence[int], end: int = 0) -> 
     return transitions(noise_schedule, tau[:-1], tau[1:])
 
 
-def ascend(noise_schedule: NoiseSchedule, tau: Sequence[int], end: int = 0) -> Transitions:
+def ascend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0) -> Transitions:
     """The same pairs the other way, end = tau[0] -> ... -> tau[S]: the steps that encode an image. Leaves (S,), on
     the host.
     """
@@ -82,16 +87,17 @@ def ascend(noise_schedule: NoiseSchedule, tau: Sequence[int], end: int = 0) -> T
     return transitions(noise_schedule, tau[:-1], tau[1:])
 
 
-def check(num_train_steps: int, tau: Sequence[int], end: int = 0) -> np.ndarray:
-    """tau as an int array, or ValueError: at least one step, whole numbers from 0 to T, first `end`, strictly
-    ascending.
+def check(num_train_steps: int, tau: Sequence[float], end: int = 0) -> np.ndarray:
+    """tau as an array, of ints where all are whole, else of float64; or ValueError: at least one step, numbers from 0
+    to T, first `end`, strictly ascending.
     """
     given = np.asarray(tau)
     if given.ndim != 1 or given.size < 2:
         raise ValueError(f"tau needs at least one step, got {given.tolist()}")
-    tau = given.astype(np.int32)
-    if not np.array_equal(tau, given):
-        raise ValueError(f"tau must hold whole numbers, got {given[tau != given][0]}")
+    if not np.isfinite(given).all():
+        raise ValueError(f"tau must hold numbers, got {given[~np.isfinite(given)][0]}")
+    whole = (given == np.round(given)).all() and (np.abs(given) < 2**31).all()
+    tau = given.astype(np.int32 if whole else np.float64)
     if tau[0] != end:
         raise ValueError(f"tau must begin with {end}{', the image itself' if end == 0 else ''}, got {tau[0]}")
     falls = np.flatnonzero(np.diff(tau) <= 0)
@@ -177,17 +183,77 @@ def official_quadratic(num_train_steps: int, num_steps: int) -> np.ndarray:
     return _from_zero(num_train_steps, 1 + np.unique(steps))
 
 
-def explicit(num_train_steps: int, steps: Sequence[int]) -> np.ndarray:
-    """A tau of your own: the levels in ascending order, each in 1..T; a 0 in front is optional. (S+1,) ints."""
+def explicit(num_train_steps: int, steps: Sequence[float]) -> np.ndarray:
+    """A tau of your own: the levels in ascending order, each above 0 and at most T; a 0 in front is optional. (S+1,)
+    numbers.
+    """
     steps = list(steps)
     return check(num_train_steps, steps if steps[:1] == [0] else [0, *steps])
 
 
-def moved(num_train_steps: int, tau: Sequence[int], offset: int = 0, end: int = 0) -> np.ndarray:
+def moved(num_train_steps: int, tau: Sequence[float], offset: int = 0, end: int = 0) -> np.ndarray:
     """tau with `offset` added to its levels (diffusers' steps_offset) and `end` in place of the image (1 where its
-    set_alpha_to_one is False). (S+1,) ints, fewer where levels are at or below `end`.
+    set_alpha_to_one is False). (S+1,) numbers, fewer where levels are at or below `end`.
 
     A step from a level to itself moves nothing; those that `end` would make are left out.
     """
     levels = np.asarray(tau)[1:] + offset
     return check(num_train_steps, [end, *levels[levels > end].tolist()], end)
+
+
+def time(noise_schedule: Schedule, num_steps: int) -> np.ndarray:
+    """Real levels evenly spaced in t: `tau_i = i T / S`, for any S at least 1. (S+1,) numbers."""
+    return check(
+        noise_schedule.num_steps, np.arange(_at_least_one(num_steps) + 1) * noise_schedule.num_steps / num_steps
+    )
+
+
+def log_snr(noise_schedule: Schedule, num_steps: int) -> np.ndarray:
+    """Real levels evenly spaced in log(alpha_bar / (1 - alpha_bar)) from T to 1, then the image (Lu et al. 2022a). For
+    any S at least 1; (S+1,) numbers.
+    """
+    return _spaced(noise_schedule, num_steps, lambda sigma: np.log(sigma), lambda u: np.exp(u))
+
+
+def sigma(noise_schedule: Schedule, num_steps: int) -> np.ndarray:
+    """Real levels evenly spaced in `sigma_bar = sqrt((1 - alpha_bar) / alpha_bar)` from T to 1, then the image. For any
+    S at least 1; (S+1,) numbers.
+    """
+    return _spaced(noise_schedule, num_steps, lambda sigma: sigma, lambda u: u)
+
+
+def karras(noise_schedule: Schedule, num_steps: int) -> np.ndarray:
+    """Real levels evenly spaced in `sigma_bar^(1/7)` from T to 1, then the image (Karras et al. 2022, Eq. 5). For any S
+    at least 1; (S+1,) numbers.
+    """
+    return _spaced(noise_schedule, num_steps, lambda sigma: sigma ** (1 / 7), lambda u: u**7)
+
+
+def _at_least_one(num_steps: int) -> int:
+    if num_steps < 1:
+        raise ValueError(f"the number of steps must be at least 1, got {num_steps}")
+    return num_steps
+
+
+def _spaced(noise_schedule, num_steps, to, back):
+    """0, then levels from 1 to T whose `to(sigma_bar)` are evenly spaced; a single step is from T."""
+    T = noise_schedule.num_steps
+    low, high = (to(_sigma_bar(noise_schedule, t)) for t in (1.0, float(T)))
+    wanted = back(np.linspace(low, high, _at_least_one(num_steps))[1:-1])
+    inner = [_time_of(noise_schedule, wanted), [float(T)]] if num_steps > 1 else [[float(T)]]
+    return check(T, np.concatenate([[0.0], [1.0] * (num_steps > 1), *inner]))
+
+
+def _sigma_bar(noise_schedule, t):
+    level = noise_schedule.level(t)
+    return np.sqrt(level.one_minus_alpha_bar / level.alpha_bar)
+
+
+def _time_of(noise_schedule, sigma_bar):
+    """t in [1, T] with these sigma_bar, which rises with t: by bisection, to the last digit of float64."""
+    low, high = np.ones_like(sigma_bar), np.full_like(sigma_bar, noise_schedule.num_steps)
+    for _ in range(64):
+        middle = (low + high) / 2
+        above = _sigma_bar(noise_schedule, middle) > sigma_bar
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return high

@@ -15,7 +15,7 @@ import optax
 from ddim_jax import losses
 from ddim_jax.data.scaling import to_unit
 from ddim_jax.models import adapter
-from ddim_jax.schedule import Array, Level
+from ddim_jax.schedule import Array, Levels
 from ddim_jax.train_state import TrainState
 
 BINS = 4  # of the levels, in which the loss is told apart
@@ -44,30 +44,35 @@ def adam(learning_rate: float, warmup: int, clip_norm: float) -> optax.GradientT
 def build(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    table: Level,
+    table: Levels,
     *,
     prediction: str,
     gamma: str,
     ema_decay: float,
     accumulate: int = 1,
+    real_time: bool = False,
 ) -> Update:
     """The function (state, images, labels, key) -> (state, metrics), to be jitted.
 
     images: (B, H, W, C) uint8. labels: (B,) ints, or None. key: the run's key; the step is folded in. Over a
     batch that is sharded along B it is data-parallel training: the mean in the loss becomes the all-reduce of the
     gradients. accumulate: into how many parts, one after the other, the batch is divided; the memory of activations is
-    that of one, the gradient that of all.
+    that of one, the gradient that of all. real_time: whether t is drawn from all of [1, T], or from the levels
+    1..T alone.
 
     Where the loss or the gradient is not finite, nothing but the step changes, and metrics.skipped counts.
     """
-    num_steps = table.alpha_bar.shape[0] - 1
+    num_steps = table.num_steps
 
     def update(state: TrainState, images: Array, labels: Array | None, key: Array) -> tuple[TrainState, Metrics]:
         chex.assert_rank(images, 4)
         chex.assert_type(images, "uint8")  # pixels; what is scaled already would be scaled twice
         t_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
         x_0 = to_unit(images)
-        t = jax.random.randint(t_key, x_0.shape[:1], 1, num_steps + 1)
+        if real_time:
+            t = jax.random.uniform(t_key, x_0.shape[:1], minval=1, maxval=num_steps)
+        else:
+            t = jax.random.randint(t_key, x_0.shape[:1], 1, num_steps + 1)
         eps = jax.random.normal(eps_key, x_0.shape)
 
         def loss_fn(params, x_0, t, eps, labels, dropout_key):
@@ -100,7 +105,7 @@ def build(
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
         apart = optax.tree.norm(optax.tree.sub(params, ema_params)) / optax.tree.norm(params)
-        in_bin = jax.nn.one_hot((t - 1) * BINS // num_steps, BINS)
+        in_bin = jax.nn.one_hot(((t - 1) * BINS // num_steps).astype(int), BINS)
         metrics = Metrics(loss, norm, apart, skipped, each @ in_bin, in_bin.sum(0))
         return TrainState(state.step + 1, params, ema_params, opt_state, skipped), metrics
 

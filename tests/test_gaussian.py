@@ -102,7 +102,7 @@ def test_both_directions_are_one_joint_law(pair, eta):
 @given(st.integers(1, 1000), st.floats(-2, 2), st.floats(-3, 3))
 def test_every_prediction_says_the_same_eps(t, x_0, eps):
     with jax.enable_x64(True):
-        level = schedule.Level(*(leaf[t] for leaf in TABLE))
+        level = schedule.Level(TABLE.alpha_bar[t], TABLE.one_minus_alpha_bar[t])
         x_t = gaussian.q_marginal(x_0, eps, level)
         said = {"eps": eps, "x0": x_0, "v": gaussian.predict_v(x_0, eps, level)}
         assert set(said) == set(registry.PREDICTIONS)

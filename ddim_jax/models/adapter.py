@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from ddim_jax.gaussian import PREDICTIONS, EpsFn
-from ddim_jax.schedule import Array, Level, level_at
+from ddim_jax.schedule import Array, Levels, level_at
 
 
 def eps_fn(
     model: nn.Module,
     params: Any,
-    table: Level,
+    table: Levels,
     prediction: str = "eps",
     labels: Array | None = None,
     dropout_key: Array | None = None,

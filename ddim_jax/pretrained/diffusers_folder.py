@@ -17,8 +17,10 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
-from ddim_jax import images, schedule
+from ddim_jax import config as config_lib
+from ddim_jax import images
 from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.config import ScheduleConfig
 from ddim_jax.pretrained import names, tensors
 from ddim_jax.pretrained.files import Folder, Repository, load_json
 from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
@@ -318,11 +320,11 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     inverse of `noise_fields`, where diffusers has the setting.
     """
     noise, sample = config["schedule"], config["sample"]
-    theirs = {ours: name for name, ours in SCHEDULES.items() if ours != "sigmoid"}  # DDIMScheduler has no sigmoid
-    betas = list(noise["betas"]) if noise["name"] == "from_betas" else None
-    if noise["name"] == "sigmoid":
-        alpha_bar = schedule.sigmoid(noise["num_steps"], noise["beta_start"], noise["beta_end"]).alpha_bar
-        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
+    theirs = {ours: name for name, ours in SCHEDULES.items() if ours != "sigmoid"}  # which DDIMScheduler has not
+    betas = None
+    if noise["name"] not in theirs:
+        alpha_bar = config_lib.noise_schedule(config_lib.section(ScheduleConfig, noise, "schedule")).alpha_bar
+        betas = list(noise["betas"]) or (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
     thresholding = bool(sample["clip_x0"] and sample["clip_quantile"])
     clip_range = {"sample_max_value" if thresholding else "clip_sample_range": sample["clip_range"]}
     return {

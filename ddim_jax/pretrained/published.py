@@ -42,7 +42,7 @@ def describe(
     """
     try:
         parsed = config_lib.section(ModelConfig, {"dropout": 0.0, "dtype": "float32", "remat": False, **model}, "model")
-        noise = config_lib.section(ScheduleConfig, schedule, "schedule")
+        noise = config_lib.section(ScheduleConfig, {**config_lib.BEFORE["schedule"], **schedule}, "schedule")
         config_lib.network(parsed)
         config_lib.noise_schedule(noise)
     except ConfigError as error:
