@@ -7,6 +7,7 @@ is the short way to write one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -17,7 +18,7 @@ from jax.tree_util import Partial
 from ddim_jax import gaussian
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
-from ddim_jax.schedule import Array, Schedule
+from ddim_jax.schedule import Array, Level, Schedule
 from ddim_jax.trajectory import Transition, Transitions
 
 
@@ -149,14 +150,22 @@ def run(
     sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None
 ) -> tuple[Array, Any]:
     """`integrate` that also returns the sampler's last state: what it has to tell of the run."""
-    return _run(sampler, eps_fn, transitions, x, key, keep=False)[0]
+    return _run(sampler, eps_fn, transitions, x, key)[0]
 
 
 def trajectory(
-    sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None
+    sampler: Sampler,
+    eps_fn: EpsFn,
+    transitions: Transitions,
+    x: Array,
+    key: Array | None = None,
+    predict: Callable[[Array, Array, Level], Array] = gaussian.predict_x0,
 ) -> tuple[Array, Trajectory]:
-    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S."""
-    (last, _), (states, x_0) = _run(sampler, eps_fn, transitions, x, key, keep=True)
+    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S.
+
+    predict: (x_t, what the network says of it, level) -> x_0: Eq. (9), where it says eps.
+    """
+    (last, _), (states, x_0) = _run(sampler, eps_fn, transitions, x, key, predict)
     return last, Trajectory(jnp.concatenate([jnp.asarray(x)[None], states]), x_0)
 
 
@@ -193,7 +202,17 @@ def initial_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Arr
     return gaussian.noise(keys, 0, shape, dtype)
 
 
-def _run(sampler, eps_fn, transitions, x, key, keep):
+def _run(sampler, eps_fn, transitions, x, key, predict=None):
+    eps_fn, x, keys = checked(sampler, eps_fn, transitions, x, key)
+    return _scan(sampler, eps_fn, transitions, x, keys, predict=predict)
+
+
+def checked(
+    sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None
+) -> tuple[Partial, Array, Array | None]:
+    """What a loop over a sampler's steps begins with: eps_fn as a pytree, x as an array, and (B,) keys, or None.
+    ValueError, see `integrate`.
+    """
     sampler.check(transitions)
     x = jnp.asarray(x)
     if key is None and sampler.stochastic:
@@ -205,14 +224,19 @@ def _run(sampler, eps_fn, transitions, x, key, keep):
             raise ValueError(f"key must be one key or one for each of the {x.shape[0]} images, got shape {key.shape}")
     if jax.tree_util.all_leaves([eps_fn]):  # a plain function is no pytree yet
         eps_fn = Partial(eps_fn)
-    return _scan(sampler, eps_fn, transitions, x, key, keep=keep)
+    return eps_fn, x, key
 
 
-@jax.jit(static_argnames="keep")
-def _scan(sampler, eps_fn, transitions, x, keys, *, keep):
-    transitions = jax.tree.map(
-        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x.dtype), transitions
+def rounded(transitions: Transitions, dtype: jnp.dtype) -> Transitions:
+    """The transitions in the precision of x; levels that are ints stay so."""
+    return jax.tree.map(
+        lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype), transitions
     )
+
+
+@jax.jit(static_argnames="predict")
+def _scan(sampler, eps_fn, transitions, x, keys, *, predict):
+    transitions = rounded(transitions, x.dtype)
 
     def body(carry, transition):
         x_t, state = carry
@@ -224,7 +248,7 @@ def _scan(sampler, eps_fn, transitions, x, keys, *, keep):
 
         noise = None if keys is None else gaussian.noise(keys, transition.t, x.shape[1:], x.dtype)
         x_s, state = sampler.step(x_t, state, transition, heard, noise)
-        kept = (x_s, gaussian.predict_x0(x_t, said[0], transition.level_t)) if keep else None
+        kept = None if predict is None else (x_s, predict(x_t, said[0], transition.level_t))
         return (x_s.astype(x.dtype), state), kept
 
     return jax.lax.scan(body, (x, sampler.init(x)), transitions)

@@ -22,7 +22,7 @@ import shlex
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,8 @@ GRID_IMAGES = 64
 READING_THREADS = 4
 RUN_ME_AGAIN = 75  # what sysexits.h calls a temporary failure
 
+ObjectiveOf = Callable[[Config], update.Objective]
+
 OPTIONS = {
     "workdir": (None, "Folder of the run: made if it is not there, continued if it is."),
     "skip_damaged": (False, "Where the last checkpoint is damaged, set it aside and go on from the one before."),
@@ -57,18 +59,38 @@ def main(options: types.SimpleNamespace) -> None:
     with blame("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     source = load_data(config, mesh)
+    workdir = cli.writable_folder(options.workdir)
+    yard = quick_yardstick(config, mesh) if config.train.evaluate_every else None
+    show = partial(show_samples, workdir, config, process, mesh, yard)
+    run(config, noise_prediction, source, workdir, mesh, show, options.skip_damaged)
+    cli.say(
+        f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
+        f"sample it: python -m ddim_jax.sample {shlex.join(arg for arg in sys.argv[1:] if not _is_ours(arg))}"
+    )
+
+
+def run(
+    config: Config,
+    objective_of: ObjectiveOf,
+    source: data.Source,
+    workdir: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    show: Callable[..., None] = lambda log, step, ema_params, again=False: None,
+    skip_damaged: bool = False,
+) -> Any:
+    """Trains the network of config.model on a source until config.train.num_steps are done, from where the workdir is,
+    and returns the moving average of its parameters. objective_of: what of; see `noise_prediction`. show: told every
+    step, and once more where a run goes on.
+    """
     with blame("config.data"):
         fingerprint = data.fingerprint(source)
-    workdir = cli.writable_folder(options.workdir)
-
-    yard = quick_yardstick(config, mesh) if config.train.evaluate_every else None
     with (
         only_one(workdir),
         Preemption() as preemption,
         Checkpoints(workdir, config.train.keep, config.train.keep_every) as checkpoints,
     ):
         optimizer, state, step_key = first_state(config, mesh)
-        state, begin = resumed(state, config, workdir, fingerprint, checkpoints, options.skip_damaged, mesh)
+        state, begin = resumed(state, config, workdir, fingerprint, checkpoints, skip_damaged, mesh)
         record = dataclasses.asdict(config)
         if sharding.is_first():
             with images.replacing(workdir / "config.json") as file:
@@ -77,10 +99,10 @@ def main(options: types.SimpleNamespace) -> None:
         in_flight = collections.deque()
         with Log(workdir, begin, config) as log:
             if begin < config.train.num_steps:
-                update_step, log.flops = compiled_update(config, optimizer, mesh, state, step_key)
-            show = partial(show_samples, log, workdir, config, process, mesh, yard)
+                shape = source.image_shape
+                update_step, log.flops = compiled_update(config, optimizer, mesh, state, step_key, objective_of, shape)
             if begin:
-                show(begin, state.ema_params, again=True)
+                show(log, begin, state.ema_params, again=True)
             for step, batch in enumerate(training_batches(config, source, mesh, begin), begin + 1):
                 state, metrics = update_step(state, batch.images, batch.labels, step_key)
                 in_flight.append((step, metrics))
@@ -95,12 +117,9 @@ def main(options: types.SimpleNamespace) -> None:
                     checkpoints.wait()
                     print(f"\nstopped at step {step}, which is saved; the same command goes on", file=sys.stderr)
                     sys.exit(RUN_ME_AGAIN)
-                show(step, state.ema_params)
+                show(log, step, state.ema_params)
         checkpoints.wait()
-    cli.say(
-        f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
-        f"sample it: python -m ddim_jax.sample {shlex.join(arg for arg in sys.argv[1:] if not _is_ours(arg))}"
-    )
+    return state.ema_params
 
 
 def first_state(config: Config, mesh: jax.sharding.Mesh) -> tuple[optax.GradientTransformation, TrainState, jax.Array]:
@@ -149,14 +168,17 @@ def resumed(
     return state, 0
 
 
-def update_of(config: Config, optimizer: optax.GradientTransformation) -> update.Update:
+def noise_prediction(config: Config) -> update.Objective:
+    """The objective that the config describes."""
+    table = schedule.levels(config_lib.noise_schedule(config.schedule))
+    return update.noise_prediction(config_lib.network(config.model), table, config.model.prediction, config.train.gamma)
+
+
+def update_of(config: Config, optimizer: optax.GradientTransformation, objective_of: ObjectiveOf) -> update.Update:
     """The update that the config describes."""
     return update.build(
-        config_lib.network(config.model),
+        objective_of(config),
         optimizer,
-        schedule.levels(config_lib.noise_schedule(config.schedule)),
-        prediction=config.model.prediction,
-        gamma=config.train.gamma,
         ema_decay=config.train.ema_decay,
         accumulate=config.train.accumulate,
         real_time=config.train.real_time,
@@ -164,18 +186,24 @@ def update_of(config: Config, optimizer: optax.GradientTransformation) -> update
 
 
 def compiled_update(
-    config: Config, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh, state: TrainState, key: jax.Array
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    key: jax.Array,
+    objective_of: ObjectiveOf = noise_prediction,
+    image_shape: tuple[int, int, int] | None = None,
 ) -> tuple[jax.stages.Compiled, float]:
     """The update, which takes over the memory of its state, and how many floating-point operations one takes as XLA
     counts them; what is computed twice to save memory counts once.
     """
     size, placed_ = config.train.batch_size, sharding.along_batch(mesh)
-    images_ = jax.ShapeDtypeStruct((size, *generate.image_shape(config)), np.uint8, sharding=placed_)
+    images_ = jax.ShapeDtypeStruct((size, *(image_shape or generate.image_shape(config))), np.uint8, sharding=placed_)
     labels = jax.ShapeDtypeStruct((size,), np.int32, sharding=placed_) if config.model.num_classes else None
     where = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
 
     def lowered(config):
-        made = jax.jit(update_of(config, optimizer), donate_argnums=0, out_shardings=where)
+        made = jax.jit(update_of(config, optimizer, objective_of), donate_argnums=0, out_shardings=where)
         return made.lower(state, images_, labels, key)
 
     plain = dataclasses.replace(
@@ -232,12 +260,12 @@ def quick_yardstick(config: Config, mesh: jax.sharding.Mesh) -> Yardstick:
 
 
 def show_samples(
-    log: Log,
     workdir: pathlib.Path,
     config: Config,
     process: Process,
     mesh: jax.sharding.Mesh,
     yard: Yardstick | None,
+    log: Log,
     step: int,
     ema_params: Any,
     again: bool = False,

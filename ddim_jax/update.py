@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -12,22 +12,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ddim_jax import losses
-from ddim_jax.data.scaling import to_unit
+from ddim_jax import discrete, losses
+from ddim_jax.data.scaling import to_one_hot, to_unit
 from ddim_jax.models import adapter
-from ddim_jax.schedule import Array, Levels
+from ddim_jax.schedule import Array, Levels, level_at
 from ddim_jax.train_state import TrainState
 
 BINS = 4  # of the levels, in which the loss is told apart
 
 
 class Metrics(NamedTuple):
-    loss: Array  # () mean squared error of eps, per dimension
+    loss: Array  # () mean of the objective; for eps its squared error, per dimension
     grad_norm: Array  # () global norm before clipping
     ema_distance: Array  # () |params - ema_params| / |params|
     skipped: Array  # () updates in a row that were left out, this one the last; 0 if it was made
     bin_losses: Array  # (BINS,) sum of the losses of the images whose t fell into each quarter of 1..T
     bin_counts: Array  # (BINS,) and how many these were
+
+
+class Objective(NamedTuple):
+    """What is trained: pure functions of a batch."""
+
+    num_steps: int  # T
+    x_0: Callable[[Array], Array]  # uint8 (B, H, W, C) -> x_0 (B, ...)
+    loss: Callable[[Any, Array, Array, Array, Array | None, Array], Array]  # (params, x_0, t (B,), noise ~ N(0, I) like
+    # x_0, labels, dropout_key) -> (B,)
 
 
 Update = Callable[[TrainState, Array, Array | None, Array], tuple[TrainState, Metrics]]
@@ -41,13 +50,32 @@ def adam(learning_rate: float, warmup: int, clip_norm: float) -> optax.GradientT
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adam(rate))
 
 
+def noise_prediction(model: nn.Module, table: Levels, prediction: str = "eps", gamma: str = "one") -> Objective:
+    """L_gamma, Eq. (5), of images in [-1, 1]. prediction: what the module predicts, see `adapter.eps_fn`."""
+
+    def loss(params, x_0, t, eps, labels, dropout_key):
+        eps_fn = adapter.eps_fn(model, params, table, prediction, labels, dropout_key)
+        return losses.l_gamma(eps_fn, table, x_0, t, eps, gamma)
+
+    return Objective(table.num_steps, to_unit, loss)
+
+
+def classification(model: nn.Module, table: Levels, classes: int) -> Objective:
+    """The classification loss of Appendix A, of images (B, H, W, 1) of so many grey levels, evenly spaced in 0..255.
+    The module has a channel for each, see `adapter.log_probs_fn`.
+    """
+
+    def loss(params, x_0, t, noise, labels, dropout_key):
+        log_probs_fn = adapter.log_probs_fn(model, params, labels, dropout_key)
+        return discrete.cross_entropy(log_probs_fn, x_0, t, level_at(table, t, x_0), noise)
+
+    return Objective(table.num_steps, partial(to_one_hot, classes), loss)
+
+
 def build(
-    model: nn.Module,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    table: Levels,
     *,
-    prediction: str,
-    gamma: str,
     ema_decay: float,
     accumulate: int = 1,
     real_time: bool = False,
@@ -62,22 +90,21 @@ def build(
 
     Where the loss or the gradient is not finite, nothing but the step changes, and metrics.skipped counts.
     """
-    num_steps = table.num_steps
+    num_steps = objective.num_steps
 
     def update(state: TrainState, images: Array, labels: Array | None, key: Array) -> tuple[TrainState, Metrics]:
         chex.assert_rank(images, 4)
         chex.assert_type(images, "uint8")  # pixels; what is scaled already would be scaled twice
         t_key, eps_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
-        x_0 = to_unit(images)
+        x_0 = objective.x_0(images)
         if real_time:
             t = jax.random.uniform(t_key, x_0.shape[:1], minval=1, maxval=num_steps)
         else:
             t = jax.random.randint(t_key, x_0.shape[:1], 1, num_steps + 1)
         eps = jax.random.normal(eps_key, x_0.shape)
 
-        def loss_fn(params, x_0, t, eps, labels, dropout_key):
-            eps_fn = adapter.eps_fn(model, params, table, prediction, labels, dropout_key)
-            each = losses.l_gamma(eps_fn, table, x_0, t, eps, gamma)
+        def loss_fn(params, *args):
+            each = objective.loss(params, *args)
             return each.mean(), each
 
         def part_fn(grads, part):

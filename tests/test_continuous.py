@@ -175,7 +175,7 @@ def test_a_network_is_told_real_times():
 def test_training_in_real_time_draws_all_of_it(mesh):
     """The update's t, seen by its loss alone: that of the reals from the same key."""
     table, frozen = schedule.levels(schedule.vp(100)), optax.set_to_zero()
-    made = update.build(MODEL, frozen, table, prediction="eps", gamma="x0", ema_decay=0.9, real_time=True)
+    made = update.build(update.noise_prediction(MODEL, table, gamma="x0"), frozen, ema_decay=0.9, real_time=True)
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
     state = begun(mesh, MODEL, frozen)
     _, metrics = jax.jit(made)(state, images, None, KEY)

@@ -20,14 +20,18 @@ ALLOWED = {
     "inference": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "inversion": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
     "guidance": ({"schedule", "gaussian"}, CORE),
+    "discrete": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "latent": ({"schedule"}, CORE),
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers", "multistep"}, CORE),
-    "models": ({"schedule", "gaussian"}, CORE | {"flax"}),
+    "models": ({"schedule", "gaussian", "discrete"}, CORE | {"flax"}),
     "images": (set(), {"numpy", "PIL"}),
     "data": ({"images"}, {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl", "lmdb"}),
     "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
-    "update": ({"schedule", "gaussian", "losses", "models", "data", "train_state"}, CORE | {"flax", "optax", "chex"}),
+    "update": (
+        {"schedule", "gaussian", "losses", "discrete", "models", "data", "train_state"},
+        CORE | {"flax", "optax", "chex"},
+    ),
     "sharding": (set(), CORE),
     "checkpoint": ({"sharding", "train_state"}, CORE | {"orbax"}),
     "config": ({"registry", "trajectory", "samplers", "schedule", "data", "models"}, CORE),
@@ -122,7 +126,7 @@ class Refuse:
         if name.split(".")[0] in REFUSED:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-from ddim_jax import gaussian, guidance, inference, inversion, latent, losses, multistep, ode, oracle, registry
-from ddim_jax import samplers, schedule, trajectory
+from ddim_jax import discrete, gaussian, guidance, inference, inversion, latent, losses, multistep, ode, oracle
+from ddim_jax import registry, samplers, schedule, trajectory
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

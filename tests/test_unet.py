@@ -54,7 +54,9 @@ def test_every_config_builds_its_network(name):
     config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     size = (2, config.model.image_size, config.model.image_size, config.model.image_channels)
     params = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
-    out = jax.eval_shape(lambda params, x: model.apply({"params": params}, x, jnp.zeros(2)), params, jnp.zeros(size))
+    labels = jnp.zeros(2, int) if model.num_classes else None
+    apply = lambda params, x: model.apply({"params": params}, x, jnp.zeros(2), labels)
+    out = jax.eval_shape(apply, params, jnp.zeros(size))
     assert out.shape == size and out.dtype == jnp.float32
     expected = {
         "cifar10": 35_746_307,

@@ -43,7 +43,8 @@ def begun(mesh, model, optimizer):
 @functools.cache
 def jitted(mesh, model, optimizer, options):
     options = {"prediction": "eps", "gamma": "one", "ema_decay": 0.9, **dict(options)}
-    return jax.jit(update.build(model, optimizer, TABLE, **options), out_shardings=sharding.replicated(mesh))
+    objective = update.noise_prediction(model, TABLE, options.pop("prediction"), options.pop("gamma"))
+    return jax.jit(update.build(objective, optimizer, **options), out_shardings=sharding.replicated(mesh))
 
 
 def train(mesh, steps, model=MODEL, optimizer=ADAM, state=None, first=0, **options):
@@ -76,7 +77,7 @@ def compiled(fsdp, optimizer=ADAM, accumulate=1, model=MODEL):
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, KEY))
     state = jax.jit(init, out_shardings=placement)(jax.random.key(0))
     step = jax.jit(
-        update.build(model, optimizer, TABLE, prediction="eps", gamma="one", ema_decay=0.9, accumulate=accumulate),
+        update.build(update.noise_prediction(model, TABLE), optimizer, ema_decay=0.9, accumulate=accumulate),
         out_shardings=(placement, sharding.replicated(mesh)),
     )
     images = sharding.put_batch(mesh, next(data.batches(data.Plan(data.load("digits"), 16, seed=0))).images)
@@ -239,7 +240,7 @@ def test_a_class_conditional_network_trains(mesh):
 
 def test_pixels_that_are_scaled_already_are_refused(mesh):
     optimizer = optax.sgd(0.1)
-    update_step = update.build(MODEL, optimizer, TABLE, prediction="eps", gamma="one", ema_decay=0.9)
+    update_step = update.build(update.noise_prediction(MODEL, TABLE), optimizer, ema_decay=0.9)
     state = jax.eval_shape(lambda key: train_state.init(MODEL, optimizer, key), KEY)
     with pytest.raises(AssertionError, match="uint8"):
         jax.eval_shape(update_step, state, jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32), None, KEY)

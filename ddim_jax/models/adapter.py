@@ -8,9 +8,11 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from ddim_jax.discrete import LogProbsFn
 from ddim_jax.gaussian import PREDICTIONS, EpsFn
 from ddim_jax.schedule import Array, Levels, level_at
 
@@ -33,6 +35,15 @@ def eps_fn(
     return Partial(_Network(model, prediction), params, table, labels, dropout_key)
 
 
+def log_probs_fn(
+    model: nn.Module, params: Any, labels: Array | None = None, dropout_key: Array | None = None
+) -> LogProbsFn:
+    """(x_t, t) -> log f_theta, for a module whose channels are K classes: it is given x_t one-hot, (B, ..., K), and
+    predicts logits of x_0. Else as `eps_fn`.
+    """
+    return Partial(_Classes(model), params, labels, dropout_key)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Network:
     """The static part: compared by value, so that building the same eps_fn twice compiles once."""
@@ -42,9 +53,20 @@ class _Network:
 
     def __call__(self, params, table, labels, dropout_key, x_t, t):
         t = jnp.maximum(t, 1)
-        time = jnp.broadcast_to(t - 1, x_t.shape[:1])
-        train = dropout_key is not None
-        said = self.model.apply(
-            {"params": params}, x_t, time, labels, train=train, rngs={"dropout": dropout_key} if train else None
-        )
-        return PREDICTIONS[self.prediction](x_t, said.astype(x_t.dtype), level_at(table, t, x_t))
+        said = _said(self.model, params, labels, dropout_key, x_t, t)
+        return PREDICTIONS[self.prediction](x_t, said, level_at(table, t, x_t))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Classes:
+    model: nn.Module
+
+    def __call__(self, params, labels, dropout_key, x_t, t):
+        return jax.nn.log_softmax(_said(self.model, params, labels, dropout_key, x_t, jnp.maximum(t, 1)))
+
+
+def _said(model, params, labels, dropout_key, x_t, t):
+    time = jnp.broadcast_to(t - 1, x_t.shape[:1])
+    train = dropout_key is not None
+    rngs = {"dropout": dropout_key} if train else None
+    return model.apply({"params": params}, x_t, time, labels, train=train, rngs=rngs).astype(x_t.dtype)

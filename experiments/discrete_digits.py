@@ -1,0 +1,161 @@
+"""Appendix A on real data: the digits as what they are, 17 grey levels a pixel, over sigma and S.
+
+    python -m experiments.discrete_digits --config configs/digits.py --out DIR [--config.train.num_steps=3000]
+
+Trains the config's network with a channel for each grey level, by the classification loss, in DIR/training (which goes
+on where it was when the command is given again), and then fills a table: rows are sigma as a share of its limit (1 is
+the discrete DDIM), columns S. Samples are judged like those of table 1; `bits_per_dim` is J_sigma of held-out digits
+over d log 2, which no Gaussian process can be compared with: it is the probability of the grey levels themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ddim_jax import (
+    cli,
+    data,
+    discrete,
+    generate,
+    images,
+    samplers,
+    schedule,
+    sharding,
+    train,
+    trajectory,
+    update,
+    yardstick,
+)
+from ddim_jax import config as config_lib
+from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.data.scaling import from_one_hot, to_one_hot
+from ddim_jax.discrete import LogProbsFn
+from ddim_jax.models import adapter
+from ddim_jax.pretrained.tensors import digest
+from experiments import common, grid
+from experiments.common import Cell
+
+LEVELS = 17
+PICTURED = 8
+
+OPTIONS = {
+    "out": common.OPTIONS["out"],
+    "shares": ("0,0.5,1", "The rows: sigma as a share of its limit."),
+    "steps": ("5,10,20,50,100,1000", "The columns: values of S."),
+    "held_out": ("100", "How many held-out digits bits_per_dim is of."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    config = options.config
+    shares, steps = shares_of(options.shares), common.ints("steps", options.steps)
+    noise_schedule = config_lib.noise_schedule(config.schedule)
+    taus = {S: tau_of(noise_schedule, S) for S in steps}
+    (held_out,) = common.ints("held_out", options.held_out)
+    network = dataclasses.replace(config, model=dataclasses.replace(config.model, image_channels=LEVELS))
+    mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
+    with blame("config.data"):
+        source, test = (data.load(config.data.name, config.data.path, split) for split in ("train", "test"))
+    if source.image_shape[-1] != 1:
+        raise ConfigError("config.data: the images must be grey, with one channel")
+
+    features = yardstick.open_network(config)
+    trained_with = {name: value for name, value in dataclasses.asdict(network).items() if name in TRAINED_WITH}
+    out = common.begin(
+        options,
+        [*common.WRITTEN, "reference.npz", "training"],
+        experiment="discrete_digits",
+        levels=LEVELS,
+        features=features.weights,
+        evaluate=dataclasses.asdict(config.evaluate) | {"batch_size": None},
+        seed=config.sample.seed,
+        **trained_with,
+    )
+    params = train.run(network, objective, source, cli.writable_folder(out / "training"), mesh)
+    params = sharding.put_replicated(mesh, jax.device_get(params))
+    log_probs_fn = adapter.log_probs_fn(config_lib.network(network.model), params)
+    measured = yardstick.build(config, features, mesh, source.image_shape, [], out / "reference.npz")
+
+    def measure(share: float, S: int, folder: Any) -> dict[str, Any]:
+        transitions = trajectory.descend(noise_schedule, taus[S])
+        drawn = draw(config, log_probs_fn, share, transitions, mesh)
+        images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
+        numbers = yardstick.judge_samples(config, measured, data.ArraySource(drawn), mesh, "the samples")
+        x_0 = to_one_hot(LEVELS, test[np.arange(min(held_out, len(test)))].images)
+        keys = samplers.image_keys(jax.random.key(config.sample.seed), jnp.arange(len(x_0)))
+        nats = discrete.j_sigma(log_probs_fn, transitions, x_0, keys, share)
+        bits = float(nats.mean()) / (np.log(2) * np.prod(source.image_shape))
+        return {**numbers, "bits_per_dim": bits, "images": len(drawn)}
+
+    weights = digest(params)
+    places = [{"sigma": f"{share:g}", "S": S} for S in steps for share in shares]
+    rows = common.run(
+        out,
+        [
+            Cell(place, {"weights": weights}, place["S"], functools.partial(measure, float(place["sigma"]), place["S"]))
+            for place in places
+        ],
+    )
+    axes = list(places[0])
+    common.write_table(out, rows, features=features.name)
+    images.write_png(out / "table.png", grid.picture(rows, axes, out))
+    lines, columns, cells = grid.laid_out(rows, axes)
+    tables = []
+    for number in (measured.metrics[0], "bits_per_dim"):
+        shown = [
+            [line, *(None if row is None else f"{row[number]:.4g}" for row in body)]
+            for line, body in zip(lines, cells, strict=True)
+        ]
+        tables.append(common.markdown([number, *(f"S = {column}" for column in columns)], shown))
+    common.finish(out, "\n".join(tables))
+
+
+TRAINED_WITH = ("model", "schedule", "data", "train")
+
+
+def shares_of(text: str) -> list[float]:
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--shares: must be numbers, got {text!r}") from None
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ConfigError(f"--shares: sigma must be in [0, 1] times its limit, got {share:g}")
+    return shares
+
+
+def tau_of(noise_schedule: schedule.Schedule, S: int) -> np.ndarray:
+    with blame("--steps"):
+        return trajectory.uniform(noise_schedule.num_steps, S)
+
+
+def objective(config: Config) -> update.Objective:
+    table = schedule.levels(config_lib.noise_schedule(config.schedule))
+    return update.classification(config_lib.network(config.model), table, LEVELS)
+
+
+_initial = jax.jit(discrete.initial, static_argnums=1)
+
+
+def draw(config: Config, log_probs_fn: LogProbsFn, share: float, transitions: Any, mesh: Mesh) -> np.ndarray:
+    """config.evaluate.num_images digits, uint8 (N, H, W, 1); image i depends on (config.sample.seed, i) alone."""
+    total, drawn = config.evaluate.num_images, []
+    shape = (config.model.image_size, config.model.image_size, LEVELS)
+    sampler = discrete.discrete_ddim(share)
+    for index in generate.batch_indices(config, mesh, 0, total):
+        keys = samplers.image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
+        x_0 = samplers.integrate(sampler, log_probs_fn, transitions, _initial(keys, shape), keys)
+        drawn.append(from_one_hot(sharding.to_host(x_0))[: total - index[0]])
+    return np.concatenate(drawn)
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)
