@@ -19,6 +19,7 @@ ALLOWED = {
     "ode": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
     "inference": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "inversion": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
+    "parallel": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "guidance": ({"schedule", "gaussian"}, CORE),
     "discrete": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "latent": ({"schedule"}, CORE),
@@ -127,6 +128,6 @@ class Refuse:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 from ddim_jax import discrete, gaussian, guidance, inference, inversion, latent, losses, multistep, ode, oracle
-from ddim_jax import registry, samplers, schedule, trajectory
+from ddim_jax import parallel, registry, samplers, schedule, trajectory
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,145 @@
+"""Sampling in parallel over time: how many rounds of network calls the same images take, and how near they are.
+
+    python -m experiments.parallel_sampling --config configs/digits.py --out DIR
+
+`rounds` is what remains sequential, `calls` what is computed in all, `distance` the largest root mean square of an
+image, over pixels in [0, 1], to that of the steps one by one. Seconds are medians of three, after the compilation; less
+than the sequential ones where a device has room for `window` times the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax import cli, generate, parallel, samplers, sharding, weights
+from ddim_jax.config import ConfigError, Process
+from experiments import common, grid
+from experiments.common import Cell
+
+RUNS = 3
+
+OPTIONS = common.OPTIONS | {
+    "steps": ("50,100,200,1000", "The values of S."),
+    "windows": ("16,64", "How many steps are taken at once."),
+    "tolerances": ("0.1,0.01,0.001", "By how much a point may still move, root mean square."),
+    "count": ("16", "How many images."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    config = options.config
+    steps, windows = (common.ints(name, getattr(options, name)) for name in ("steps", "windows"))
+    (count,), tolerances = common.ints("count", options.count), tolerances_of(options.tolerances)
+    cells = {S: dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S)) for S in steps}
+    processes = {S: grid.process_of(cell) for S, cell in cells.items()}
+    mesh = sharding.data_mesh()
+    found = weights.find(config, options.workdir, mesh)
+    out = common.begin(
+        options,
+        experiment="parallel_sampling",
+        weights=found.digest,
+        sample=dataclasses.asdict(config.sample) | dict.fromkeys(grid.VARIED) | {"eta": config.sample.eta},
+        count=count,
+    )
+    index = np.arange(count)
+    keys, x_T = generate.start(config, jnp.asarray(index))
+    labels = generate.labels_of(config, index)
+    eps_fn = generate.eps_fn(config, found.params, None if labels is None else jnp.asarray(labels))
+
+    @functools.cache
+    def one_by_one(S: int) -> tuple[np.ndarray, float]:
+        process = processes[S]
+        return timed(lambda: samplers.integrate(process.sampler, eps_fn, process.transitions, x_T, keys_of(process)))
+
+    def keys_of(process: Process) -> jax.Array | None:
+        return keys if process.sampler.stochastic else None
+
+    def measure(S: int, window: int, tolerance: float, folder: pathlib.Path) -> dict[str, Any]:
+        process = processes[S]
+        (x_0, rounds), seconds = timed(
+            lambda: parallel.integrate(
+                process.sampler,
+                eps_fn,
+                process.transitions,
+                x_T,
+                keys_of(process),
+                window=window,
+                tolerance=tolerance,
+            )
+        )
+        expected, sequential = one_by_one(S)
+        return {
+            "rounds": int(rounds),
+            "calls": int(rounds) * min(window, S),
+            "distance": float(common.root_mean_square(np.asarray(x_0), np.asarray(expected)).max()),
+            "seconds": seconds,
+            "seconds_sequential": sequential,
+        }
+
+    rows = common.run(
+        out,
+        [
+            Cell(
+                {"tolerance": f"{tolerance:g}", "window": window, "S": S},
+                {},
+                cost=S * (window + 10),
+                measure=functools.partial(measure, S, window, tolerance),
+            )
+            for S in steps
+            for window in windows
+            for tolerance in tolerances
+        ],
+    )
+    common.write_table(out, rows, source=found.source, device=jax.devices()[0].device_kind)
+    common.plot(out / "table.png", functools.partial(draw, rows))
+    columns = ["S", "window", "tolerance", "rounds", "calls", "distance", "seconds", "seconds_sequential"]
+    common.finish(out, common.markdown(columns, [[row[name] for name in columns] for row in rows]))
+
+
+def tolerances_of(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--tolerances: must be numbers, got {text!r}") from None
+    if not min(values) >= 0:
+        raise ConfigError(f"--tolerances: must be at least 0, got {min(values):g}")
+    return values
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+    """The result, and the median of the seconds of some runs after the first."""
+    result, seconds = jax.block_until_ready(run()), []
+    for _ in range(RUNS):
+        begun = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - begun)
+    return result, float(np.median(seconds))
+
+
+def draw(rows: list[dict[str, Any]], figure: Any) -> None:
+    axes = figure.subplots()
+    for window in sorted({row["window"] for row in rows}):
+        for tolerance in sorted({row["tolerance"] for row in rows}, key=float):
+            line = sorted(
+                (row["S"], row["rounds"]) for row in rows if (row["window"], row["tolerance"]) == (window, tolerance)
+            )
+            axes.plot(*zip(*line, strict=True), "o-", label=f"window {window}, tolerance {tolerance}")
+    steps = sorted({row["S"] for row in rows})
+    axes.plot(steps, steps, "k:", label="one by one")
+    axes.set(xlabel="S", ylabel="rounds", xscale="log", yscale="log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)
