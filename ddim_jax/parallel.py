@@ -48,8 +48,7 @@ def integrate(
     for a sampler that remembers, for a window below 0, and as in `samplers.integrate`.
     """
     eps_fn, x, keys = samplers.checked(sampler, eps_fn, transitions, x, key)
-    if jax.tree.leaves(jax.eval_shape(sampler.init, x)):
-        raise ValueError(f"{type(sampler).__name__} remembers its last steps and cannot take them at once")
+    check_memory(sampler)
     steps = len(transitions.t)
     if window < 0 or tolerance < 0:
         raise ValueError(f"window and tolerance must be at least 0, got {window} and {tolerance}")
@@ -57,6 +56,12 @@ def integrate(
     # The window may stand beyond the last step; what it does there is not used.
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], window, 0)]), transitions)
     return _rounds(sampler, eps_fn, padded, x, keys, tolerance, window=window, steps=steps, sharding=sharding)
+
+
+def check_memory(sampler: Sampler) -> None:
+    """ValueError for a sampler that remembers its last steps."""
+    if jax.tree.leaves(jax.eval_shape(sampler.init, jax.ShapeDtypeStruct((1, 1), np.float32))):
+        raise ValueError(f"{type(sampler).__name__} remembers its last steps and cannot take them at once")
 
 
 class _Window(NamedTuple):

@@ -30,7 +30,6 @@ from ddim_jax import (
     schedule,
     sharding,
     train,
-    trajectory,
     update,
     yardstick,
 )
@@ -40,6 +39,7 @@ from ddim_jax.data.scaling import from_one_hot, to_one_hot
 from ddim_jax.discrete import LogProbsFn
 from ddim_jax.models import adapter
 from ddim_jax.pretrained.tensors import digest
+from ddim_jax.trajectory import Transitions
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -57,8 +57,7 @@ OPTIONS = {
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
     shares, steps = shares_of(options.shares), common.ints("steps", options.steps)
-    noise_schedule = config_lib.noise_schedule(config.schedule)
-    taus = {S: tau_of(noise_schedule, S) for S in steps}
+    transitions_of = {S: transitions(config, S) for S in steps}
     (held_out,) = common.ints("held_out", options.held_out)
     network = dataclasses.replace(config, model=dataclasses.replace(config.model, image_channels=LEVELS))
     mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
@@ -76,7 +75,7 @@ def main(options: types.SimpleNamespace) -> None:
         levels=LEVELS,
         features=features.weights,
         evaluate=dataclasses.asdict(config.evaluate) | {"batch_size": None},
-        seed=config.sample.seed,
+        sample=grid.fixed(config, []),
         **trained_with,
     )
     params = train.run(network, objective, source, cli.writable_folder(out / "training"), mesh)
@@ -85,13 +84,12 @@ def main(options: types.SimpleNamespace) -> None:
     measured = yardstick.build(config, features, mesh, source.image_shape, [], out / "reference.npz")
 
     def measure(share: float, S: int, folder: Any) -> dict[str, Any]:
-        transitions = trajectory.descend(noise_schedule, taus[S])
-        drawn = draw(config, log_probs_fn, share, transitions, mesh)
+        drawn = draw(config, log_probs_fn, share, transitions_of[S], mesh)
         images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
         numbers = yardstick.judge_samples(config, measured, data.ArraySource(drawn), mesh, "the samples")
         x_0 = to_one_hot(LEVELS, test[np.arange(min(held_out, len(test)))].images)
         keys = samplers.image_keys(jax.random.key(config.sample.seed), jnp.arange(len(x_0)))
-        nats = discrete.j_sigma(log_probs_fn, transitions, x_0, keys, share)
+        nats = discrete.j_sigma(log_probs_fn, transitions_of[S], x_0, keys, share)
         bits = float(nats.mean()) / (np.log(2) * np.prod(source.image_shape))
         return {**numbers, "bits_per_dim": bits, "images": len(drawn)}
 
@@ -132,9 +130,9 @@ def shares_of(text: str) -> list[float]:
     return shares
 
 
-def tau_of(noise_schedule: schedule.Schedule, S: int) -> np.ndarray:
-    with blame("--steps"):
-        return trajectory.uniform(noise_schedule.num_steps, S)
+def transitions(config: Config, S: int) -> Transitions:
+    """S steps over the config's kind of tau."""
+    return grid.process_of(dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S))).transitions
 
 
 def objective(config: Config) -> update.Objective:
@@ -145,14 +143,14 @@ def objective(config: Config) -> update.Objective:
 _initial = jax.jit(discrete.initial, static_argnums=1)
 
 
-def draw(config: Config, log_probs_fn: LogProbsFn, share: float, transitions: Any, mesh: Mesh) -> np.ndarray:
+def draw(config: Config, log_probs_fn: LogProbsFn, share: float, steps: Transitions, mesh: Mesh) -> np.ndarray:
     """config.evaluate.num_images digits, uint8 (N, H, W, 1); image i depends on (config.sample.seed, i) alone."""
     total, drawn = config.evaluate.num_images, []
     shape = (config.model.image_size, config.model.image_size, LEVELS)
     sampler = discrete.discrete_ddim(share)
     for index in generate.batch_indices(config, mesh, 0, total):
         keys = samplers.image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
-        x_0 = samplers.integrate(sampler, log_probs_fn, transitions, _initial(keys, shape), keys)
+        x_0 = samplers.integrate(sampler, log_probs_fn, steps, _initial(keys, shape), keys)
         drawn.append(from_one_hot(sharding.to_host(x_0))[: total - index[0]])
     return np.concatenate(drawn)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import cli, generate, parallel, samplers, sharding, weights
-from ddim_jax.config import ConfigError, Process
+from ddim_jax.config import ConfigError, Process, blame
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -42,13 +42,15 @@ def main(options: types.SimpleNamespace) -> None:
     (count,), tolerances = common.ints("count", options.count), tolerances_of(options.tolerances)
     cells = {S: dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S)) for S in steps}
     processes = {S: grid.process_of(cell) for S, cell in cells.items()}
+    with blame("config.sample.sampler"):
+        parallel.check_memory(processes[steps[0]].sampler)
     mesh = sharding.data_mesh()
     found = weights.find(config, options.workdir, mesh)
     out = common.begin(
         options,
         experiment="parallel_sampling",
         weights=found.digest,
-        sample=dataclasses.asdict(config.sample) | dict.fromkeys(grid.VARIED) | {"eta": config.sample.eta},
+        sample=grid.fixed(config, []) | {"sampler": config.sample.sampler, "eta": config.sample.eta},
         count=count,
     )
     index = np.arange(count)

@@ -216,6 +216,13 @@ def test_the_paper_s_value_and_the_difference():
 # --- the other scripts, small ---
 
 
+TINY_TRAINING = (
+    "--config.train.num_steps=2",
+    "--config.train.log_every=1",
+    "--config.train.checkpoint_every=2",
+    "--config.evaluate.num_images=70",
+    "--config.model.channels=8",
+)
 SCRIPTS = [
     pytest.param(
         *("table3_lsun", ("--steps=5", "--config.evaluate.num_images=20"), [], "eta 1"),
@@ -231,6 +238,20 @@ SCRIPTS = [
         "distance of the ends",
     ),
     ("inversion", ("--explicit=5,10", "--solved=5", "--refine=2", "--count=9"), [], "iterations a step"),
+    ("inpainting", ("--steps=5", "--etas=0,1", "--count=20"), [], "the upper halves alone"),
+    pytest.param(
+        *(
+            "parallel_sampling",
+            ("--steps=10", "--windows=4", "--tolerances=0.1", "--count=2"),
+            [],
+            "seconds_sequential",
+        ),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        *("discrete_digits", (*TINY_TRAINING, "--steps=2,3", "--shares=0,1", "--held_out=3"), [], "bits_per_dim"),
+        marks=pytest.mark.slow,
+    ),
     ("predicted_x0", ("--steps=5,10", "--count=9"), ["distances.png"], "one shot to image"),
     (
         "oracle_table1",
@@ -276,6 +297,10 @@ def test_a_script_makes_nothing_twice_and_mixes_nothing(tmp_path, script, args, 
         ("fig6_interpolation", ("--points=1",), "--points: must be at least 2, got 1"),
         ("oracle_table1", ("--data=rings",), "--data: 'rings' is not one of gaussian, ring, digits"),
         ("predicted_x0", ("--out=",), "--out is missing"),
+        ("inpainting", ("--count=360",), "--count: there are 359 images"),
+        ("parallel_sampling", ("--tolerances=-1",), "--tolerances: must be at least 0, got -1"),
+        ("parallel_sampling", ("--config.sample.sampler=ab2", "--steps=5"), "AdamsBashforth remembers its last steps"),
+        ("discrete_digits", ("--shares=0,1.5",), "--shares: sigma must be in [0, 1] times its limit, got 1.5"),
     ],
 )
 def test_mistakes_in_the_other_scripts(tmp_path, script, args, said):

@@ -1,0 +1,108 @@
+"""Fills in what is hidden of real images: known pixels as a combinator around eps_fn.
+
+    python -m experiments.inpainting --config configs/digits.py --out DIR
+
+The lower half of held-out images is hidden and drawn again, by processes of several eta. `agreement` is the share of
+results in which the judge of config.evaluate sees the class of the whole image; `known` the largest error of the pixels
+that were given, and `table.png` has the images, what was given, and what became of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import types
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax import cli, data, generate, guidance, images, samplers, schedule, sharding, weights, yardstick
+from ddim_jax import config as config_lib
+from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.data.scaling import to_uint8, to_unit
+from ddim_jax.evaluation import judge
+from experiments import common, grid
+from experiments.common import Cell
+
+PICTURED = 16
+
+OPTIONS = common.OPTIONS | {
+    "etas": ("0,0.5,1", "The rows: values of eta."),
+    "steps": ("20,50,200", "The columns: values of S."),
+    "count": ("359", "How many images."),
+}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    config, steps = options.config, common.ints("steps", options.steps)
+    (count,) = common.ints("count", options.count)
+    axes = [{"eta": eta, "S": S} for S in steps for eta in options.etas.split(",")]
+    cells = [grid.at(options, place, count) for place in axes]
+    processes = [grid.process_of(cell) for cell in cells]
+    with blame("config.data"):
+        source = data.load(config.data.name, config.data.path, "test")
+    if not source.num_classes or count > len(source):
+        raise ConfigError(f"--count: there are {len(source)} images, {source.num_classes} classes; got {count}")
+    real = source[np.arange(count)]
+    mesh = sharding.data_mesh()
+    found, features = weights.find(config, options.workdir, mesh), yardstick.open_network(config)
+    out = common.begin(
+        options,
+        experiment="inpainting",
+        weights=found.digest,
+        features=features.weights,
+        sample=grid.fixed(config, ["eta"]),
+        count=count,
+    )
+    x_0, mask = to_unit(real.images), hidden(source.image_shape)
+    index = np.arange(count)
+    labels = generate.labels_of(config, index)
+    table = schedule.levels(config_lib.noise_schedule(config.schedule))
+    network = generate.eps_fn(config, found.params, None if labels is None else jnp.asarray(labels))
+    led = guidance.inpainted(network, table, x_0, ~mask)
+
+    def seen(pixels: np.ndarray) -> float:
+        judged = judge.judge(features, data.ArraySource(pixels, real.labels), mesh, 500, {"logits", "labels"})
+        return judge.METRICS["agreement"].compute(judged, judged)["agreement"]
+
+    def measure(cell: Config, process: Any, folder: pathlib.Path) -> dict[str, Any]:
+        keys, x_T = generate.start(cell, jnp.asarray(index))
+        keys = keys if process.sampler.stochastic else None
+        drawn = np.asarray(samplers.integrate(process.sampler, led, process.transitions, x_T, keys))
+        images.write_png(folder / "first.png", images.grid(to_uint8(drawn[:PICTURED]), PICTURED))
+        known = np.abs(drawn - x_0)[np.broadcast_to(~mask, drawn.shape)].max()
+        return {"agreement": seen(to_uint8(drawn)), "known": float(known), "images": count}
+
+    rows = common.run(
+        out,
+        [
+            Cell(place, {}, place["S"], functools.partial(measure, cell, process))
+            for place, cell, process in zip(axes, cells, processes, strict=True)
+        ],
+    )
+    of_reals, of_halves = seen(real.images), seen(to_uint8(np.where(mask, -1, x_0)))
+    common.write_table(out, rows, real=of_reals, hidden=of_halves)
+    shown = [real.images[:PICTURED], np.where(mask, 128, real.images[:PICTURED]).astype(np.uint8)]
+    last = [row for row in rows if row["S"] == max(steps)]
+    pictures = [images.grid(some, PICTURED) for some in shown]
+    pictures += [
+        common.read_png(out / common.folder_of({"eta": row["eta"], "S": row["S"]}) / "first.png") for row in last
+    ]
+    words = ["real", "given", *(f"eta {row['eta']}" for row in last)]
+    images.write_png(out / "table.png", common.labelled([[picture] for picture in pictures], words, [""]))
+    lines, columns, found_ = grid.laid_out(rows, list(axes[0]))
+    body = [
+        [line, *(row and f"{row['agreement']:.3f}" for row in body)] for line, body in zip(lines, found_, strict=True)
+    ]
+    text = common.markdown(["agreement", *(f"S = {column}" for column in columns)], body)
+    common.finish(out, f"{text}\nreal images {of_reals:.3f}, the upper halves alone {of_halves:.3f}\n")
+
+
+def hidden(shape: tuple[int, int, int]) -> np.ndarray:
+    """(1, H, W, 1), True for the lower half."""
+    return (np.arange(shape[0]) >= shape[0] // 2)[None, :, None, None]
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS)
