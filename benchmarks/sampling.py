@@ -56,7 +56,7 @@ def measure(config, steps, params, noise_schedule):
     times = []
     for _ in range(REPEATS):
         lowered = samplers._scan.lower(
-            process.sampler, eps_fn, transitions, x, keys if process.sampler.stochastic else None, keep=False
+            process.sampler, eps_fn, transitions, x, keys if process.sampler.stochastic else None, predict=None
         )
         begin = time.perf_counter()
         compiled = lowered.compile()

@@ -357,7 +357,7 @@ def test_memory_does_not_grow_with_S(name):
 
     def peak(S):
         transitions = jax.tree.map(jnp.asarray, trajectory.descend(LINEAR, trajectory.uniform(1000, S)))
-        compiled = samplers._scan.lower(sampler, Partial(golden_network), transitions, x, keys, keep=False).compile()
+        compiled = samplers._scan.lower(sampler, Partial(golden_network), transitions, x, keys, predict=None).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     tables = 8 * 4 * 990  # the leaves of the transitions themselves
