@@ -63,6 +63,8 @@ def start(
         try:
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}: options begin with --")
+            if config:
+                sharding.a_device_per_core(_training_batch())
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
             if several and given.distributed:
                 with blame("--distributed"):
@@ -104,6 +106,14 @@ def say(*words: Any) -> None:
 def fail(message: str, code: int = 2) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _training_batch() -> int:
+    """Of one part, of what the config says, checked or not; 1 if it says nothing."""
+    train = FLAGS.config and FLAGS.config.get("train", {})
+    size, parts = (train.get(name) if train else None for name in ("batch_size", "accumulate"))
+    whole = isinstance(size, int) and isinstance(parts, int) and parts > 0 and size % parts == 0
+    return size // parts if whole else 1
 
 
 def _config() -> Config:

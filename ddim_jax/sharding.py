@@ -28,6 +28,23 @@ def start_processes() -> None:
         ) from error
 
 
+MOST_CPU_DEVICES = 4  # each has its own copy of the parameters
+
+
+def a_device_per_core(batch: int) -> None:
+    """Lets a CPU be several devices, one for each core, as many as divide a batch: small networks have too little work
+    in one operation for all cores. Unless the environment says how many, by JAX_NUM_CPU_DEVICES or XLA_FLAGS. Before
+    anything else of JAX.
+    """
+    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not said and jax.config.jax_num_cpu_devices < 0:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = 1
+        while 2 * count <= min(cores, MOST_CPU_DEVICES) and batch % (2 * count) == 0:
+            count *= 2
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes what is written once."""
     return jax.process_index() == 0

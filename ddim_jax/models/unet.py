@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddim_jax.models.convolution import Conv3x3
 from ddim_jax.schedule import Array
 
 # Ho's initialisation: uniform with variance 1 / mean(fan_in, fan_out); what closes a residual branch starts at 0.
@@ -79,15 +80,14 @@ class ResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, embedding, train):
-        conv = dict(kernel_size=(3, 3), padding=1, dtype=self.dtype)
         h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm_0")(x))
-        h = nn.Conv(self.channels, kernel_init=_INIT, name="conv_0", **conv)(h)
+        h = Conv3x3(self.channels, _INIT, self.dtype, name="conv_0")(h)
         h += nn.Dense(self.channels, kernel_init=_INIT, dtype=self.dtype, name="embedding")(nn.silu(embedding))[
             :, None, None
         ]
         h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm_1")(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        h = nn.Conv(self.channels, kernel_init=_ZERO, name="conv_1", **conv)(h)
+        h = Conv3x3(self.channels, _ZERO, self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(self.channels, kernel_init=_INIT, dtype=self.dtype, name="shortcut")(x)
         return x + h
@@ -200,8 +200,9 @@ class UNet(nn.Module):
             self.channels * mult, self.groups, self.norm_epsilon, self.dropout, self.dtype, name=name
         )
         attention = lambda name: Attention(self.groups, self.norm_epsilon, self.head_channels, self.dtype, name=name)
-        conv = lambda features, name, init=_INIT, **kw: nn.Conv(
-            features, (3, 3), kernel_init=init, dtype=self.dtype, name=name, **kw
+        conv = lambda features, name, init=_INIT: Conv3x3(features, init, self.dtype, name=name)
+        halve = lambda features, name: nn.Conv(
+            features, (3, 3), 2, HALVE_PADDING[self.halve_padding], kernel_init=_INIT, dtype=self.dtype, name=name
         )
         dense = lambda name: nn.Dense(4 * self.channels, kernel_init=_INIT, dtype=self.dtype, name=name)
 
@@ -214,7 +215,7 @@ class UNet(nn.Module):
             rows = self.num_classes + (self.label_dropout > 0)
             embedding += nn.Embed(rows, 4 * self.channels, dtype=self.dtype, name="class")(labels)
 
-        h = conv(self.channels, "conv_in", padding=1)(x)
+        h = conv(self.channels, "conv_in")(x)
         skips = [h]
         last = len(self.channel_mult) - 1
         for level, mult in enumerate(self.channel_mult):
@@ -224,7 +225,7 @@ class UNet(nn.Module):
                     h = attention(f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level < last:
-                h = conv(h.shape[-1], f"down_{level}_halve", strides=2, padding=HALVE_PADDING[self.halve_padding])(h)
+                h = halve(h.shape[-1], f"down_{level}_halve")(h)
                 skips.append(h)
 
         h = block(self.channel_mult[-1], "middle_block_0")(h, embedding, train)
@@ -239,8 +240,8 @@ class UNet(nn.Module):
                     h = attention(f"up_{level}_attention_{i}")(h)
             if level > 0:
                 h = h.repeat(2, axis=1).repeat(2, axis=2)
-                h = conv(h.shape[-1], f"up_{level}_double", padding=1)(h)
+                h = conv(h.shape[-1], f"up_{level}_double")(h)
 
         h = nn.silu(GroupNorm(self.groups, self.norm_epsilon, name="norm_out")(h))
-        h = conv(self.image_channels, "conv_out", init=_ZERO, padding=1)(h)
+        h = conv(self.image_channels, "conv_out", init=_ZERO)(h)
         return h.astype(jnp.promote_types(h.dtype, jnp.float32))

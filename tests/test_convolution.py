@@ -1,0 +1,93 @@
+"""Winograd's form is the convolution."""
+
+import os
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from ddim_jax.models import convolution
+
+sizes = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
+
+
+def arrays(batch, height, width, channels, features, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    x, kernel, gradient = (
+        rng.normal(size=shape).astype(dtype)
+        for shape in (
+            (batch, height, width, channels),
+            (3, 3, channels, features),
+            (batch, height, width, features),
+        )
+    )
+    return jnp.asarray(x), jnp.asarray(kernel / np.sqrt(9 * channels).astype(dtype)), jnp.asarray(gradient)
+
+
+@hypothesis.given(sizes)
+@hypothesis.settings(max_examples=15)
+def test_the_form_and_its_gradients_are_the_convolution_s(size):
+    batch, height, width, channels, features = size
+    with jax.enable_x64(True):
+        x, kernel, gradient = arrays(batch, 2 * height, 2 * width, channels, features)
+        (ours, pull), (theirs, theirs_pull) = (
+            jax.vjp(form, x, kernel) for form in (convolution.winograd, convolution.direct)
+        )
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+        for a, b in zip(pull(gradient), theirs_pull(gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_it_loses_no_digits():
+    """Its float32 error beside float64 is at most twice that of the direct form, of results and of gradients."""
+    x, kernel, gradient = arrays(4, 16, 16, 128, 128, np.float32)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(a, jnp.float64) for a in (x, kernel, gradient)]
+        exact, pull = jax.vjp(convolution.direct, *wide[:2])
+        exact = [np.asarray(a) for a in (exact, *pull(wide[2]))]
+
+    def errors(form):
+        out, pull = jax.vjp(form, x, kernel)
+        return [np.sqrt(np.square(a - b).mean()) for a, b in zip((out, *pull(gradient)), exact, strict=True)]
+
+    for ours, theirs in zip(errors(convolution.winograd), errors(convolution.direct), strict=True):
+        assert ours < 2 * theirs
+
+
+@pytest.mark.parametrize(
+    "shape, features, dtype, form",
+    [
+        ((16, 16, 16, 128), 128, jnp.float32, "products"),
+        ((16, 16, 16, 128), 128, jnp.bfloat16, "convolution"),
+        ((16, 16, 16, 64), 128, jnp.float32, "convolution"),
+        ((16, 15, 16, 128), 128, jnp.float32, "convolution"),
+        ((1, 16, 16, 128), 128, jnp.float32, "convolution"),
+    ],
+)
+def test_a_cpu_has_products_where_they_pay_and_others_the_convolution(shape, features, dtype, form):
+    args = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((3, 3, shape[-1], features), dtype)
+    traced = jax.jit(convolution.convolve).trace(*args)
+    ours, tpu = traced.lower().as_text(), traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("dot_general" in ours) == (form == "products") != ("stablehlo.convolution" in ours)
+    assert "dot_general" not in tpu and "stablehlo.convolution" in tpu
+
+
+@pytest.mark.parametrize(
+    "batch, environment, devices",
+    [(128, {}, None), (3, {}, 1), (128, {"JAX_NUM_CPU_DEVICES": "3"}, 3), (128, {"XLA_FLAGS": "FIVE"}, 5)],
+)
+def test_a_cpu_is_a_device_for_each_core(batch, environment, devices):
+    env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    env |= {
+        name: value.replace("FIVE", "--xla_force_host_platform_device_count=5") for name, value in environment.items()
+    }
+    code = f"from ddim_jax import sharding; sharding.a_device_per_core({batch}); import jax; print(jax.device_count())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    cores = len(os.sched_getaffinity(0))
+    assert int(said.stdout) == (devices or (4 if cores >= 4 else 2 if cores >= 2 else 1))
