@@ -88,11 +88,16 @@ def measure(config: config_lib.Config, steps: int) -> dict[str, Any]:
         "slowest": 1e3 * max(times),
         "gflop_per_image": flops / size / 1e9,
         "tflops": flops / statistics.median(times) / 1e12,
-        "ceiling_tflops": mesh.size * matrix_product_rate(config_lib.DTYPES[config.model.dtype]) / 1e12,
+        "ceiling_tflops": machines(mesh.size) * matrix_product_rate(config_lib.DTYPES[config.model.dtype]) / 1e12,
         "memory_gb": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9,
         "compile_seconds": compile_seconds,
         "jax": jax.__version__,
     }
+
+
+def machines(devices: int) -> int:
+    """How many do a matrix product by themselves: the devices of a CPU share its cores."""
+    return 1 if jax.default_backend() == "cpu" else devices
 
 
 def matrix_product_rate(dtype: Any) -> float:

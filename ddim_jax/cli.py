@@ -64,7 +64,7 @@ def start(
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}: options begin with --")
             if config:
-                sharding.a_device_per_core(_training_batch())
+                sharding.a_device_per_core(*_batch_and_width())
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
             if several and given.distributed:
                 with blame("--distributed"):
@@ -108,12 +108,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def _training_batch() -> int:
-    """Of one part, of what the config says, checked or not; 1 if it says nothing."""
-    train = FLAGS.config and FLAGS.config.get("train", {})
-    size, parts = (train.get(name) if train else None for name in ("batch_size", "accumulate"))
-    whole = isinstance(size, int) and isinstance(parts, int) and parts > 0 and size % parts == 0
-    return size // parts if whole else 1
+def _batch_and_width() -> tuple[int, int]:
+    """Of a part of a batch, and of the widest layer, as the config says before it is checked; 1 and 0 where it does not
+    say it rightly.
+    """
+    try:
+        train, model = FLAGS.config.train, FLAGS.config.model
+        parts, width = int(train.accumulate), int(model.channels) * max(model.channel_mult)
+        return (int(train.batch_size) // parts if train.batch_size % parts == 0 else 1), width
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return 1, 0
 
 
 def _config() -> Config:

@@ -29,15 +29,16 @@ def start_processes() -> None:
 
 
 MOST_CPU_DEVICES = 4  # each has its own copy of the parameters
+SMALL_WIDTH = 128  # channels: wider, one operation has work for all cores, and copies of the parameters cost more
 
 
-def a_device_per_core(batch: int) -> None:
-    """Lets a CPU be several devices, one for each core, as many as divide a batch: small networks have too little work
-    in one operation for all cores. Unless the environment says how many, by JAX_NUM_CPU_DEVICES or XLA_FLAGS. Before
-    anything else of JAX.
+def a_device_per_core(batch: int, width: int) -> None:
+    """Lets a CPU be several devices, one for each core, as many as divide a batch, for a network of at most SMALL_WIDTH
+    channels: in its operations there is too little work for all cores. Unless the environment says how many, by
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS. Before anything else of JAX.
     """
     said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not said and jax.config.jax_num_cpu_devices < 0:
+    if width <= SMALL_WIDTH and not said and jax.config.jax_num_cpu_devices < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = 1
         while 2 * count <= min(cores, MOST_CPU_DEVICES) and batch % (2 * count) == 0:

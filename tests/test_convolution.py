@@ -79,15 +79,21 @@ def test_a_cpu_has_products_where_they_pay_and_others_the_convolution(shape, fea
 
 
 @pytest.mark.parametrize(
-    "batch, environment, devices",
-    [(128, {}, None), (3, {}, 1), (128, {"JAX_NUM_CPU_DEVICES": "3"}, 3), (128, {"XLA_FLAGS": "FIVE"}, 5)],
+    "batch, width, environment, devices",
+    [
+        (128, 64, {}, None),
+        (3, 64, {}, 1),
+        (128, 256, {}, 1),
+        (128, 64, {"JAX_NUM_CPU_DEVICES": "3"}, 3),
+        (128, 64, {"XLA_FLAGS": "FIVE"}, 5),
+    ],
 )
-def test_a_cpu_is_a_device_for_each_core(batch, environment, devices):
+def test_a_cpu_is_a_device_for_each_core_where_the_network_is_small(batch, width, environment, devices):
     env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     env |= {
         name: value.replace("FIVE", "--xla_force_host_platform_device_count=5") for name, value in environment.items()
     }
-    code = f"from ddim_jax import sharding; sharding.a_device_per_core({batch}); import jax; print(jax.device_count())"
+    code = f"from ddim_jax import sharding; sharding.a_device_per_core({batch}, {width}); import jax; print(jax.device_count())"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     cores = len(os.sched_getaffinity(0))
     assert int(said.stdout) == (devices or (4 if cores >= 4 else 2 if cores >= 2 else 1))

@@ -1,0 +1,58 @@
+"""The 3x3 convolution in its two formulations, at the shapes of the CIFAR-10 and of the digits network.
+
+    python -m benchmarks.convolution --batch 16
+
+Milliseconds of the result, and of it with both gradients: the backend's own convolution, and Winograd's form
+(`ddim_jax/models/convolution.py`), beside the rate of one matrix product.
+"""
+
+from __future__ import annotations
+
+import statistics
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.training import matrix_product_rate, timed
+from ddim_jax import cli
+from ddim_jax.models import convolution
+from experiments import common
+
+OPTIONS = {"batch": ("16", "Images."), "shapes": ("32x128x128,16x256x256,8x256x256,4x256x256,32x256x128", "HxCxK.")}
+FORMS = {"direct": convolution.direct, "winograd": convolution.winograd}
+
+
+def main(options: types.SimpleNamespace) -> None:
+    (batch,) = common.ints("batch", options.batch)
+    print(
+        f"batch {batch}, {jax.devices()[0].device_kind}, jax {jax.__version__}; a matrix product: "
+        f"{matrix_product_rate(jnp.float32) / 1e9:,.0f} GFLOP/s\n"
+    )
+    head = ["H = W, C -> K", *(f"{name}, {what}" for what in ("ms", "GFLOP/s", "ms with gradients") for name in FORMS)]
+    print(common.markdown(head, [row(batch, *map(int, shape.split("x"))) for shape in options.shapes.split(",")]))
+
+
+def row(batch: int, size: int, channels: int, features: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    x, kernel = draw(batch, size, size, channels), draw(3, 3, channels, features)
+    operations = 2 * batch * size**2 * 9 * channels * features
+    once = {name: median(jax.jit(form), x, kernel) for name, form in FORMS.items()}
+    total = lambda form: jax.jit(jax.grad(lambda x, kernel: jnp.sum(form(x, kernel) ** 2), (0, 1)))
+    gradients = {name: median(total(form), x, kernel) for name, form in FORMS.items()}
+    return [
+        f"{size}, {channels} -> {features}",
+        *(f"{1e3 * seconds:.2f}" for seconds in once.values()),
+        *(f"{operations / seconds / 1e9:.0f}" for seconds in once.values()),
+        *(f"{1e3 * seconds:.2f}" for seconds in gradients.values()),
+    ]
+
+
+def median(run, *args) -> float:
+    return statistics.median(timed(lambda: run(*args)))
+
+
+if __name__ == "__main__":
+    cli.start(main, OPTIONS, config=False)
