@@ -93,7 +93,8 @@ def test_a_cpu_is_a_device_for_each_core_where_the_network_is_small(batch, width
     env |= {
         name: value.replace("FIVE", "--xla_force_host_platform_device_count=5") for name, value in environment.items()
     }
-    code = f"from ddim_jax.sharding import a_device_per_core as a; a({batch}, {width}); import jax; print(jax.device_count())"
+    asked = f"from ddim_jax.sharding import a_device_per_core; a_device_per_core({batch}, {width})"
+    code = f"{asked}; import jax; print(jax.device_count())"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     cores = len(os.sched_getaffinity(0))
     assert int(said.stdout) == (devices or (4 if cores >= 4 else 2 if cores >= 2 else 1))
