@@ -280,7 +280,11 @@ def test_weights_in_one_file_are_those_of_the_run(trained, tmp_path):
         ("sample", (*SMOKE, "now"), "unexpected argument 'now'"),
         ("sample", (*SMOKE, "--config.sample.steps=101"), "must be in 1..100, got 101"),
         ("sample", (*SMOKE, "--config.sample.sampler=ddpn"), "did you mean 'ddpm'?"),
-        ("sample", SMOKE, "no weights for config.name 'smoke' ship with ddim_jax (those that do: digits)"),
+        (
+            "sample",
+            SMOKE,
+            "no weights for config.name 'smoke' ship with ddim_jax (those that do: digits, digits_conditional)",
+        ),
         ("sample", (*SMOKE, "--workdir", "/nowhere"), "/nowhere holds no checkpoints"),
         ("sample", ("--config", "configs/digits.py", "--out", "README.md/x"), "cannot write to the folder README.md/x"),
         (

@@ -169,6 +169,7 @@ def test_grey_levels_come_back():
     assert to_one_hot(2, np.array([[[[127]], [[128]]]], np.uint8))[0, :, 0].tolist() == [[1, 0], [0, 1]]
 
 
+@pytest.mark.slow
 def test_a_network_that_knows_nothing_pays_the_logarithm_of_the_classes(mesh):
     """At first all logits are 0; a few updates learn that the borders are black."""
     import optax

@@ -265,6 +265,7 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     if betas is None and noise["beta_schedule"] not in SCHEDULES:
         refuse("beta_schedule", noise["beta_schedule"], ", ".join(SCHEDULES))
     schedule_fields = {
+        **config_lib.BEFORE["schedule"],
         "name": SCHEDULES[noise["beta_schedule"]] if betas is None else "from_betas",
         "num_steps": noise["num_train_timesteps"] if betas is None else len(betas),
         "beta_start": noise["beta_start"],
