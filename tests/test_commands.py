@@ -10,8 +10,9 @@ import time
 import numpy as np
 import pytest
 import safetensors
-from conftest import ROOT, error_line, ok, once, run, start
+from conftest import once
 from PIL import Image
+from processes import ROOT, error_line, ok, run, start
 
 SMOKE = ("--config", "configs/smoke.py", "--config.model.channel_mult=(1,)", "--config.model.attention_resolutions=()")
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 from ddim_jax.models import convolution
 

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import error_line, ok, once, run
+from conftest import once
 from PIL import Image
+from processes import error_line, ok, run
 
 from ddim_jax import data
 from ddim_jax.evaluation import frechet, judge

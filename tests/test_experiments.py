@@ -11,8 +11,9 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import error_line, meshes, ok, once, run, start
+from conftest import meshes, once
 from PIL import Image
+from processes import error_line, ok, run, start
 
 from configs import digits
 from ddim_jax import config as config_lib

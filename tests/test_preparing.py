@@ -8,8 +8,8 @@ import zipfile
 import lmdb
 import numpy as np
 import pytest
-from conftest import error_line, ok, run
 from PIL import Image
+from processes import error_line, ok, run
 from sklearn.datasets import load_sample_image
 
 from ddim_jax import data

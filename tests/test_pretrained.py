@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import error_line, meshes, ok, run
+from conftest import meshes
+from processes import error_line, ok, run
 from test_unet import random_params
 
 from configs import default, digits_conditional, smoke

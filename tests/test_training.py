@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, error_line, ok, once, run, start, xla_flags
+from conftest import once
 from PIL import Image
+from processes import ROOT, error_line, ok, run, start, xla_flags
 from test_commands import SMOKE, assert_same_run, leaves
 
 from ddim_jax import sharding
