@@ -39,6 +39,29 @@ def test_the_form_and_its_gradients_are_the_convolution_s(size):
             np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [(2, 3, 4, 5, 3), (1, 1, 1, 2, 4)])
+def test_a_doubled_image_need_not_be_made(size):
+    """Beside the one that is, results and gradients."""
+    batch, height, width, channels, features = size
+    made = lambda x, kernel: convolution.direct(jnp.kron(x, jnp.ones((1, 2, 2, 1))), kernel)
+    with jax.enable_x64(True):
+        _, kernel, gradient = arrays(batch, 2 * height, 2 * width, channels, features)
+        x = arrays(batch, height, width, channels, features)[0]
+        (ours, pull), (theirs, theirs_pull) = (jax.vjp(form, x, kernel) for form in (convolution.folded, made))
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+        for a, b in zip(pull(gradient), theirs_pull(gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_doubled_image_is_convolved_either_way(batch):
+    """Below the bound, and above: one 3x3 convolution, and four of 2x2."""
+    x, kernel, _ = arrays(batch, 8, 8, 3, 5, np.float32)
+    np.testing.assert_allclose(convolution.convolve_doubled(x, kernel), convolution.folded(x, kernel), atol=1e-5)
+    text = jax.jit(convolution.convolve_doubled).lower(x, kernel).as_text()
+    assert text.count("stablehlo.convolution") == (4 if batch == 16 else 1)
+
+
 def test_it_loses_no_digits():
     """Its float32 error beside float64 is at most twice that of the direct form, of results and of gradients."""
     x, kernel, gradient = arrays(4, 16, 16, 128, 128, np.float32)

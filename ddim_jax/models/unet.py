@@ -58,13 +58,15 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        grouped = wide.reshape(x.shape[0], -1, self.groups, channels // self.groups)
-        mean = grouped.mean((1, 3), keepdims=True)
-        inverse = jax.lax.rsqrt(grouped.var((1, 3), keepdims=True) + self.epsilon)
-        factor = inverse * scale.reshape(1, 1, self.groups, -1)
-        shift = bias.reshape(1, 1, self.groups, -1) - mean * factor
-        return (grouped * factor + shift).reshape(x.shape).astype(x.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(x.shape[0], -1, channels)
+        # Over positions first, channel by channel: the order in which they lie in memory.
+        over_group = lambda values: values.mean(1).reshape(x.shape[0], self.groups, -1).mean(-1)
+        of_channels = lambda statistic: jnp.repeat(statistic, channels // self.groups, axis=1)[:, None]
+        mean = over_group(wide)
+        variance = over_group(jnp.square(wide - of_channels(mean)))
+        factor = of_channels(jax.lax.rsqrt(variance + self.epsilon)) * scale[None, None]
+        shift = bias[None, None] - of_channels(mean) * factor
+        return (wide * factor + shift).reshape(x.shape).astype(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -239,8 +241,7 @@ class UNet(nn.Module):
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(f"up_{level}_attention_{i}")(h)
             if level > 0:
-                h = h.repeat(2, axis=1).repeat(2, axis=2)
-                h = conv(h.shape[-1], f"up_{level}_double")(h)
+                h = Conv3x3(h.shape[-1], _INIT, self.dtype, doubled=True, name=f"up_{level}_double")(h)
 
         h = nn.silu(GroupNorm(self.groups, self.norm_epsilon, name="norm_out")(h))
         h = conv(self.image_channels, "conv_out", init=_ZERO)(h)
