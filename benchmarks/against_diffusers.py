@@ -5,7 +5,8 @@
 `forward` is one call of the network, `ddim` all S steps from noise to image (`DDIMPipeline` there), `training` an
 update: loss, gradient, clipping, Adam and the moving average. diffusers runs eager, with channels_last, and through
 torch.compile; its best is what the ratio is to. Every round times each of them once, so that a machine that slows down
-slows all; what is told are medians, in FILE.json and FILE.md. On a GPU, torch uses it too, and
+slows all, after one run that is not timed: the memory that one gives back the next would have to ask for. What is told
+are medians, in FILE.json and FILE.md. On a GPU, torch uses it too, and
 config.model.dtype=bfloat16 is for both.
 
 Needs pip install -e ".[parity]".
@@ -104,6 +105,7 @@ def in_turns(runs: Runs, rounds: int, doing: str) -> dict[str, Any]:
     seconds = {name: [] for name in runs}
     for round_ in tqdm(range(rounds + 1), doing, leave=False):
         for name, run in runs.items():
+            run()
             begun = time.perf_counter()
             run()
             if round_:  # the first compiles
