@@ -102,16 +102,10 @@ class _Likelihood:
 
 
 def _with_trace(eps_fn: EpsFn, x: Array, t: Array, noise: Array | None) -> tuple[Array, Array]:
-    """eps (B, ...) and the trace of d eps / d x, (B,): exact, or by noise."""
-    told = lambda x: eps_fn(x, t)
-    total = lambda a: jnp.sum(a.reshape(len(x), -1), axis=1)
+    """eps (B, ...) and the trace of d eps / d x, (B,): exact, or by noise. Backwards: that is what networks can do."""
+    eps, pull = jax.vjp(lambda x: eps_fn(x, t), x)
+    along = lambda direction: jnp.sum((direction * pull(direction)[0]).reshape(len(x), -1), axis=1)
     if noise is not None:
-        eps, moved_ = jax.jvp(told, (x,), (noise,))
-        return eps, total(noise * moved_)
+        return eps, along(noise)
     basis = jnp.eye(x[0].size, dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
-
-    def one(direction):
-        direction = jnp.broadcast_to(direction, x.shape)
-        return total(direction * jax.jvp(told, (x,), (direction,))[1])
-
-    return told(x), jax.vmap(one)(basis).sum(0)
+    return eps, jax.vmap(lambda direction: along(jnp.broadcast_to(direction, x.shape)))(basis).sum(0)

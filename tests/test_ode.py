@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from ddim_jax import ode, oracle, samplers, schedule, trajectory
+from ddim_jax.models import convolution
 
 LINEAR = schedule.linear()
 
@@ -64,3 +66,15 @@ def test_the_trace_by_noise_is_right_in_the_mean():
     exact, drawn = ode.log_likelihood(*args, x_0[:1]), ode.log_likelihood(*args, x_0, jax.random.key(0))
     assert drawn.shape == (3000,) and float(drawn.std()) > 0.05
     assert float(drawn.mean()) == pytest.approx(float(exact[0]), abs=5 * float(drawn.std()) / np.sqrt(3000))
+
+
+def test_the_likelihood_of_a_network_that_is_derived_backwards_alone():
+    """Winograd's form of a wide convolution has its own gradient, and no forward derivative."""
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 128, 128)) / 100
+    x_0 = jax.random.normal(jax.random.key(1), (4, 16, 16, 128))
+    of = lambda form: Partial(lambda kernel, x, t: form(x, kernel), kernel)
+    ours, plain = (
+        ode.log_likelihood(of(form), schedule.linear(), [0, 500, 1000], x_0, jax.random.key(2))
+        for form in (convolution.winograd, convolution.direct)
+    )
+    np.testing.assert_allclose(ours, plain, rtol=1e-4)
