@@ -121,15 +121,13 @@ def build(
             grads, each = jax.tree.map(lambda leaf: leaf / accumulate, grads), each.T.reshape(t.shape)
 
         loss, norm = each.mean(), optax.tree.norm(grads)
-        steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, steps)
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, ema_params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, ema_params, opt_state),
-            (state.params, state.ema_params, state.opt_state),
-        )
+        if_finite = lambda new, old: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # A step of 0, not the parameters before: where these are wanted again they are copied.
+        params = optax.apply_updates(state.params, if_finite(steps, jax.tree.map(jnp.zeros_like, steps)))
+        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
+        ema_params, opt_state = if_finite((ema_params, opt_state), (state.ema_params, state.opt_state))
         skipped = jnp.where(finite, 0, state.skipped + 1)
         apart = optax.tree.norm(optax.tree.sub(params, ema_params)) / optax.tree.norm(params)
         in_bin = jax.nn.one_hot(((t - 1) * BINS // num_steps).astype(int), BINS)

@@ -10,7 +10,7 @@ import pytest
 from ddim_jax import config as config_lib
 from ddim_jax import samplers, schedule, train_state, trajectory
 from ddim_jax.models import adapter
-from ddim_jax.models.unet import Attention, GroupNorm, UNet, sinusoid
+from ddim_jax.models.unet import Attention, Dropout, GroupNorm, UNet, sinusoid
 
 CONFIGS = sorted(
     file.stem for file in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if file.stem != "__init__"
@@ -91,6 +91,20 @@ def test_group_norm_is_flax_s():
     np.testing.assert_allclose(
         ours.apply({"params": params}, x), theirs.apply({"params": params}, x), rtol=1e-4, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.999999])
+def test_dropout_keeps_the_mean_and_the_rate(rate):
+    x = jnp.ones((64, 16, 16, 32))
+    drop = lambda seed, x=x: Dropout(rate).apply({}, x, True, rngs={"dropout": jax.random.key(seed)})
+    kept, n = np.asarray(drop(0)) != 0, x.size
+    assert abs((~kept).mean() - rate) < 2**-16 + 5 * (rate * (1 - rate) / n) ** 0.5
+    np.testing.assert_allclose(np.asarray(drop(0))[kept], 1 / (1 - int(rate * 2**16) / 2**16), rtol=1e-6)
+    # Neighbours have halves of one word: they must know nothing of each other, nor of another key's.
+    for other in (np.roll(kept, 1, -1), np.roll(kept, 1, 0), np.asarray(drop(1)) != 0):
+        together = (~kept & ~other).mean()
+        assert abs(together - rate**2) < 2**-15 + 5 * (rate**2 * (1 - rate**2) / n) ** 0.5
+    np.testing.assert_array_equal(Dropout(rate).apply({}, x, False), x)
 
 
 def test_attention_by_hand():

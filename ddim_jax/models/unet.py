@@ -69,6 +69,25 @@ class GroupNorm(nn.Module):
         return (wide * factor + shift).reshape(x.shape).astype(x.dtype)
 
 
+class Dropout(nn.Module):
+    """Sets each value to 0 with a probability of `rate`, rounded down to 16 bits, and divides the rest by that of staying
+    (Srivastava et al. 2014). flax.linen.Dropout draws 32 bits for a value, twice the time.
+
+    x: (B, H, W, C), C even. Needs a "dropout" rng, if train.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, train):
+        dropped = int(self.rate * 2**16)
+        if not train or not dropped:
+            return x
+        words = jax.random.bits(self.make_rng("dropout"), (*x.shape[:-1], x.shape[-1] // 2), jnp.uint32)
+        drawn = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(x.shape)
+        return jnp.where(drawn >= dropped, x * (2**16 / (2**16 - dropped)), 0)
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, 3x3; plus the time embedding; norm, SiLU, dropout, 3x3; plus the input, by a 1x1 where channels
     change.
@@ -88,10 +107,11 @@ class ResBlock(nn.Module):
             :, None, None
         ]
         h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm_1")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout)(h, train)
         h = Conv3x3(self.channels, _ZERO, self.dtype, name="conv_1")(h)
         if x.shape[-1] != self.channels:
-            x = nn.Dense(self.channels, kernel_init=_INIT, dtype=self.dtype, name="shortcut")(x)
+            shortcut = nn.Dense(self.channels, kernel_init=_INIT, dtype=self.dtype, name="shortcut")
+            x = shortcut(x.reshape(-1, x.shape[-1])).reshape(h.shape)  # as rows: the gradient needs no transposition
         return x + h
 
 
@@ -108,7 +128,7 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         heads = channels // (self.head_channels or channels)
         dense = dict(dtype=self.dtype)
-        h = GroupNorm(self.groups, self.epsilon, name="norm")(x).reshape(batch, height * width, channels)
+        h = GroupNorm(self.groups, self.epsilon, name="norm")(x).reshape(-1, channels)
         query, key, value = (
             nn.Dense(channels, kernel_init=_INIT, name=name, **dense)(h).reshape(batch, height * width, heads, -1)
             for name in ("query", "key", "value")
@@ -117,8 +137,8 @@ class Attention(nn.Module):
             "bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32)
         )
         weights = jax.nn.softmax(logits / (channels // heads) ** 0.5, axis=-1)  # jax.nn's attention: float32 at most
-        h = jnp.einsum("bhqk,bkhc->bqhc", weights.astype(value.dtype), value).reshape(x.shape)
-        return x + nn.Dense(channels, kernel_init=_ZERO, name="out", **dense)(h)
+        h = jnp.einsum("bhqk,bkhc->bqhc", weights.astype(value.dtype), value).reshape(-1, channels)
+        return x + nn.Dense(channels, kernel_init=_ZERO, name="out", **dense)(h).reshape(x.shape)
 
 
 class UNet(nn.Module):
