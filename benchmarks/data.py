@@ -42,8 +42,8 @@ def main(options: types.SimpleNamespace) -> None:
     rows = []
     with blame("cifar10"):
         stored = data.load("cifar10")
-    rows.append(("CIFAR-10, in memory", *rates(data.in_memory(stored), 0, batches=400)))
-    rows.append(("CIFAR-10, PNG records", *rates(stored, THREADS, batches=40)))
+    rows.append(("CIFAR-10, in memory", *told(rates(data.in_memory(stored), 0, batches=400))))
+    rows.append(("CIFAR-10, PNG records", *told(rates(stored, THREADS, batches=40))))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TFDS_DATA_DIR"] = folder
         for name, publish in ("celeba64", publish_celeba), ("lsun_church256", publish_lsun):
@@ -55,14 +55,18 @@ def main(options: types.SimpleNamespace) -> None:
             seconds = time.perf_counter() - begin
             source = data.load(name)
             shape = "x".join(map(str, source.image_shape))
-            rows.append((f"{name} ({shape}), records", *rates(source, THREADS, count // BATCH)))
+            rows.append((f"{name} ({shape}), records", *told(rates(source, THREADS, count // BATCH))))
             print(f"{name}: prepared at {count / seconds:.0f} images/s")
     print(f"\none core of {platform.machine()}, NumPy {np.__version__}, median of {REPEATS} runs\n")
     print(common.markdown(["images", "images/s", "min..max"], rows))
 
 
-def rates(source: data.Source, threads: int, batches: int) -> tuple[str, str]:
-    """Images a second of so many batches, begun anew each time, as words."""
+def told(found: list[float]) -> tuple[str, str]:
+    return f"{statistics.median(found):,.0f}", f"{min(found):,.0f}..{max(found):,.0f}"
+
+
+def rates(source: data.Source, threads: int, batches: int) -> list[float]:
+    """Images a second of so many batches, begun anew each time."""
     plan, found = data.Plan(source, BATCH, seed=0, flip=True), []
     for repeat in range(REPEATS):
         stream = data.batches(plan, repeat * batches, threads)
@@ -72,7 +76,7 @@ def rates(source: data.Source, threads: int, batches: int) -> tuple[str, str]:
             pass
         found.append((batches - 1) * BATCH / (time.perf_counter() - begin))
         stream.close()
-    return f"{statistics.median(found):,.0f}", f"{min(found):,.0f}..{max(found):,.0f}"
+    return found
 
 
 def parts(height: int, width: int, count: int):

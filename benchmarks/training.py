@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import cli, generate, sharding, train
@@ -113,6 +114,13 @@ def matrix_product_rate(dtype: Any) -> float:
         return b
 
     return times * 2 * size**3 / statistics.median(timed(run))
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of a copy on one device of what no cache holds."""
+    values = jnp.zeros(2**28 if jax.default_backend() == "cpu" else 2**30, jnp.int8)
+    copy = jax.jit(lambda values: values + 1)
+    return 2 * values.nbytes / statistics.median(timed(lambda: copy(values)))
 
 
 def timed(run: Callable[[], Any]) -> list[float]:

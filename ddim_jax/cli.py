@@ -18,14 +18,15 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ddim_jax import cache, sharding, weights
 from ddim_jax import config as config_lib
-from ddim_jax import sharding, weights
 from ddim_jax.checkpoint import CheckpointError
 from ddim_jax.config import Config, ConfigError, blame
 
 FLAGS = flags.FLAGS
 
 
+COMMON = {"compilation_cache": (True, "Keep compiled programs in ~/.cache/ddim_jax: what is run again starts sooner.")}
 SEVERAL = {"distributed": (False, "This is one of several processes, as the environment says.")}
 
 
@@ -43,7 +44,7 @@ def start(
     `options.config`, and the values that it was made of in `options.values`. several: whether it may be one of several
     processes.
     """
-    options = {**options, **(SEVERAL if several else {})}
+    options = {**options, **COMMON, **(SEVERAL if several else {})}
     for name, (default, text) in options.items():
         kinds = {bool: flags.DEFINE_bool, list: flags.DEFINE_multi_string}
         kinds.get(type(default), flags.DEFINE_string)(name, default, text)
@@ -66,6 +67,8 @@ def start(
             if config:
                 sharding.a_device_per_core(*_batch_and_width())
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
+            if given.compilation_cache:
+                cache.keep_programs()
             if several and given.distributed:
                 with blame("--distributed"):
                     sharding.start_processes()

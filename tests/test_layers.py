@@ -40,8 +40,9 @@ ALLOWED = {
         {"checkpoint", "config", "images", "schedule"},
         CORE | {"flax", "safetensors", "yaml", "huggingface_hub", "torch"},
     ),
+    "cache": ({"checkpoint", "images"}, {"jax", "tqdm"}),
     "evaluation": (
-        {"checkpoint", "data", "images", "pretrained", "registry", "schedule", "sharding"},
+        {"cache", "checkpoint", "data", "images", "pretrained", "registry", "schedule", "sharding"},
         CORE | {"flax", "optax", "safetensors", "tqdm"},
     ),
     "yardstick": (
@@ -58,7 +59,7 @@ ALLOWED = {
         CORE,
     ),
     "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
-    "cli": ({"config", "checkpoint", "sharding", "weights"}, {"absl", "ml_collections"}),
+    "cli": ({"cache", "config", "checkpoint", "sharding", "weights"}, {"absl", "ml_collections"}),
 }
 MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
 

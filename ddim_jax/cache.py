@@ -1,4 +1,4 @@
-"""Files that are fetched once and kept: in $DDIM_JAX_CACHE, else in ddim_jax under $XDG_CACHE_HOME, else ~/.cache."""
+"""What is fetched or compiled once and kept: in $DDIM_JAX_CACHE, else in ddim_jax under $XDG_CACHE_HOME, else ~/.cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import http.client
 import os
 import pathlib
+import platform
 import urllib.request
 
+import jax
 from tqdm import tqdm
 
 from ddim_jax.checkpoint import CheckpointError
@@ -15,6 +17,8 @@ from ddim_jax.images import replacing
 
 TIMEOUT = 20  # seconds without a byte
 CHUNK = 1 << 20
+PROGRAMS_BYTES = 1 << 30  # of compiled programs; those not used for the longest time go first
+LEAST_SECONDS = 0.1  # what compiles faster is not kept
 
 
 def folder() -> pathlib.Path:
@@ -48,6 +52,34 @@ def fetch(url: str, sha256: str, what: str) -> pathlib.Path:
     except (OSError, http.client.HTTPException) as error:  # of the disk or of the network
         raise CheckpointError(f"{wanted} (it cannot be fetched: {error})") from error
     return path
+
+
+def keep_programs() -> None:
+    """JAX keeps the programs that it compiles, for the next process, unless the environment tells it where or whether
+    to (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE), or the folder cannot be written to. Before anything is
+    compiled. They are machine code: of this user alone, and of one kind of processor.
+    """
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        return
+    programs = folder() / "programs" / _processor()
+    try:
+        programs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(programs, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(programs))
+        jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+
+
+def _processor() -> str:
+    """A name for what its programs need: on a folder that several machines share, another processor has its own."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    can = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join([platform.machine(), *can]).encode()).hexdigest()[:16]
 
 
 def _sha256(path: pathlib.Path) -> str:

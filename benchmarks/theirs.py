@@ -1,0 +1,98 @@
+"""diffusers on PyTorch, as `benchmarks.suite` times it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ddim_jax import config as config_lib
+from ddim_jax.config import Config
+from ddim_jax.pretrained import save_diffusers
+
+EAGER, CHANNELS_LAST, COMPILED = "diffusers", "channels_last", "torch.compile"
+
+Runs = dict[str, Callable[[], Any]]
+
+
+class Theirs:
+    """diffusers' network with our weights, three times: as it is, in channels_last, and compiled."""
+
+    def __init__(self, config: Config, params: Any, compiled: bool):
+        import diffusers
+        import torch
+
+        self.torch, self.diffusers = torch, diffusers
+        self.versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
+        diffusers.utils.logging.set_verbosity_error()
+        values = dataclasses.asdict(config)
+        values["sample"]["tau"] = "leading"
+        with tempfile.TemporaryDirectory() as folder:
+            save_diffusers(pathlib.Path(folder) / "pipeline", params, values, "")
+            load = lambda: diffusers.UNet2DModel.from_pretrained(f"{folder}/pipeline/unet").to(self.device, self.dtype)
+            self.networks = {EAGER: load(), CHANNELS_LAST: load().to(memory_format=torch.channels_last)}
+            if compiled:
+                mode = "max-autotune" if self.device == "cuda" else "default"
+                self.networks[COMPILED] = load().to(memory_format=torch.channels_last)
+                self.networks[COMPILED].compile(mode=mode)  # in place: it stays a pipeline's component
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def tensor(self, x: np.ndarray, name: str) -> Any:
+        layout = self.torch.contiguous_format if name == EAGER else self.torch.channels_last
+        tensor = self.torch.tensor(x.transpose(0, 3, 1, 2)).to(self.device, self.dtype)
+        return tensor.contiguous(memory_format=layout)
+
+    def forward(self, x: np.ndarray) -> Runs:
+        def run(network: Any, tensor: Any) -> None:
+            with self.torch.inference_mode():
+                network(tensor, 499)
+                self.wait()
+
+        tensors = {name: self.tensor(x, name) for name in self.networks}
+        return {name: (lambda n=n, name=name: run(n.eval(), tensors[name])) for name, n in self.networks.items()}
+
+    def ddim(self, batch: int, S: int) -> Runs:
+        def run(network: Any) -> None:
+            scheduler = self.diffusers.DDIMScheduler(clip_sample=False)
+            pipeline = self.diffusers.DDIMPipeline(network, scheduler)
+            pipeline.set_progress_bar_config(disable=True)
+            pipeline(batch_size=batch, num_inference_steps=S, eta=0.0, output_type="np")
+            self.wait()
+
+        return {name: (lambda n=n: run(n.eval())) for name, n in self.networks.items()}
+
+    def training(self, config: Config, pixels: np.ndarray) -> Runs:
+        torch = self.torch
+        alpha_bar = torch.tensor(config_lib.noise_schedule(config.schedule).alpha_bar[1:], dtype=self.dtype)
+        alpha_bar = alpha_bar.to(self.device)
+
+        def run(name: str) -> Callable[[], None]:
+            network = self.networks[name].train()
+            parameters = list(network.parameters())
+            average = [parameter.detach().clone() for parameter in parameters]
+            optimizer = torch.optim.Adam(parameters, lr=config.train.learning_rate)
+            x_0 = self.tensor(pixels.astype(np.float32) / 127.5 - 1, name)
+
+            def once() -> None:
+                t, eps = torch.randint(0, len(alpha_bar), (len(x_0),), device=self.device), torch.randn_like(x_0)
+                level = alpha_bar[t].reshape(-1, 1, 1, 1)
+                said = network(level.sqrt() * x_0 + (1 - level).sqrt() * eps, t).sample
+                optimizer.zero_grad(set_to_none=True)
+                torch.nn.functional.mse_loss(said, eps).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, config.train.clip_norm)
+                optimizer.step()
+                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - config.train.ema_decay)
+                self.wait()
+
+            return once
+
+        return {name: run(name) for name in self.networks}
