@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -69,20 +70,25 @@ def batch_indices(config: Config, mesh: Mesh, first: int, total: int) -> Iterato
 
 def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: int = 0) -> Iterator[np.ndarray]:
     """Images first .. num_images - 1 of config.sample in batches of uint8 (b, H, W, C) on the host. params:
-    replicated over the mesh.
+    replicated over the mesh. An accelerator is given the next batch before it is waited for this one.
     """
     total = config.sample.num_images
-    for index in batch_indices(config, mesh, first, total):
-        labels = _split(mesh, labels_of(config, index))
-        keys, x = start(config, sharding.split_batch(mesh, index))
-        x = samplers.integrate(
-            process.sampler,
-            eps_fn(config, params, labels),
-            process.transitions,
-            x,
-            keys if process.sampler.stochastic else None,
-        )
-        yield sharding.to_host(_to_uint8(x))[: total - index[0]]
+
+    def dispatched() -> Iterator[tuple[int, jax.Array]]:
+        for index in batch_indices(config, mesh, first, total):
+            labels = _split(mesh, labels_of(config, index))
+            keys, x = start(config, sharding.split_batch(mesh, index))
+            x = samplers.integrate(
+                process.sampler,
+                eps_fn(config, params, labels),
+                process.transitions,
+                x,
+                keys if process.sampler.stochastic else None,
+            )
+            yield index[0], _to_uint8(x)
+
+    for begin, drawn in _delayed(dispatched(), sharding.batches_ahead()):
+        yield sharding.to_host(drawn)[: total - begin]
 
 
 def encode(
@@ -127,3 +133,13 @@ def bound(
 
 def _split(mesh: Mesh, labels: np.ndarray | None) -> jax.Array | None:
     return None if labels is None else sharding.split_batch(mesh, labels)
+
+
+def _delayed(items: Iterable[Any], count: int) -> Iterator[Any]:
+    """The same items, each when so many more have been made."""
+    waiting = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting

@@ -135,3 +135,10 @@ def steps_in_flight() -> int:
     run far ahead.
     """
     return 2 if jax.default_backend() == "cpu" else 8
+
+
+def batches_ahead() -> int:
+    """How many batches of images are dispatched beside the one that is waited for, so that writing it costs a device no
+    time. A CPU would only share its cores between them.
+    """
+    return 0 if jax.default_backend() == "cpu" else 1

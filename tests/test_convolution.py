@@ -26,14 +26,13 @@ def arrays(batch, height, width, channels, features, dtype=np.float64):
     return jnp.asarray(x), jnp.asarray(kernel / np.sqrt(9 * channels).astype(dtype)), jnp.asarray(gradient)
 
 
+@pytest.mark.parametrize("form", [convolution.winograd, convolution.patched])
 @pytest.mark.parametrize("size", [(2, 3, 4, 5, 3), (1, 1, 1, 2, 4)])
-def test_the_form_and_its_gradients_are_the_convolution_s(size):
+def test_the_form_and_its_gradients_are_the_convolution_s(form, size):
     batch, height, width, channels, features = size
     with jax.enable_x64(True):
         x, kernel, gradient = arrays(batch, 2 * height, 2 * width, channels, features)
-        (ours, pull), (theirs, theirs_pull) = (
-            jax.vjp(form, x, kernel) for form in (convolution.winograd, convolution.direct)
-        )
+        (ours, pull), (theirs, theirs_pull) = (jax.vjp(form, x, kernel) for form in (form, convolution.direct))
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
         for a, b in zip(pull(gradient), theirs_pull(gradient), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12)
@@ -85,7 +84,10 @@ def test_it_loses_no_digits():
         ((16, 16, 16, 128), 128, jnp.bfloat16, "convolution"),
         ((16, 16, 16, 64), 128, jnp.float32, "convolution"),
         ((16, 15, 16, 128), 128, jnp.float32, "convolution"),
-        ((1, 16, 16, 128), 128, jnp.float32, "convolution"),
+        ((2, 16, 16, 128), 128, jnp.float32, "convolution"),
+        ((1, 16, 16, 128), 128, jnp.float32, "products"),
+        ((1, 15, 15, 128), 128, jnp.float32, "products"),
+        ((1, 15, 15, 128), 64, jnp.float32, "convolution"),
     ],
 )
 def test_a_cpu_has_products_where_they_pay_and_others_the_convolution(shape, features, dtype, form):

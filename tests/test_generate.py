@@ -91,6 +91,13 @@ def test_a_run_that_begins_later_draws_the_rest():
     assert abs(drawn(mesh, config, process, first=5).astype(int) - drawn(mesh, config, process)[5:]).max() <= 1
 
 
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_batches_that_are_dispatched_ahead_are_the_same(ahead, monkeypatch):
+    one_by_one = drawn(meshes()[0], *make(batch_size=3))
+    monkeypatch.setattr(sharding, "batches_ahead", lambda: ahead)
+    np.testing.assert_array_equal(drawn(meshes()[0], *make(batch_size=3)), one_by_one)
+
+
 def test_classes_in_turn_or_all_alike():
     config, _ = make(num_classes=3)
     assert generate.labels_of(config, np.arange(5)).tolist() == [0, 1, 2, 0, 1]

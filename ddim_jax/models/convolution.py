@@ -19,6 +19,7 @@ from ddim_jax.schedule import Array
 # Below these, making tiles costs more than it saves: measured on two cores, see `benchmarks/README.md`.
 LEAST_ROWS = 256  # of the products: for Winograd's B H W / 4, for a doubled image B H W of what it is made of
 LEAST_CHANNELS = 128  # in, and out
+MOST_PATCHES = 256  # B H W: more of them cost more than they save
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -74,14 +75,25 @@ def convolve(x: Array, kernel: Array) -> Array:
     batch, height, width, channels = x.shape
     fits = height % 2 == 0 and width % 2 == 0 and batch * height * width // 4 >= LEAST_ROWS
     wide = min(channels, kernel.shape[-1]) >= LEAST_CHANNELS and x.dtype.itemsize >= 4
-    if not (fits and wide):
-        return direct(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=direct)
+    if wide and fits:
+        return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=direct)
+    if wide and batch * height * width <= MOST_PATCHES:
+        return jax.lax.platform_dependent(x, kernel, cpu=patched, default=direct)
+    return direct(x, kernel)
 
 
 def direct(x: Array, kernel: Array) -> Array:
     """The backend's own."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
+
+
+def patched(x: Array, kernel: Array) -> Array:
+    """The same as one product of the 3x3 patches, (B H W, 9 C), with the kernel: for few of them the faster."""
+    batch, height, width, channels = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    patches = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    rows = jnp.concatenate(patches, axis=-1).reshape(-1, 9 * channels)
+    return (rows @ kernel.reshape(9 * channels, -1)).reshape(batch, height, width, -1)
 
 
 @jax.custom_vjp
