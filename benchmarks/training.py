@@ -117,10 +117,17 @@ def matrix_product_rate(dtype: Any) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy on one device of what no cache holds."""
-    values = jnp.zeros(2**28 if jax.default_backend() == "cpu" else 2**30, jnp.int8)
-    copy = jax.jit(lambda values: values + 1)
-    return 2 * values.nbytes / statistics.median(timed(lambda: copy(values)))
+    """Bytes a second, read and written, where one device adds 1 to an array that is larger than most caches, in its
+    place.
+    """
+    held = [jnp.zeros(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)]
+    add = jax.jit(lambda values: values + 1, donate_argnums=0)
+
+    def run() -> Any:
+        held[0] = add(held[0])
+        return held[0]
+
+    return 2 * held[0].nbytes / statistics.median(timed(run))
 
 
 def timed(run: Callable[[], Any]) -> list[float]:

@@ -1,4 +1,6 @@
-"""What is fetched or compiled once and kept: in $DDIM_JAX_CACHE, else in ddim_jax under $XDG_CACHE_HOME, else ~/.cache."""
+"""What is fetched or compiled once and kept: in $DDIM_JAX_CACHE, else in ddim_jax under $XDG_CACHE_HOME, else under
+~/.cache.
+"""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ class GroupNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Sets each value to 0 with a probability of `rate`, rounded down to 16 bits, and divides the rest by that of staying
-    (Srivastava et al. 2014). flax.linen.Dropout draws 32 bits for a value, twice the time.
+    """Sets each value to 0 with a probability of `rate`, rounded down to 16 bits, and divides the rest by that of
+    staying (Srivastava et al. 2014). flax.linen.Dropout draws 32 bits for a value, twice the time.
 
     x: (B, H, W, C), C even. Needs a "dropout" rng, if train.
     """
