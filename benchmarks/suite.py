@@ -47,6 +47,7 @@ from ddim_jax import cli, data, generate, samplers, sharding, train, train_state
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config, ConfigError, blame
 from ddim_jax.registry import lookup
+from ddim_jax.trajectory import Transitions
 from experiments import common
 
 OURS = "ddim_jax"
@@ -161,7 +162,8 @@ def ddim(setting: Setting) -> Iterator[Row]:
             run, flops = whole_run(setting, batch, S)
             runs = {OURS: lambda run=run: sharding.to_host(run())}
             runs |= setting.theirs.ddim(batch, S) if setting.theirs else {}
-            yield {"batch": batch, "S": S, **compared(setting, runs, f"ddim {batch} {S}", batch, flops)}
+            row = compared(setting, runs, f"ddim {batch} {S}", batch, flops)
+            yield {"batch": batch, "S": S, **row, "50,000 images, s": 50_000 / row["images/s"]}
 
 
 def training(setting: Setting) -> Iterator[Row]:
@@ -233,7 +235,7 @@ def memory(setting: Setting) -> Iterator[Row]:
     }
     jax.config.update("jax_enable_compilation_cache", False)
     for batch in setting.batches:
-        for S in 10, 1000:
+        for S in 10, config_lib.noise_schedule(config.schedule).num_steps:
             lowered = lowered_run(setting, batch, S)
             begun = time.perf_counter()
             compiled = lowered.compile()
@@ -319,16 +321,16 @@ def network_call(setting: Setting, batch: int) -> tuple[Callable[[], jax.Array],
     return lambda: _ask(eps_fn, x, 500), counted(_ask.trace(eps_fn, x, 500))
 
 
-def process(config: Config, S: int) -> tuple[Any, Any]:
+def transitions_of(config: Config, S: int) -> Transitions:
     noise_schedule = config_lib.noise_schedule(config.schedule)
-    tau = trajectory.leading(noise_schedule.num_steps, S)  # what diffusers does
-    return tau, trajectory.descend(noise_schedule, tau)
+    with blame("--steps"):
+        return trajectory.descend(noise_schedule, trajectory.leading(noise_schedule.num_steps, S))  # as diffusers does
 
 
 def whole_run(setting: Setting, batch: int, S: int) -> tuple[Callable[[], jax.Array], float]:
     """All steps of DDIM as `generate.batches` takes them, and their operations."""
     _, put, split = placed(batch)
-    tau, transitions = process(setting.config, S)
+    transitions = transitions_of(setting.config, S)
     eps_fn = generate.eps_fn(setting.config, put(setting.params), labels_of(setting.config, batch))
     x = split(noise(setting.config, batch))
     _, flops = network_call(setting, batch)
@@ -337,7 +339,7 @@ def whole_run(setting: Setting, batch: int, S: int) -> tuple[Callable[[], jax.Ar
 
 def lowered_run(setting: Setting, batch: int, S: int) -> Any:
     _, put, split = placed(batch)
-    _, transitions = process(setting.config, S)
+    transitions = transitions_of(setting.config, S)
     eps_fn = generate.eps_fn(setting.config, put(setting.params), labels_of(setting.config, batch))
     x = split(noise(setting.config, batch))
     return jax.jit(lambda *args: samplers.integrate(samplers.ddim(), *args)).lower(

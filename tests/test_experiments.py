@@ -455,3 +455,33 @@ def test_few_steps_ddim_is_near_the_best_and_sigma_hat_the_worst(network, S):
     found = {eta: distance(eta=eta) for eta in (0.0, 0.5, 1.0)} | {"hat": distance(sampler="ddpm_hat")}
     assert found[0.0] < min(found.values()) + 3, found
     assert found["hat"] == max(found.values()), found
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_and_tell_the_machine(tmp_path):
+    """Not how fast: that is no matter of a test."""
+    parts = ["ceiling", "forward", "ddim", "training", "overhead", "memory"]
+    small = ("--batches", "1,2", "--steps", "2", "--training_batch", "4", "--rounds", "1", "--nocompetitors")
+    ok(
+        run(
+            "benchmarks.suite",
+            "--config",
+            "configs/smoke.py",
+            "--what",
+            ",".join(parts),
+            *small,
+            "--out",
+            tmp_path / "suite",
+        )
+    )
+    found = json.loads((tmp_path / "suite.json").read_text())
+    assert found["device"] == "cpu" and found["rounds"] == 1 and list(found["tables"]) == parts
+    numbers = [
+        value for rows in found["tables"].values() for row in rows for value in row.values() if value != row.get("what")
+    ]
+    assert len(numbers) > 50 and min(numbers) > 0
+    assert "### overhead" in (tmp_path / "suite.md").read_text()
+    said = error_line(
+        run("benchmarks.suite", "--config", "configs/smoke.py", "--what", "forwards", "--out", tmp_path / "suite")
+    )
+    assert "forward" in said and "--what" in said
