@@ -59,22 +59,23 @@ def fetch(url: str, sha256: str, what: str) -> pathlib.Path:
 def keep_programs() -> None:
     """JAX keeps the programs that it compiles, for the next process, unless the environment tells it where or whether
     to (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE), or the folder cannot be written to. Before anything is
-    compiled. They are machine code: of this user alone, and of one kind of processor.
+    compiled. They are machine code: for one kind of processor, and from a folder that nobody else can write to.
     """
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
-    programs = folder() / "programs" / _processor()
+    programs = folder() / "programs" / processor()
     try:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = programs.stat()
     except OSError:
         return
-    if os.access(programs, os.W_OK):
+    if os.access(programs, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
         jax.config.update("jax_compilation_cache_dir", str(programs))
         jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 
 
-def _processor() -> str:
+def processor() -> str:
     """A name for what its programs need: on a folder that several machines share, another processor has its own."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -14,6 +14,8 @@ from conftest import once
 from PIL import Image
 from processes import ROOT, error_line, ok, run, start
 
+from ddim_jax import cache
+
 SMOKE = ("--config", "configs/smoke.py", "--config.model.channel_mult=(1,)", "--config.model.attention_resolutions=()")
 
 
@@ -166,15 +168,20 @@ def test_the_shipped_weights_are_sampled_by_one_command(tmp_path):
     np.testing.assert_array_equal(film[2:50:6, -50:-2:6], drawn[0, ..., 0])  # the strip ends with the image
 
 
-@pytest.mark.parametrize("switch, kept", [((), True), (("--nocompilation_cache",), False)])
-def test_compiled_programs_are_kept_unless_one_says_not_to(switch, kept, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "switch, mode, kept", [((), 0o700, True), ((), 0o777, False), (("--nocompilation_cache",), 0o700, False)]
+)
+def test_compiled_programs_are_kept_where_nobody_else_can_write(switch, mode, kept, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "programs" / cache.processor()
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
     one = ("--config.sample.num_images=1", "--config.sample.steps=1", "--out", tmp_path / "out")
     process = start("ddim_jax.sample", "--config", "configs/digits.py", *one, *switch)
     _, said = process.communicate()
     assert process.returncode == 0, said
-    assert any((tmp_path / "cache").glob("programs/*/jit__scan-*-cache")) == kept
+    assert any(folder.glob("jit__scan-*-cache")) == kept
 
 
 def test_a_run_s_own_checkpoint_is_sampled_the_same_on_eight_devices(trained, tmp_path):
