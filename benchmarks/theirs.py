@@ -61,13 +61,26 @@ class Theirs:
         return {name: (lambda n=n, name=name: run(n.eval(), tensors[name])) for name, n in self.networks.items()}
 
     def ddim(self, batch: int, S: int) -> Runs:
-        def run(network: Any) -> None:
-            scheduler = self.diffusers.DDIMScheduler(clip_sample=False)
-            pipeline = self.diffusers.DDIMPipeline(network, scheduler)
+        """By `DDIMPipeline`; in bfloat16, which it cannot give to NumPy in the end, by the same steps as it takes."""
+
+        def by_pipeline(network: Any) -> None:
+            pipeline = self.diffusers.DDIMPipeline(network, self.diffusers.DDIMScheduler(clip_sample=False))
             pipeline.set_progress_bar_config(disable=True)
             pipeline(batch_size=batch, num_inference_steps=S, eta=0.0, output_type="np")
             self.wait()
 
+        def by_steps(network: Any) -> None:
+            scheduler = self.diffusers.DDIMScheduler(clip_sample=False)
+            scheduler.set_timesteps(S)
+            size = network.config.in_channels, network.config.sample_size, network.config.sample_size
+            with self.torch.inference_mode():
+                image = self.torch.randn((batch, *size), device=self.device, dtype=self.dtype)
+                for t in scheduler.timesteps:
+                    image = scheduler.step(network(image, t).sample, t, image, eta=0.0).prev_sample
+                (image / 2 + 0.5).clamp(0, 1).float().cpu().permute(0, 2, 3, 1).numpy()
+            self.wait()
+
+        run = by_pipeline if self.dtype == self.torch.float32 else by_steps
         return {name: (lambda n=n: run(n.eval())) for name, n in self.networks.items()}
 
     def training(self, config: Config, pixels: np.ndarray) -> Runs:
