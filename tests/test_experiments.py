@@ -231,7 +231,13 @@ SCRIPTS = [
     ),
     ("table2_reconstruction", ("--steps=5,10", "--count=12"), ["errors.png"], "std of the latents"),
     ("fig3_fig5_consistency", ("--steps=5,10", "--etas=0,1", "--count=9"), [], "twin is nearest"),
-    ("fig4_wallclock", ("--steps=5,10,20", "--repeats=2", "--config.sample.batch_size=8"), [], "R^2 = "),
+    pytest.param(
+        "fig4_wallclock",
+        ("--steps=5,10,20", "--repeats=2", "--config.sample.batch_size=8"),
+        [],
+        "R^2 = ",
+        marks=pytest.mark.slow,
+    ),
     (
         "fig6_interpolation",
         ("--config.sample.steps=5", "--lines=2", "--points=3", "--side=3"),
@@ -416,6 +422,7 @@ def sampled(network, count, **fields):
     return np.concatenate(list(generate.batches(config, grid.process_of(config), params, mesh)))
 
 
+@pytest.mark.slow
 def test_the_reconstruction_error_falls_with_every_doubling_of_the_steps(network):
     config, params, mesh = network
     config = encode.deterministic(config)
@@ -431,6 +438,7 @@ def test_the_reconstruction_error_falls_with_every_doubling_of_the_steps(network
     assert errors[-1] < 1e-3  # a difference of 3 % of a pixel's range
 
 
+@pytest.mark.slow
 def test_x_T_decides_the_image_if_eta_is_0_and_not_if_it_is_1(network):
     ddim, many = (sampled(network, 40, steps=S) for S in (20, 100))
     found = fig3_fig5_consistency.consistency(ddim, many)

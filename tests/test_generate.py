@@ -40,7 +40,8 @@ def drawn(mesh, config, process, first=0):
     return np.concatenate(list(generate.batches(config, process, params, mesh, first)))
 
 
-@pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_the_batch_size_changes_nothing(eta):
     mesh = meshes()[0]
     whole = drawn(mesh, *make(eta, batch_size=11))

@@ -270,6 +270,11 @@ def convert_(source, to, format_=None):
     convert.main(types.SimpleNamespace(**given))
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "ddpm" else []) for name in VARIANTS],
+    indirect=True,
+)
 def test_to_ddim_jax_and_back_is_the_same_bit_for_bit(variant, tmp_path):
     """Through each of the formats: the tensors, and all that the config of the network says."""
     net, where = variant
