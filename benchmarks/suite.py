@@ -33,6 +33,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ from benchmarks.training import copy_rate, machines, matrix_product_rate
 from ddim_jax import cli, data, generate, samplers, sharding, train, train_state, trajectory
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.gaussian import EpsFn
 from ddim_jax.registry import lookup
 from ddim_jax.trajectory import Transitions
 from experiments import common
@@ -150,8 +152,8 @@ def ceiling(setting: Setting) -> Iterator[Row]:
 
 def forward(setting: Setting) -> Iterator[Row]:
     for batch in setting.batches:
-        asked, flops = network_call(setting, batch)
-        runs = {OURS: lambda asked=asked: asked().block_until_ready()}
+        call, flops = network_call(setting, batch)
+        runs = {OURS: lambda call=call: call().block_until_ready()}
         runs |= setting.theirs.forward(noise(setting.config, batch)) if setting.theirs else {}
         yield {"batch": batch, **compared(setting, runs, f"forward {batch}", batch, flops)}
 
@@ -186,12 +188,12 @@ def training(setting: Setting) -> Iterator[Row]:
 def overhead(setting: Setting) -> Iterator[Row]:
     for S in setting.steps:
         for batch in setting.batches:
-            asked, _ = network_call(setting, batch)
+            call, _ = network_call(setting, batch)
             run, _ = whole_run(setting, batch, S)
 
-            def calls(asked=asked, S=S):
+            def calls(call=call, S=S):
                 for _ in range(S):
-                    said = asked()
+                    said = call()
                     if jax.default_backend() == "cpu":
                         said.block_until_ready()
                 said.block_until_ready()
@@ -286,12 +288,12 @@ OPTIONS = {
 # --- what is measured ---
 
 
-def placed(batch: int) -> tuple[Any, Callable[[Any], Any], Callable[[np.ndarray], jax.Array]]:
-    """The mesh, and where parameters and batches go: over all devices, where these divide the batch."""
+def placed(batch: int) -> tuple[Callable[[Any], Any], Callable[[np.ndarray], jax.Array]]:
+    """Where parameters and batches are put: over all devices, where these divide the batch."""
     mesh = sharding.data_mesh()
     if batch % mesh.size:
-        return mesh, jax.device_put, jnp.asarray
-    return mesh, lambda tree: sharding.put_replicated(mesh, tree), lambda array: sharding.split_batch(mesh, array)
+        return jax.device_put, jnp.asarray
+    return partial(sharding.put_replicated, mesh), partial(sharding.split_batch, mesh)
 
 
 def noise(config: Config, batch: int) -> np.ndarray:
@@ -300,7 +302,7 @@ def noise(config: Config, batch: int) -> np.ndarray:
 
 def labels_of(config: Config, batch: int) -> jax.Array | None:
     labels = generate.labels_of(config, np.arange(batch))
-    return None if labels is None else placed(batch)[2](labels)
+    return None if labels is None else placed(batch)[1](labels)
 
 
 @jax.jit
@@ -313,11 +315,16 @@ def counted(program: Any) -> float:
     return float((program.lower(lowering_platforms=("tpu",)).cost_analysis() or {}).get("flops", 0))
 
 
+def asked(setting: Setting, batch: int) -> tuple[EpsFn, jax.Array]:
+    """The network and what it is asked about."""
+    put, split = placed(batch)
+    labels = labels_of(setting.config, batch)
+    return generate.eps_fn(setting.config, put(setting.params), labels), split(noise(setting.config, batch))
+
+
 def network_call(setting: Setting, batch: int) -> tuple[Callable[[], jax.Array], float]:
     """One call of the network, and its operations."""
-    _, put, split = placed(batch)
-    eps_fn = generate.eps_fn(setting.config, put(setting.params), labels_of(setting.config, batch))
-    x = split(noise(setting.config, batch))
+    eps_fn, x = asked(setting, batch)
     return lambda: _ask(eps_fn, x, 500), counted(_ask.trace(eps_fn, x, 500))
 
 
@@ -328,23 +335,18 @@ def transitions_of(config: Config, S: int) -> Transitions:
 
 
 def whole_run(setting: Setting, batch: int, S: int) -> tuple[Callable[[], jax.Array], float]:
-    """All steps of DDIM as `generate.batches` takes them, and their operations."""
-    _, put, split = placed(batch)
+    """All steps of DDIM, and their operations."""
     transitions = transitions_of(setting.config, S)
-    eps_fn = generate.eps_fn(setting.config, put(setting.params), labels_of(setting.config, batch))
-    x = split(noise(setting.config, batch))
+    eps_fn, x = asked(setting, batch)
     _, flops = network_call(setting, batch)
     return lambda: samplers.integrate(samplers.ddim(), eps_fn, transitions, x), S * flops
 
 
 def lowered_run(setting: Setting, batch: int, S: int) -> Any:
-    _, put, split = placed(batch)
-    transitions = transitions_of(setting.config, S)
-    eps_fn = generate.eps_fn(setting.config, put(setting.params), labels_of(setting.config, batch))
-    x = split(noise(setting.config, batch))
-    return jax.jit(lambda *args: samplers.integrate(samplers.ddim(), *args)).lower(
-        eps_fn, jax.tree.map(jnp.asarray, transitions), x
-    )
+    transitions = jax.tree.map(jnp.asarray, transitions_of(setting.config, S))
+    run = jax.jit(lambda *args: samplers.integrate(samplers.ddim(), *args))
+    eps_fn, x = asked(setting, batch)
+    return run.lower(eps_fn, transitions, x)
 
 
 def compiled_update(config: Config) -> tuple[Any, Any, jax.Array, float]:
