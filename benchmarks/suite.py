@@ -81,6 +81,10 @@ def main(options: types.SimpleNamespace) -> None:
         parts = {name: lookup(PARTS, name) for name in chosen}
     if not options.out:
         raise ConfigError("--out is missing: the file of the results, without its ending")
+    if options.competitors and config.model.num_classes:
+        raise ConfigError(
+            "--competitors: diffusers is timed without classes; --nocompetitors times such a network alone"
+        )
     out = pathlib.Path(options.out)
     cli.writable_folder(out.parent)
     params = random_params(config)
@@ -175,10 +179,10 @@ def training(setting: Setting) -> Iterator[Row]:
     )
     update_step, state, key, flops = compiled_update(config)
     pixels = np.random.default_rng(0).integers(0, 256, (size, *generate.image_shape(config)), dtype=np.uint8)
-    images, held = sharding.split_batch(sharding.data_mesh(), pixels), [state]
+    images, labels, held = sharding.split_batch(sharding.data_mesh(), pixels), labels_of(config, size), [state]
 
     def run():
-        held[0], metrics = update_step(held[0], images, labels_of(config, size), key)
+        held[0], metrics = update_step(held[0], images, labels, key)
         jax.block_until_ready((held[0], metrics))
 
     runs = {OURS: run, **(setting.theirs.training(config, pixels) if setting.theirs else {})}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config
+from ddim_jax.config import Config, ConfigError
 from ddim_jax.pretrained import save_diffusers
 
 EAGER, CHANNELS_LAST, COMPILED = "diffusers", "channels_last", "torch.compile"
@@ -23,8 +23,11 @@ class Theirs:
     """diffusers' network with our weights, three times: as it is, in channels_last, and compiled."""
 
     def __init__(self, config: Config, params: Any, compiled: bool):
-        import diffusers
-        import torch
+        try:
+            import diffusers
+            import torch
+        except ImportError as error:
+            raise ConfigError(f'--competitors needs pip install -e ".[parity]" ({error})') from error
 
         self.torch, self.diffusers = torch, diffusers
         self.versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
