@@ -26,8 +26,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ddim_jax import cli, data
-from ddim_jax.config import blame
 from ddim_jax.data import preparing
+from ddim_jax.errors import error_context
 from experiments import common
 
 REPEATS = 7
@@ -40,7 +40,7 @@ def main(options: types.SimpleNamespace) -> None:
     (count,) = common.ints("images", options.images, BATCH)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows = []
-    with blame("cifar10"):
+    with error_context("cifar10"):
         stored = data.load("cifar10")
     rows.append(("CIFAR-10, in memory", *told(rates(data.in_memory(stored), 0, batches=400))))
     rows.append(("CIFAR-10, PNG records", *told(rates(stored, THREADS, batches=40))))

@@ -46,7 +46,8 @@ from benchmarks.theirs import Theirs
 from benchmarks.training import copy_rate, machines, matrix_product_rate
 from ddim_jax import cli, data, generate, samplers, sharding, train, train_state, trajectory
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.config import Config
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.registry import lookup
 from ddim_jax.trajectory import Transitions
@@ -77,7 +78,7 @@ def main(options: types.SimpleNamespace) -> None:
     (rounds,), (size,) = (common.ints(name, getattr(options, name)) for name in ("rounds", "training_batch"))
     batches, steps = common.ints("batches", options.batches), common.ints("steps", options.steps)
     chosen = [name.strip() for name in options.what.split(",")]
-    with blame("--what"):
+    with error_context("--what"):
         parts = {name: lookup(PARTS, name) for name in chosen}
     if not options.out:
         raise ConfigError("--out is missing: the file of the results, without its ending")
@@ -258,7 +259,7 @@ def memory(setting: Setting) -> Iterator[Row]:
 
 def input_(setting: Setting) -> Iterator[Row]:
     config = setting.config
-    with blame("config.data"):
+    with error_context("config.data"):
         source = data.load(config.data.name, config.data.path, "train")
         source = data.in_memory(source) if config.data.in_memory else source
     given = statistics.median(rates(source, 0 if source.instant else train.READING_THREADS, batches=40))
@@ -334,7 +335,7 @@ def network_call(setting: Setting, batch: int) -> tuple[Callable[[], jax.Array],
 
 def transitions_of(config: Config, S: int) -> Transitions:
     noise_schedule = config_lib.noise_schedule(config.schedule)
-    with blame("--steps"):
+    with error_context("--steps"):
         return trajectory.descend(noise_schedule, trajectory.leading(noise_schedule.num_steps, S))  # as diffusers does
 
 

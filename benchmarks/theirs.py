@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config, ConfigError
+from ddim_jax.config import Config
+from ddim_jax.errors import ConfigError
 from ddim_jax.pretrained import save_diffusers
 
 EAGER, CHANNELS_LAST, COMPILED = "diffusers", "channels_last", "torch.compile"

@@ -14,8 +14,8 @@ import urllib.request
 import jax
 from tqdm import tqdm
 
-from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.images import replacing
+from ddim_jax import files
+from ddim_jax.errors import CheckpointError
 
 TIMEOUT = 20  # seconds without a byte
 CHUNK = 1 << 20
@@ -36,20 +36,20 @@ def fetch(url: str, sha256: str, what: str) -> pathlib.Path:
     """
     path = folder() / url.rpartition("/")[2]
     if path.is_file():
-        if _sha256(path) != sha256:
+        if files.sha256(path) != sha256:
             raise CheckpointError(f"{path} is not {what} (its SHA-256 is not {sha256}): remove it")
         return path
     wanted = f"{what} are wanted: put {url} at {path}, or give its path"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, replacing(path) as file:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, files.replacing(path) as file:
             size = int(answer.headers.get("Content-Length") or 0) or None
             with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
             file.flush()
-            if _sha256(pathlib.Path(file.name)) != sha256:
+            if files.sha256(pathlib.Path(file.name)) != sha256:
                 raise CheckpointError(f"{wanted} (what came from there has not the SHA-256 {sha256})")
     except (OSError, http.client.HTTPException) as error:  # of the disk or of the network
         raise CheckpointError(f"{wanted} (it cannot be fetched: {error})") from error
@@ -83,8 +83,3 @@ def processor() -> str:
         lines = []
     can = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     return hashlib.sha256("\n".join([platform.machine(), *can]).encode()).hexdigest()[:16]
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

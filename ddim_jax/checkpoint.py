@@ -23,15 +23,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from ddim_jax import sharding
+from ddim_jax.errors import CheckpointError, DamagedError
 from ddim_jax.train_state import TrainState
-
-
-class CheckpointError(Exception):
-    """What is wrong with a checkpoint, in one line."""
-
-
-class DamagedError(CheckpointError):
-    """It was complete once, and is not what was saved."""
 
 
 class Checkpoints:

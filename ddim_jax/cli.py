@@ -20,8 +20,8 @@ from ml_collections import config_flags
 
 from ddim_jax import cache, sharding, weights
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.config import Config
+from ddim_jax.errors import CheckpointError, ConfigError, error_context
 
 FLAGS = flags.FLAGS
 
@@ -70,7 +70,7 @@ def start(
             if given.compilation_cache:
                 cache.keep_programs()
             if several and given.distributed:
-                with blame("--distributed"):
+                with error_context("--distributed"):
                     sharding.start_processes()
             if config:
                 given.config = _config()

@@ -7,13 +7,12 @@ that names the field.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,25 +20,11 @@ import numpy as np
 
 from ddim_jax import registry, trajectory
 from ddim_jax.data import DATASETS, SPLITS
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.models.unet import HALVE_PADDING, UNet
 from ddim_jax.samplers import Sampler
 from ddim_jax.schedule import Schedule
 from ddim_jax.trajectory import Transitions
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's, told in one line."""
-
-
-@contextlib.contextmanager
-def blame(field: str) -> Iterator[None]:
-    """Turns a ValueError into a ConfigError that begins with the field's name."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{field}: {error}") from error
 
 
 def _field(check: Callable[[Any], None] | None = None) -> Any:
@@ -321,7 +306,7 @@ def _with_text(kind: type, values: Mapping[str, Any], path: str, names: list[str
         raise ConfigError(f"{where} is {'no' if rest else 'a'} section of fields")
     if rest:
         return {**values, name: _with_text(inner, values[name], where, rest, text)}
-    with blame(where):
+    with error_context(where):
         return {**values, name: _from_text(inner, text)}
 
 
@@ -352,7 +337,7 @@ def _parse(kind: type, values: Any, path: str) -> Any:
         if dataclasses.is_dataclass(annotations[name]):
             parsed[name] = _parse(annotations[name], values[name], where)
         else:
-            with blame(where):
+            with error_context(where):
                 parsed[name] = _typed(annotations[name], values[name])
                 if field.metadata["check"]:
                     field.metadata["check"](parsed[name])
@@ -411,7 +396,7 @@ def check_same(config: Config, saved: Config, fields: tuple[str, ...], where: st
 
 def noise_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that config.schedule names. Its factory gets those fields that its signature names."""
-    with blame("config.schedule"):
+    with error_context("config.schedule"):
         return registry.build(registry.lookup(registry.SCHEDULES, config.name), dataclasses.asdict(config))
 
 
@@ -419,7 +404,7 @@ def network(config: ModelConfig) -> UNet:
     """The U-Net that config.model describes; ConfigError if its sizes do not fit together."""
     fields = dataclasses.asdict(config) | {"dtype": DTYPES[config.dtype], "head_channels": config.head_channels or None}
     model = registry.build(UNet, fields)
-    with blame("config.model"):
+    with error_context("config.model"):
         model.check()
     return model
 
@@ -438,22 +423,22 @@ def process(config: SampleConfig, schedule: Schedule) -> Process:
     config.tau is a name in registry.TAUS or registry.SPACINGS, or the levels themselves: "1,10,99.5,1000"; tau_offset
     and tau_end: see `trajectory.moved`.
     """
-    with blame("config.sample.tau"):
+    with error_context("config.sample.tau"):
         given = _numbers(config.tau)
         if given:
             tau = trajectory.explicit(schedule.num_steps, given)
         else:
             registry.lookup(registry.NAMED_TAUS, config.tau)
     if not given:
-        with blame("config.sample.steps"):
+        with error_context("config.sample.steps"):
             if config.tau in registry.TAUS:
                 tau = registry.TAUS[config.tau](schedule.num_steps, config.steps)
             else:
                 tau = registry.SPACINGS[config.tau](schedule, config.steps)
-    with blame("config.sample.tau_offset and tau_end"):
+    with error_context("config.sample.tau_offset and tau_end"):
         tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
     transitions = trajectory.descend(schedule, tau, config.tau_end)
-    with blame("config.sample.eta"):
+    with error_context("config.sample.eta"):
         sampler = registry.build(registry.SAMPLERS[config.sampler], dataclasses.asdict(config))
         sampler.check(transitions)
     return Process(sampler, tau, transitions)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from ddim_jax import cli, pretrained, registry, sharding, weights
 from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.config import ConfigError, blame
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.pretrained import Published
 from ddim_jax.train_state import TrainState
 
@@ -39,7 +39,7 @@ def main(options: types.SimpleNamespace) -> None:
         raise ConfigError("--from WORKDIR_OR_CHECKPOINT and --to FOLDER_OR_FILE are both needed")
     to = pathlib.Path(target)
     kind = options.format or ("safetensors" if to.suffix == ".safetensors" else "diffusers")
-    with blame("--format"):
+    with error_context("--format"):
         write = registry.lookup(WRITERS, kind)
     if kind == "safetensors" and to.suffix != ".safetensors":
         raise ConfigError(f"--to must end in .safetensors for --format safetensors, got {to}")

@@ -25,10 +25,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import cli, data, generate, images, output, sharding, weights
+from ddim_jax import cli, data, files, generate, images, output, sharding, weights
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.config import Config
 from ddim_jax.data.scaling import to_uint8, to_unit
+from ddim_jax.errors import ConfigError, error_context
 
 PAIRS = 20
 
@@ -60,7 +61,7 @@ def main(options: types.SimpleNamespace) -> None:
     if not sharding.is_first():
         return
     report = make_report(latents, reconstructions, len(process.tau) - 1)
-    with images.replacing(out / "report.json") as file:
+    with files.replacing(out / "report.json") as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
     shown = np.arange(min(PAIRS, total))
     again = images.open_npz(reconstructions)["arr_0"][shown]
@@ -101,7 +102,7 @@ def round_trip(
         """Images in [-1, 1], and their classes for a network with classes: those of the data, where it has them.
         Beyond the end the last image again.
         """
-        with blame("--images"):
+        with error_context("--images"):
             batch = source[np.minimum(index, total - 1)]
         own = batch.labels if config.model.num_classes else None
         return to_unit(batch.images), generate.labels_of(config, index) if own is None else own
@@ -127,12 +128,12 @@ def round_trip(
 def load_images(path: str | None, count: str | None, config: Config) -> tuple[data.Source, int]:
     """The images to encode, which must be what the network takes, and how many of them."""
     if path is None:
-        with blame("config.data"):
+        with error_context("config.data"):
             source = data.load(config.data.name, config.data.path, "test")
     else:
         if not pathlib.Path(path).exists():
             raise ConfigError(f"--images: there is no file or folder {path}")
-        with blame("--images"):
+        with error_context("--images"):
             source = data.load("folder" if pathlib.Path(path).is_dir() else "npz", path, "test")
     expected = generate.image_shape(config)
     if source.image_shape != expected:
@@ -153,7 +154,7 @@ def fingerprint(
     """All that the latents depend on; of many images, those at 1000 places."""
     digest = hashlib.sha256()
     for i in np.unique(np.linspace(0, total - 1, 1000).astype(int)):
-        with blame("--images"):
+        with error_context("--images"):
             digest.update(source[np.array([i])].images.tobytes())
     return {
         "images": digest.hexdigest(),

@@ -26,9 +26,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import cli, data, generate, images, sharding, weights, yardstick
+from ddim_jax import cli, data, files, generate, sharding, weights, yardstick
 from ddim_jax import config as config_lib
-from ddim_jax.config import ConfigError, blame
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.evaluation import reference
 from ddim_jax.registry import lookup
 
@@ -47,7 +47,7 @@ OPTIONS = {
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
     if options.metric is not None:
-        with blame("--metric"):
+        with error_context("--metric"):
             lookup(METRICS, options.metric)
         return bits_per_dim(options)
     if options.samples is None and options.save_reference is None:
@@ -86,7 +86,7 @@ def main(options: types.SimpleNamespace) -> None:
             "weights": network.weights,
             "jax": jax.__version__,
         }
-        with images.replacing(pathlib.Path(options.out)) as file:
+        with files.replacing(pathlib.Path(options.out)) as file:
             file.write((json.dumps(report, indent=1) + "\n").encode())
         print(options.out)
 
@@ -99,7 +99,7 @@ def bits_per_dim(options: types.SimpleNamespace) -> None:
         raise ConfigError(f"config.sample.eta: must be above 0 for bits_per_dim, got {config.sample.eta}")
     if config.sample.tau_end:
         raise ConfigError(f"config.sample.tau_end: must be 0 for bits_per_dim, got {config.sample.tau_end}")
-    with blame("config.data"):
+    with error_context("config.data"):
         source = data.load(config.data.name, config.data.path, config.evaluate.split)
     if source.image_shape != generate.image_shape(config):
         raise ConfigError(

@@ -4,29 +4,17 @@ at all.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
+from ddim_jax import files
+
 TILE = 48  # images smaller than this are enlarged by a whole factor in pictures for people
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file to write to, that takes the place of `path` when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
@@ -45,14 +33,14 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
-    with replacing(path) as file:
+    with files.replacing(path) as file:
         _pil(image).save(file, format="PNG")
 
 
 def write_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
     """An endless animation that rests on its last frame."""
     durations = [milliseconds] * (len(frames) - 1) + [2000]
-    with replacing(path) as file:
+    with files.replacing(path) as file:
         _pil(frames[0]).save(
             file,
             format="GIF",
@@ -70,7 +58,7 @@ def write_npz(path: pathlib.Path, length: int, parts: Callable[[], Iterable[Mapp
     parts: gives consecutive pieces of all arrays, anew for each array, so that none is ever whole in memory.
     """
     first = next(iter(parts()))
-    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with files.replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, piece in first.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 descr = np.lib.format.dtype_to_descr(piece.dtype)

@@ -18,8 +18,9 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from ddim_jax import images, sharding, update
-from ddim_jax.config import Config, ConfigError
+from ddim_jax import files, sharding, update
+from ddim_jax.config import Config
+from ddim_jax.errors import ConfigError
 
 
 class Writer(Protocol):
@@ -54,7 +55,7 @@ class WeightsAndBiases:
             raise ConfigError("config.train.wandb: Weights & Biases: pip install 'ddim-jax[wandb]'") from error
         known = workdir / "wandb_id"
         if not known.exists():
-            with images.replacing(known) as file:
+            with files.replacing(known) as file:
                 file.write(uuid.uuid4().hex.encode())
         self._image = wandb.Image
         try:
@@ -159,7 +160,7 @@ def keep_until(step: int, file: pathlib.Path) -> None:
     """Removes lines of later steps, which will be written again."""
     if file.exists():
         lines = file.read_text().splitlines()
-        with images.replacing(file) as kept:
+        with files.replacing(file) as kept:
             kept.writelines(f"{line}\n".encode() for line in lines if _step_of(line) <= step)
 
 

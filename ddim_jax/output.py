@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import images, sharding
-from ddim_jax.config import ConfigError
+from ddim_jax import files, images, sharding
+from ddim_jax.errors import ConfigError
 
 RECORD = "run.json"
 
@@ -51,7 +51,7 @@ def _claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], over
         raise ConfigError(f"{reason}; give another --out" + ", or --overwrite to replace it" * (overwrite is not None))
     for name in present:
         _remove(out / name)
-    with images.replacing(record) as file:
+    with files.replacing(record) as file:
         file.write(json.dumps(ours, indent=1).encode())
 
 
@@ -90,7 +90,7 @@ def gather(
         for batch in batches(done) if done < total else ():
             if first:
                 parts.mkdir(exist_ok=True)
-                with images.replacing(parts / f"{done:08d}.npz") as file:
+                with files.replacing(parts / f"{done:08d}.npz") as file:
                     np.savez(file, **batch)
             size = len(next(iter(batch.values())))
             done += size

@@ -16,8 +16,8 @@ import pathlib
 import types
 
 from ddim_jax import cli, data
-from ddim_jax.config import ConfigError, blame
 from ddim_jax.data import preparing
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.registry import lookup
 
 OPTIONS = {
@@ -30,11 +30,11 @@ def main(options: types.SimpleNamespace) -> None:
     folder = vars(options)["from"]
     if not options.data or not folder:
         raise ConfigError("--data NAME and --from FOLDER are both needed")
-    with blame("--data"):
+    with error_context("--data"):
         lookup(preparing.RECIPES, options.data)
     if not pathlib.Path(folder).is_dir():
         raise ConfigError(f"--from: there is no folder {folder}")
-    with blame("--from"):
+    with error_context("--from"):
         where = preparing.prepare(options.data, pathlib.Path(folder))
     train = data.load(options.data)
     print(f"{len(train):,} training images, {'x'.join(map(str, train.image_shape))}, are in {where}")

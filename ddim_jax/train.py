@@ -30,10 +30,11 @@ import jax
 import numpy as np
 import optax
 
-from ddim_jax import cli, data, generate, images, schedule, sharding, train_state, update, weights, yardstick
+from ddim_jax import cli, data, files, generate, images, schedule, sharding, train_state, update, weights, yardstick
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoint import CheckpointError, Checkpoints, DamagedError
-from ddim_jax.config import Config, ConfigError, Process, blame
+from ddim_jax.checkpoint import Checkpoints
+from ddim_jax.config import Config, Process
+from ddim_jax.errors import CheckpointError, ConfigError, DamagedError, error_context
 from ddim_jax.journal import Log, steps_in
 from ddim_jax.train_state import TrainState
 from ddim_jax.yardstick import Yardstick
@@ -56,7 +57,7 @@ def main(options: types.SimpleNamespace) -> None:
         raise ConfigError("--workdir is missing: the folder that the run is written to")
     config_lib.network(config.model)  # that its sizes fit shows before anything is read
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    with blame("config.mesh"):
+    with error_context("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     source = load_data(config, mesh)
     workdir = cli.writable_folder(options.workdir)
@@ -82,7 +83,7 @@ def run(
     and returns the moving average of its parameters. objective_of: what of; see `noise_prediction`. show: told every
     step, and once more where a run goes on.
     """
-    with blame("config.data"):
+    with error_context("config.data"):
         fingerprint = data.fingerprint(source)
     with (
         only_one(workdir),
@@ -93,7 +94,7 @@ def run(
         state, begin = resumed(state, config, workdir, fingerprint, checkpoints, skip_damaged, mesh)
         record = dataclasses.asdict(config)
         if sharding.is_first():
-            with images.replacing(workdir / "config.json") as file:
+            with files.replacing(workdir / "config.json") as file:
                 file.write(json.dumps(record, indent=1).encode())
 
         in_flight = collections.deque()
@@ -251,7 +252,7 @@ def training_batches(config: Config, source: data.Source, mesh: jax.sharding.Mes
     threads = 0 if source.instant else READING_THREADS
     stream = data.batches(plan, begin, threads, config.data.workers)
     for _ in range(begin, train.num_steps):
-        with blame("config.data"):
+        with error_context("config.data"):
             batch = next(stream)
         yield sharding.put_batch(mesh, batch if config.model.num_classes else batch._replace(labels=None))
 
@@ -303,7 +304,7 @@ def draw(config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh,
 
 def load_data(config: Config, mesh: jax.sharding.Mesh) -> data.Source:
     """The training images, which must be what the network takes."""
-    with blame("config.data"):
+    with error_context("config.data"):
         source = data.load(config.data.name, config.data.path, "train")
         source = data.in_memory(source) if config.data.in_memory else source
     expected = generate.image_shape(config)

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from ddim_jax import config as config_lib
 from ddim_jax import pretrained, sharding, train_state
 from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.config import Config, ConfigError, ModelConfig
+from ddim_jax.config import Config, ModelConfig
+from ddim_jax.errors import ConfigError
 from ddim_jax.pretrained import Published, tensors
 
 

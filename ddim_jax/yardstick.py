@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from ddim_jax import data, images, sharding
-from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.config import Config
 from ddim_jax.data import Source
+from ddim_jax.errors import CheckpointError, ConfigError, error_context
 from ddim_jax.evaluation import judge, reference
 from ddim_jax.evaluation.feature_network import FeatureNetwork
 from ddim_jax.evaluation.reference import About, Reference
@@ -34,7 +34,7 @@ def accepted_fields(text: str) -> list[str]:
     """The fields of About that --accept lists; ConfigError for one that is none."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     fields = {field.name: None for field in dataclasses.fields(About)}
-    with blame("--accept"):
+    with error_context("--accept"):
         for name in names:
             lookup(fields, name)
     return names
@@ -43,7 +43,7 @@ def accepted_fields(text: str) -> list[str]:
 def metrics_of(config: Config) -> list[str]:
     """The names in config.evaluate.metrics; ConfigError for one that is none."""
     names = [name.strip() for name in config.evaluate.metrics.split(",")]
-    with blame("config.evaluate.metrics"):
+    with error_context("config.evaluate.metrics"):
         for name in names:
             lookup(judge.METRICS, name)
     return names
@@ -52,7 +52,7 @@ def metrics_of(config: Config) -> list[str]:
 def open_network(config: Config) -> FeatureNetwork:
     """The network that judges; ConfigError if it, or its weights, cannot be had."""
     try:
-        with blame("config.evaluate.features"):
+        with error_context("config.evaluate.features"):
             return judge.open_features(config.evaluate.features, config.evaluate.weights)
     except CheckpointError as error:
         raise ConfigError(f"config.evaluate.weights: {error}") from error
@@ -76,7 +76,7 @@ def check_enough(source: Source, config: Config, path: str) -> None:
 def load_images(path: str, option: str) -> Source:
     if not pathlib.Path(path).exists():
         raise ConfigError(f"{option}: there is no file or folder {path}")
-    with blame(option):
+    with error_context(option):
         return data.load("folder" if pathlib.Path(path).is_dir() else "npz", path)
 
 
@@ -110,14 +110,14 @@ def build(
     metrics = metrics_of(config)
     evaluate = config.evaluate
     if shape is not None:
-        with blame("config.evaluate.features"):
+        with error_context("config.evaluate.features"):
             size = judge.num_features(network, shape)
     path = pathlib.Path(evaluate.reference) if evaluate.reference else None
     if path is not None and not path.exists():
         raise ConfigError(f"config.evaluate.reference: there is no file or folder {path}")
     statistics = path is not None and path.is_file() and not _holds_images(path)
     if statistics:
-        with blame("config.evaluate.reference"):
+        with error_context("config.evaluate.reference"):
             found = reference.load(path)
         if found.about is None:
             warn(f"{path} does not say what it is of (data, crop, resize, feature network): its origin is unknown")
@@ -127,7 +127,7 @@ def build(
         found = _compute(config, path, network, metrics, mesh, shape)
         if stored is not None and sharding.is_first():
             reference.save(stored, found)
-    with blame("config.evaluate.reference"):
+    with error_context("config.evaluate.reference"):
         judge.check(metrics, found.judged)
         if shape is not None and len(found.judged.moments.mean) != size:
             raise ConfigError(
@@ -143,7 +143,7 @@ def build(
 
 
 def _holds_images(path: pathlib.Path) -> bool:
-    with blame("config.evaluate.reference"):
+    with error_context("config.evaluate.reference"):
         try:
             return "mu" not in images.open_npz(path)
         except Exception as error:  # whatever a file that is no .npz makes zipfile and NumPy say
@@ -163,7 +163,7 @@ def _compute(
         source, name, split = load_images(str(path), "config.evaluate.reference"), str(path.name), None
     else:
         name, split = _data_name(config), config.evaluate.split
-        with blame("config.data"):
+        with error_context("config.data"):
             source = data.load(config.data.name, config.data.path, split)
     if shape is not None and source.image_shape != shape:
         raise ConfigError(
@@ -171,7 +171,7 @@ def _compute(
             f"{reference.resolution(shape)}"
         )
     warn_of_jpegs(source, name)
-    with blame("the real images"):
+    with error_context("the real images"):
         found = judge.judge(
             network, source, mesh, config.evaluate.batch_size, judge.kept_of_reference(metrics), doing="real images"
         )
@@ -200,7 +200,7 @@ def judge_samples(config: Config, found: Yardstick, samples: Source, mesh: Mesh,
     """The numbers of the first config.evaluate.num_images samples. ConfigError, beginning with `said`, where they
     cannot be judged.
     """
-    with blame(said):
+    with error_context(said):
         judged = judge.judge(
             found.network,
             samples,

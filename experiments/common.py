@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ddim_jax import cli, images, output
-from ddim_jax.config import ConfigError
+from ddim_jax import cli, files, output
+from ddim_jax.errors import ConfigError
 
 OPTIONS = {
     "workdir": (None, "Use the latest checkpoint of this run, not config.pretrained or the weights that ship."),
@@ -121,7 +121,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    with images.replacing(path) as file:
+    with files.replacing(path) as file:
         file.write(text.encode())
 
 
@@ -210,5 +210,5 @@ def plot(path: pathlib.Path, draw: Callable[[Any], None], size: tuple[float, flo
 
     figure = Figure(size, dpi=120, layout="constrained")
     draw(figure)
-    with images.replacing(path) as file:
+    with files.replacing(path) as file:
         figure.savefig(file, format="png")

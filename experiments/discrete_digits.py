@@ -34,9 +34,10 @@ from ddim_jax import (
     yardstick,
 )
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.config import Config
 from ddim_jax.data.scaling import from_one_hot, to_one_hot
 from ddim_jax.discrete import LogProbsFn
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.models import adapter
 from ddim_jax.pretrained.tensors import digest
 from ddim_jax.trajectory import Transitions
@@ -61,7 +62,7 @@ def main(options: types.SimpleNamespace) -> None:
     (held_out,) = common.ints("held_out", options.held_out)
     network = dataclasses.replace(config, model=dataclasses.replace(config.model, image_channels=LEVELS))
     mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
-    with blame("config.data"):
+    with error_context("config.data"):
         source, test = (data.load(config.data.name, config.data.path, split) for split in ("train", "test"))
     if source.image_shape[-1] != 1:
         raise ConfigError("config.data: the images must be grey, with one channel")

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ddim_jax import cli, images, sample, sharding, weights
-from ddim_jax.config import Config, ConfigError, Process
+from ddim_jax.config import Config, Process
+from ddim_jax.errors import ConfigError
 from experiments import common, grid, paper
 from experiments.common import Cell
 

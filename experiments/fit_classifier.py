@@ -11,7 +11,7 @@ import pathlib
 import types
 
 from ddim_jax import cli, data
-from ddim_jax.config import ConfigError, blame
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.evaluation import classifier, digits_classifier
 from ddim_jax.registry import lookup
 from experiments import cifar10_classifier, common
@@ -25,12 +25,12 @@ OPTIONS = {
 
 
 def main(options: types.SimpleNamespace) -> None:
-    with blame("--data"):
+    with error_context("--data"):
         module, flip = lookup(JUDGES, options.data)
     (steps,) = common.ints("steps", options.steps or str(module.STEPS))
     if not options.out or pathlib.Path(options.out).exists():
         raise ConfigError(f"--out must name a file that is not there yet, got {options.out}")
-    with blame("--data"):
+    with error_context("--data"):
         train, held_out = (data.in_memory(data.load(options.data, split=split)) for split in data.SPLITS)
     model = module.Classifier()
     params = classifier.fit(model, train, steps, flip=flip)

@@ -21,7 +21,8 @@ import types
 import numpy as np
 
 from ddim_jax import cli
-from ddim_jax.config import Config, ConfigError
+from ddim_jax.config import Config
+from ddim_jax.errors import ConfigError
 from ddim_jax.train import RUN_ME_AGAIN
 from experiments import common, fit_classifier
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from ddim_jax import config as config_lib
 from ddim_jax import registry, weights
-from ddim_jax.config import Config, ConfigError, Process
+from ddim_jax.config import Config, Process
+from ddim_jax.errors import ConfigError
 from experiments import common, paper
 
 OPTIONS = common.OPTIONS | {

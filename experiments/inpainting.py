@@ -19,8 +19,9 @@ import numpy as np
 
 from ddim_jax import cli, data, generate, guidance, images, samplers, schedule, sharding, weights, yardstick
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config, ConfigError, blame
+from ddim_jax.config import Config
 from ddim_jax.data.scaling import to_uint8, to_unit
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.evaluation import judge
 from experiments import common, grid
 from experiments.common import Cell
@@ -40,7 +41,7 @@ def main(options: types.SimpleNamespace) -> None:
     axes = [{"eta": eta, "S": S} for S in steps for eta in options.etas.split(",")]
     cells = [grid.at(options, place, count) for place in axes]
     processes = [grid.process_of(cell) for cell in cells]
-    with blame("config.data"):
+    with error_context("config.data"):
         source = data.load(config.data.name, config.data.path, "test")
     if not source.num_classes or count > len(source):
         raise ConfigError(f"--count: there are {len(source)} images, {source.num_classes} classes; got {count}")

@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cli, data, images, oracle, samplers
+from ddim_jax import cli, data, files, images, oracle, samplers
 from ddim_jax import config as config_lib
-from ddim_jax.config import ConfigError, Process, blame
+from ddim_jax.config import Process
 from ddim_jax.data.scaling import to_uint8, to_unit
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.evaluation import digits_classifier, frechet
 from ddim_jax.registry import lookup
 from ddim_jax.schedule import NoiseSchedule
@@ -85,7 +86,7 @@ def main(options: types.SimpleNamespace) -> None:
         "digits": common.ints("images", options.images, 2)[0],
     }
     names = options.data.split(",")
-    with blame("--data"):
+    with error_context("--data"):
         for name in names:
             lookup({"gaussian": None, **MIXTURES}, name)
     if not options.etas:
@@ -117,7 +118,7 @@ def main(options: types.SimpleNamespace) -> None:
             return {"distance": float(np.hypot(mean - GAUSSIAN[0], std - GAUSSIAN[1])), "floor": 0.0}
         mixture = MIXTURES[name]()
         drawn = draw(process, mixture.eps_fn(noise_schedule), key, mixture.means.shape[1:], counts[name])
-        with images.replacing(folder / "first.npz") as file:
+        with files.replacing(folder / "first.npz") as file:
             np.savez(file, x=drawn[:SHOWN])
         told, floor = real(name)
         return {"distance": DISTANCES[name].between(told, DISTANCES[name].read(drawn)), "floor": floor}

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import cli, generate, parallel, samplers, sharding, weights
-from ddim_jax.config import ConfigError, Process, blame
+from ddim_jax.config import Process
+from ddim_jax.errors import ConfigError, error_context
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -42,7 +43,7 @@ def main(options: types.SimpleNamespace) -> None:
     (count,), tolerances = common.ints("count", options.count), tolerances_of(options.tolerances)
     cells = {S: dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S)) for S in steps}
     processes = {S: grid.process_of(cell) for S, cell in cells.items()}
-    with blame("config.sample.sampler"):
+    with error_context("config.sample.sampler"):
         parallel.check_memory(processes[steps[0]].sampler)
     mesh = sharding.data_mesh()
     found = weights.find(config, options.workdir, mesh)

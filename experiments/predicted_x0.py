@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax import cli, generate, images, samplers, sharding, weights
+from ddim_jax import cli, files, generate, images, samplers, sharding, weights
 from ddim_jax.config import Config, Process
 from ddim_jax.data.scaling import to_uint8
 from experiments import common, grid
@@ -66,7 +66,7 @@ def main(options: types.SimpleNamespace) -> None:
             if index[0] == 0:
                 images.write_png(folder / "first.png", strip(predicted[:, kept], x[kept]))
         distances = np.concatenate(distances, axis=1).mean(axis=1)  # (S,)
-        with images.replacing(folder / "distances.npz") as file:
+        with files.replacing(folder / "distances.npz") as file:
             np.savez(file, t=process.transitions.t, distance=distances)
         return {
             "one_shot": float(distances[0]),

@@ -23,7 +23,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from ddim_jax import cli, data, generate, images, sample, sharding, weights, yardstick
-from ddim_jax.config import Config, Process, blame
+from ddim_jax.config import Config, Process
+from ddim_jax.errors import error_context
 from ddim_jax.pretrained.tensors import digest
 from experiments import common, grid, paper
 from experiments.common import Cell
@@ -104,7 +105,7 @@ def beside_the_paper(row: dict[str, Any], table: Mapping[tuple[str, int], float]
 def floor(config: Config, measured: yardstick.Yardstick, mesh: Mesh) -> dict[str, Any]:
     """The numbers of real images that are not the reference: those of the other split."""
     other = next(split for split in data.SPLITS if split != config.evaluate.split)
-    with blame("--floor"):
+    with error_context("--floor"):
         source = data.load(config.data.name, config.data.path, other)
     count = min(len(source), config.evaluate.num_images)
     fewer = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_images=count))

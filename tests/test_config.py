@@ -8,7 +8,7 @@ import pytest
 
 from configs import default, digits
 from ddim_jax import config as config_lib
-from ddim_jax.config import ConfigError
+from ddim_jax.errors import ConfigError
 
 DEFAULT = default.get_config().to_dict()
 

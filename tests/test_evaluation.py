@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from scipy import linalg
 
 from ddim_jax import cache, data
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.errors import CheckpointError
 from ddim_jax.evaluation import classifier, digits_classifier, frechet, inception, judge, metrics, reference
 from ddim_jax.evaluation.feature_network import Output, feature_network
 

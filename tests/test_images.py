@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax import images
+from ddim_jax import files, images
 
 RNG = np.random.default_rng(0)
 
@@ -76,7 +76,7 @@ def test_a_gif_moves(tmp_path):
 def test_what_fails_half_way_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), images.replacing(path) as file:
+    with pytest.raises(RuntimeError), files.replacing(path) as file:
         file.write(b"ne")
         raise RuntimeError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -11,8 +11,8 @@ import safetensors.numpy
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e '.[parity]'")
 
-from ddim_jax.checkpoint import CheckpointError  # noqa: E402
 from ddim_jax.data.sources import ArraySource  # noqa: E402
+from ddim_jax.errors import CheckpointError  # noqa: E402
 from ddim_jax.evaluation import frechet, inception, judge, metrics  # noqa: E402
 
 TORCHVISION = ("", ".transforms", ".transforms.functional", ".datasets", ".models")

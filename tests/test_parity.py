@@ -21,7 +21,7 @@ from official_model import Model  # noqa: E402
 
 from ddim_jax import config as config_lib  # noqa: E402
 from ddim_jax import convert, gaussian, generate, pretrained, registry, samplers, schedule, trajectory, weights  # noqa: E402
-from ddim_jax.checkpoint import CheckpointError  # noqa: E402
+from ddim_jax.errors import CheckpointError  # noqa: E402
 from ddim_jax.models.unet import sinusoid  # noqa: E402
 
 torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from test_unet import random_params
 from configs import default, digits_conditional, smoke
 from ddim_jax import config as config_lib
 from ddim_jax import pretrained, weights
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import diffusers_folder, names
 
 SMOKE = ("--config", "configs/smoke.py")

@@ -14,10 +14,10 @@ import optax
 import safetensors.numpy
 from tqdm import tqdm
 
-from ddim_jax import images
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax import files
 from ddim_jax.data import Plan, Source, batches
 from ddim_jax.data.scaling import to_unit
+from ddim_jax.errors import CheckpointError
 from ddim_jax.evaluation.feature_network import on_one_device
 from ddim_jax.pretrained import tensors
 
@@ -61,7 +61,7 @@ def accuracy(model: nn.Module, params: Any, source: Source, batch_size: int = 50
 def write(file: pathlib.Path, params: Any) -> None:
     """The parameters as .safetensors."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
-    with images.replacing(file) as content:
+    with files.replacing(file) as content:
         content.write(safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in flat.items()}))
 
 

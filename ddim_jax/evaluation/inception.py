@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import cache
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.errors import CheckpointError
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output, feature_network, on_one_device
 from ddim_jax.pretrained import tensors
 from ddim_jax.pretrained.names import Layout

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddim_jax import images
+from ddim_jax import files
 from ddim_jax.data import Source
 from ddim_jax.evaluation.feature_network import FeatureNetwork
 from ddim_jax.evaluation.frechet import Moments
@@ -57,7 +57,7 @@ def save(path: pathlib.Path, reference: Reference) -> None:
     """Writes an .npz: `mu` and `sigma` under the names that others read, `about` as JSON, and what else was kept."""
     judged = reference.judged
     arrays = {"mu": judged.moments.mean, "sigma": judged.moments.cov, "features": judged.features}
-    with images.replacing(path) as file:
+    with files.replacing(path) as file:
         np.savez(
             file,
             about=np.array(json.dumps(dataclasses.asdict(reference.about))),

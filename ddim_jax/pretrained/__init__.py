@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import diffusers_folder, official, safetensors_file
 from ddim_jax.pretrained.card import model_card
 from ddim_jax.pretrained.diffusers_folder import save as save_diffusers

@@ -18,9 +18,9 @@ import numpy as np
 import safetensors.numpy
 
 from ddim_jax import config as config_lib
-from ddim_jax import images
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax import files
 from ddim_jax.config import ScheduleConfig
+from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import names, tensors
 from ddim_jax.pretrained.files import Folder, Repository, load_json
 from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
@@ -372,5 +372,5 @@ def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str
         "model_index.json": as_json(index),
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with images.replacing(folder / name) as file:
+        with files.replacing(folder / name) as file:
             file.write(content)

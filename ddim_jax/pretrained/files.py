@@ -9,7 +9,7 @@ import pathlib
 import re
 from typing import Any
 
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.errors import CheckpointError
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import names, tensors
 from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
 from ddim_jax.pretrained.tensors import Tensors

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoint import CheckpointError
-from ddim_jax.config import ConfigError, ModelConfig, ScheduleConfig
+from ddim_jax.config import ModelConfig, ScheduleConfig
+from ddim_jax.errors import CheckpointError, ConfigError
 
 
 class Published(NamedTuple):

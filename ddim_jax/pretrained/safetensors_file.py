@@ -11,8 +11,8 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
-from ddim_jax import images
-from ddim_jax.checkpoint import CheckpointError
+from ddim_jax import files
+from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import tensors
 from ddim_jax.pretrained.published import Published, describe_own, no_raw_parameters
 
@@ -27,7 +27,7 @@ def save(path: pathlib.Path, params: Any, config: Mapping[str, Any], step: int |
     content = safetensors.numpy.save(
         flat, metadata={"format": "ddim_jax", "config": json.dumps(config), "step": str(step or "")}
     )
-    with images.replacing(path) as file:
+    with files.replacing(path) as file:
         file.write(content)
 
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import safetensors
 
-from ddim_jax.checkpoint import CheckpointError, check_shapes
+from ddim_jax.checkpoint import check_shapes
+from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import names
 from ddim_jax.pretrained.names import Layout
 
