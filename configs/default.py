@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.image_size = 32                 # height and width; divisible by 2^(len(channel_mult) - 1)
     model.image_channels = 3
+    model.patch_size = 1                  # above 1: squares of so many pixels are one position of the network
     model.channels = 128                  # channels at full resolution
     model.channel_mult = (1, 2, 2, 2)     # times this at each resolution, from full size down
     model.num_res_blocks = 2              # on the way down at each resolution; one more on the way up

@@ -83,6 +83,7 @@ class DataConfig:
 class ModelConfig:
     image_size: int = _at_least(1)
     image_channels: int = _at_least(1)
+    patch_size: int = _at_least(1)
     channels: int = _at_least(4)
     channel_mult: tuple[int, ...] = _all_positive()
     num_res_blocks: int = _at_least(1)
@@ -197,6 +198,7 @@ BEFORE = {
     "pretrained": "",
     "data": {"in_memory": False, "workers": 0},
     "model": {
+        "patch_size": 1,
         "middle_attention": True,
         "norm_epsilon": 1e-6,
         "halve_padding": "end",

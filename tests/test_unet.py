@@ -10,7 +10,7 @@ import pytest
 from ddim_jax import config as config_lib
 from ddim_jax import samplers, schedule, train_state, trajectory
 from ddim_jax.models import adapter
-from ddim_jax.models.unet import Attention, Dropout, GroupNorm, UNet, sinusoid
+from ddim_jax.models.unet import Attention, Dropout, GroupNorm, UNet, depth_to_space, sinusoid, space_to_depth
 
 CONFIGS = sorted(
     file.stem for file in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py") if file.stem != "__init__"
@@ -43,6 +43,23 @@ def random_params(model, seed=0):
 def test_the_cifar10_network_has_the_published_number_of_parameters():
     like = jax.eval_shape(lambda key: train_state.init_params(UNet(), key), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(like)) == 35_746_307
+
+
+def test_a_patch_is_a_position():
+    """Pixel (2 i + a, 2 j + b) is channel (a, b) of position (i, j), and a network of patches is one of positions."""
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    patches = np.asarray(space_to_depth(x, 2))
+    assert patches.shape == (2, 4, 4, 12)
+    for i, j, a, b in [(0, 0, 0, 0), (1, 3, 0, 1), (3, 2, 1, 0), (3, 3, 1, 1)]:
+        np.testing.assert_array_equal(patches[:, i, j].reshape(2, 2, 2, 3)[:, a, b], x[:, 2 * i + a, 2 * j + b])
+    np.testing.assert_array_equal(depth_to_space(patches, 2), x)
+
+    of_positions = TINY.clone(image_size=4, image_channels=12)
+    of_pixels = TINY.clone(image_size=8, image_channels=3, patch_size=2)
+    params, time = random_params(of_positions), jnp.array([3, 40])
+    of_pixels.check()
+    out = of_pixels.apply({"params": params}, x, time)
+    np.testing.assert_array_equal(out, depth_to_space(of_positions.apply({"params": params}, patches, time), 2))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -186,6 +203,7 @@ def test_classes_and_time_matter_and_are_required():
     [
         (dict(image_size=10, channel_mult=(1, 2, 2)), "image_size 10 cannot be halved 2 times"),
         (dict(image_size=2, channel_mult=(1, 1, 1)), "multiple of 4"),
+        (dict(image_size=8, patch_size=4, channel_mult=(1, 1, 1)), "multiple of 16"),
         (dict(attention_resolutions=(5,)), r"5, but the network's sizes are \[8, 4\]"),
         (dict(groups=3), "groups 3 does not divide"),
         (dict(head_channels=5), "head_channels 5 does not divide 16"),

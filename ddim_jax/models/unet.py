@@ -43,6 +43,20 @@ def sinusoid(time: Array, features: int, shift: float = 1.0, cos_first: bool = F
     return jnp.concatenate(waves, axis=-1)
 
 
+def space_to_depth(x: Array, size: int) -> Array:
+    """(B, H, W, C) -> (B, H / size, W / size, size^2 C): the pixels of each size x size square, row by row."""
+    batch, height, width, channels = x.shape
+    squares = x.reshape(batch, height // size, size, width // size, size, channels)
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // size, width // size, -1)
+
+
+def depth_to_space(x: Array, size: int) -> Array:
+    """The inverse of `space_to_depth`."""
+    batch, height, width, channels = x.shape
+    squares = x.reshape(batch, height, width, size, size, channels // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return squares.reshape(batch, height * size, width * size, -1)
+
+
 class GroupNorm(nn.Module):
     """GroupNorm over (H, W, C / groups) with float32 statistics and a scale and bias per channel (Wu and He 2018).
 
@@ -144,7 +158,9 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """eps, x_0 or v from (x_t, time); with the defaults the 35,746,307 parameters of DDPM's CIFAR-10 network.
 
-    image_size: H = W, halved len(channel_mult) - 1 times. attention_resolutions: sizes at which every block is
+    image_size: H = W. patch_size: above 1, each square of so many pixels is one position of the network, with
+    patch_size^2 times the channels (space-to-depth): what the network computes on is (H / patch_size)^2 positions, which
+    are halved len(channel_mult) - 1 times. attention_resolutions: sizes, in positions, at which every block is
     followed by attention. middle_attention: whether the middle has one. head_channels: channels of an attention
     head, None for a single head. halve_padding: a name in HALVE_PADDING. frequency_shift, cos_first: see `sinusoid`.
     num_classes: 0 for none, else `labels` are required. label_dropout: above 0 there is one more class, num_classes,
@@ -155,6 +171,7 @@ class UNet(nn.Module):
 
     image_size: int = 32
     image_channels: int = 3
+    patch_size: int = 1
     channels: int = 128
     channel_mult: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
@@ -175,12 +192,14 @@ class UNet(nn.Module):
     def check(self) -> None:
         """ValueError, naming the field, if the sizes do not fit together."""
         halvings = len(self.channel_mult) - 1
-        if self.image_size % 2**halvings or self.image_size < 2**halvings:
+        least = self.patch_size * 2**halvings
+        if self.image_size % least or self.image_size < least:
+            patches = f" in patches of {self.patch_size}" if self.patch_size > 1 else ""
             raise ValueError(
-                f"image_size {self.image_size} cannot be halved {halvings} times, as channel_mult "
-                f"{self.channel_mult} asks; it must be a multiple of {2**halvings}"
+                f"image_size {self.image_size}{patches} cannot be halved {halvings} times, as channel_mult "
+                f"{self.channel_mult} asks; it must be a multiple of {least}"
             )
-        sizes = [self.image_size >> level for level in range(halvings + 1)]
+        sizes = [self.image_size // self.patch_size >> level for level in range(halvings + 1)]
         for size in self.attention_resolutions:
             if size not in sizes:
                 raise ValueError(f"attention_resolutions names {size}, but the network's sizes are {sizes}")
@@ -237,7 +256,7 @@ class UNet(nn.Module):
             rows = self.num_classes + (self.label_dropout > 0)
             embedding += nn.Embed(rows, 4 * self.channels, dtype=self.dtype, name="class")(labels)
 
-        h = conv(self.channels, "conv_in")(x)
+        h = conv(self.channels, "conv_in")(space_to_depth(x, self.patch_size))
         skips = [h]
         last = len(self.channel_mult) - 1
         for level, mult in enumerate(self.channel_mult):
@@ -264,5 +283,5 @@ class UNet(nn.Module):
                 h = Conv3x3(h.shape[-1], _INIT, self.dtype, doubled=True, name=f"up_{level}_double")(h)
 
         h = nn.silu(GroupNorm(self.groups, self.norm_epsilon, name="norm_out")(h))
-        h = conv(self.image_channels, "conv_out", init=_ZERO)(h)
-        return h.astype(jnp.promote_types(h.dtype, jnp.float32))
+        h = conv(self.patch_size**2 * self.image_channels, "conv_out", init=_ZERO)(h)
+        return depth_to_space(h, self.patch_size).astype(jnp.promote_types(h.dtype, jnp.float32))

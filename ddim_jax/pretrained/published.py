@@ -41,7 +41,8 @@ def describe(
     fields that no network can have.
     """
     try:
-        parsed = config_lib.section(ModelConfig, {"dropout": 0.0, "dtype": "float32", "remat": False, **model}, "model")
+        assumed = {"patch_size": 1, "dropout": 0.0, "dtype": "float32", "remat": False}
+        parsed = config_lib.section(ModelConfig, assumed | dict(model), "model")
         noise = config_lib.section(ScheduleConfig, {**config_lib.BEFORE["schedule"], **schedule}, "schedule")
         config_lib.network(parsed)
         config_lib.noise_schedule(noise)
