@@ -159,9 +159,9 @@ class UNet(nn.Module):
     """eps, x_0 or v from (x_t, time); with the defaults the 35,746,307 parameters of DDPM's CIFAR-10 network.
 
     image_size: H = W. patch_size: above 1, each square of so many pixels is one position of the network, with
-    patch_size^2 times the channels (space-to-depth): what the network computes on is (H / patch_size)^2 positions, which
-    are halved len(channel_mult) - 1 times. attention_resolutions: sizes, in positions, at which every block is
-    followed by attention. middle_attention: whether the middle has one. head_channels: channels of an attention
+    patch_size^2 times the channels (space-to-depth). Height and width in positions, H / patch_size, are halved
+    len(channel_mult) - 1 times. attention_resolutions: sizes, in positions, at which every block is followed by
+    attention. middle_attention: whether the middle has one. head_channels: channels of an attention
     head, None for a single head. halve_padding: a name in HALVE_PADDING. frequency_shift, cos_first: see `sinusoid`.
     num_classes: 0 for none, else `labels` are required. label_dropout: above 0 there is one more class, num_classes,
     which says nothing of the image; in training a label is replaced by it with this probability, so that the network

@@ -287,7 +287,7 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
 def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a `UNet2DModel` for the fields of config.model: the inverse of `network_fields`."""
     if model["patch_size"] != 1:
-        raise CheckpointError(f"diffusers' UNet2DModel has no patches: model.patch_size is {model['patch_size']}, not 1")
+        raise CheckpointError(f"model.patch_size must be 1: UNet2DModel has no patches; got {model['patch_size']}")
     levels = len(model["channel_mult"])
     attends = [model["image_size"] >> level in model["attention_resolutions"] for level in range(levels)]
     kinds = lambda direction: [("Attn" if attends_here else "") + f"{direction}Block2D" for attends_here in attends]
