@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 import secrets
 import stat
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO
 
 JSON_BYTES = 1 << 26  # no config, index or record is larger
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 3
 
 
 @contextlib.contextmanager
@@ -64,11 +67,29 @@ def read_json(path: pathlib.Path) -> Any:
     check_regular(path)
     if (size := path.stat().st_size) > JSON_BYTES:
         raise ValueError(f"{printable(str(path))} has {size} bytes, JSON of at most {JSON_BYTES} is read")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """The JSON value of a text of the file `source`. ValueError if it is not JSON, or too deep."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         reason = "it is too deeply nested" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{printable(str(path))} is no JSON: {reason}") from error
+        raise ValueError(f"{printable(source)} is no JSON: {reason}") from error
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value: of one text that all equal values have."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def shown(value: Any) -> str:
+    """The repr of a file's value for a message, shortened: it may be of any size and depth."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "a very large integer"
 
 
 def check_name(name: str) -> None:
