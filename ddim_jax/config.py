@@ -7,6 +7,7 @@ that names the field.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -410,7 +411,7 @@ PRIVATE = (
 
 def public(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config's nested values to give to others: the fields of PRIVATE hold their defaults, and what is no
-    field of a config is left out. It takes any part of a config.
+    field of a config, or of another type, is left out. It takes any part of a config.
     """
     return _public(Config, values, BEFORE, "")
 
@@ -423,7 +424,9 @@ def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> 
         if dataclasses.is_dataclass(kinds[name]):
             copy[name] = _public(kinds[name], values[name], defaults.get(name, {}), f"{path}{name}.")
         else:
-            copy[name] = defaults.get(name, "") if f"{path}{name}" in PRIVATE else values[name]
+            with contextlib.suppress(ValueError):
+                value = _typed(kinds[name], values[name])
+                copy[name] = defaults.get(name, "") if f"{path}{name}" in PRIVATE else value
     return copy
 
 

@@ -11,10 +11,11 @@ import re
 import reprlib
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 JSON_BYTES = 1 << 26  # no config, index or record is larger
+JSON_DEPTH = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 3
@@ -71,12 +72,24 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """The JSON value of a text of the file `source`. ValueError if it is not JSON, or too deep."""
+    """The JSON value of a text of the file `source`. ValueError if it is not JSON, or deeper than JSON_DEPTH."""
+    deep = f"{printable(source)} is no JSON: it is too deeply nested"
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        reason = "it is too deeply nested" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{printable(source)} is no JSON: {reason}") from error
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(deep) from error
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
+        raise ValueError(f"{printable(source)} is no JSON: {error}") from error
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        level = [child for parent in level if isinstance(parent, (dict, list)) for child in _children(parent)]
+    if level:
+        raise ValueError(deep)
+    return value
+
+
+def _children(value: dict | list) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def json_digest(value: Any) -> str:

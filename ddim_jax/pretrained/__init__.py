@@ -42,6 +42,8 @@ def open_checkpoint(where: str) -> Published:
         if folder.find(official.CHECKPOINT):
             return official.open_file(path / official.CHECKPOINT)
         raise CheckpointError(f"{where} is a folder without a checkpoint; supported: {SUPPORTED}")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{where} is neither a regular file nor a folder; supported: {SUPPORTED}")
     if path.is_file():
         return safetensors_file.open_file(path) if safetensors_file.is_ours(path) else official.open_file(path)
     repository = hub_repository(where)
