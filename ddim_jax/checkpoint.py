@@ -2,9 +2,10 @@
 beside the arrays.
 
 The items of a step are `params`, `ema_params`, `optimizer` (the step, the updates left out and the optimizer's state),
-`config` and `record` (JSON), so that sampling reads the one it needs. The record holds the shape and a checksum of every
-array, the config's checksum, and its own. They are compared when an item is read, so what changed on the disk is a
-DamagedError that names it. Checkpoints of before the record, or a checksum in it, was there are read without.
+`config` and `record` (JSON), so that sampling reads the one it needs. The record holds the shapes of the parameters, a
+checksum of every array, the config's, and its own. They are compared when an item is read: what changed on the disk is
+a DamagedError that names it. A checkpoint that was written before there was a record, or one of these in it, is read
+without.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSt
 from ddim_jax import files, sharding
 from ddim_jax.errors import CheckpointError, DamagedError
 from ddim_jax.train_state import TrainState
-
 
 JSON_FILE = "metadata"  # of the items config and record
 RECORD = {"checksums": dict, "shapes": dict, "config": str, "data": str, "digest": str}  # what a record holds

@@ -10,6 +10,7 @@ import pathlib
 import re
 import reprlib
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 JSON_BYTES = 1 << 26  # no config, index or record is larger
 JSON_DEPTH = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 3
 
@@ -38,6 +40,38 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder in `folder`, made if it is not there, whose content moves up into it once it is complete: replaces
+    what has the same name there, files after folders, in the order of their names. Else nothing is left behind.
+    """
+    new = not folder.exists()
+    temporary = folder / f".{secrets.token_hex(8)}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _move_content(temporary, folder)
+        _sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _move_content(source: pathlib.Path, target: pathlib.Path) -> None:
+    for path in sorted(source.iterdir(), key=lambda path: (not path.is_dir(), path.name)):
+        if path.is_dir() and (target / path.name).is_dir():
+            _move_content(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+
+
+def is_temporary(path: pathlib.Path) -> bool:
+    """Whether `replacing` or `filling` named it: left behind where a process was killed."""
+    return TEMPORARY.fullmatch(path.name) is not None
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

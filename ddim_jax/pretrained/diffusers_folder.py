@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -188,6 +188,14 @@ HALVE_PADDING = {0: "end", 1: "both"}
 LABEL_DROPOUT = "_label_dropout"  # ours, which diffusers does not look at: the last of its classes is none
 
 WEIGHTS = "diffusion_pytorch_model"
+CARD = "README.md"
+WRITTEN = (
+    f"unet/{WEIGHTS}.safetensors",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+    CARD,
+    "model_index.json",  # the last, in this order and in that of `files.filling`: it makes a pipeline of the folder
+)
 
 
 def is_there(files: Folder | Repository) -> bool:
@@ -494,13 +502,25 @@ def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str
         "unet": ["diffusers", "UNet2DModel"],
     }
     as_json = lambda values: (json.dumps(values, indent=2) + "\n").encode()
-    for name, content in {
-        f"unet/{WEIGHTS}.safetensors": tensors.to_safetensors(state, {"format": "pt"}),
-        "unet/config.json": as_json(unet_config(config["model"])),
-        "scheduler/scheduler_config.json": as_json(scheduler_config(config)),
-        "README.md": card.encode(),
-        "model_index.json": as_json(index),
-    }.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(folder / name) as file:
-            file.write(content)
+    contents = (
+        tensors.to_safetensors(state, {"format": "pt"}),
+        as_json(unet_config(config["model"])),
+        as_json(scheduler_config(config)),
+        card.encode(),
+        as_json(index),
+    )
+    with files.filling(folder) as temporary:
+        for name, content in zip(WRITTEN, contents, strict=True):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            with files.replacing(temporary / name) as file:
+                file.write(content)
+
+
+def not_written(folder: pathlib.Path, inside: str = "") -> Iterator[str]:
+    """What is in a folder but none of the files that `save` writes."""
+    for path in folder.iterdir():
+        name = f"{inside}{path.name}"
+        if path.is_dir() and not path.is_symlink() and any(file.startswith(f"{name}/") for file in WRITTEN):
+            yield from not_written(path, f"{name}/")
+        elif not files.is_temporary(path) and (name not in WRITTEN or not path.is_file()):
+            yield name

@@ -34,7 +34,7 @@ def is_ours(path: pathlib.Path) -> bool:
 
 
 def open_file(path: pathlib.Path) -> Published:
-    """What a file that `save` wrote says. CheckpointError, which may be a DamagedError, if it says nothing of a network."""
+    """What a file that `save` wrote says. CheckpointError if it is of no network, DamagedError if it has changed."""
     found, metadata = tensors.open_safetensors(path)
 
     def read(like: Any, ema: bool) -> Any:
