@@ -2,8 +2,10 @@
 beside the arrays.
 
 The items of a step are `params`, `ema_params`, `optimizer` (the step, the updates left out and the optimizer's state),
-`config` and `record` (JSON), so that sampling reads the one it needs. The record holds a checksum of every array, which
-is compared when it is read: files that changed on the disk are found out, and named.
+`config` and `record` (JSON), so that sampling reads the one it needs. The record holds the shapes of the parameters, a
+checksum of every array, the config's, and its own. They are compared when an item is read: what changed on the disk is
+a DamagedError that names it. A checkpoint that was written before there was a record, or one of these in it, is read
+without.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import pathlib
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,9 +24,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from ddim_jax import sharding
+from ddim_jax import files, sharding
 from ddim_jax.errors import CheckpointError, DamagedError
 from ddim_jax.train_state import TrainState
+
+JSON_FILE = "metadata"  # of the items config and record
+RECORD = {"checksums": dict, "shapes": dict, "config": str, "data": str, "digest": str}  # what a record holds
 
 
 class Checkpoints:
@@ -36,6 +41,7 @@ class Checkpoints:
         """keep: how many of the latest steps survive, and keep_every: which multiples survive for ever (0: none).
         Without keep the folder is only read."""
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._check_regular("*/_CHECKPOINT_METADATA")  # which Orbax reads of every step
         if keep is None:
             if not self._folder.is_dir():
                 raise CheckpointError(f"{workdir} holds no checkpoints: no folder {self._folder}")
@@ -46,7 +52,7 @@ class Checkpoints:
                 preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
             )
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("params", "ema_params", "optimizer")}
-        handlers |= {item: ocp.JsonCheckpointHandler() for item in ("config", "record")}
+        handlers |= {item: ocp.JsonCheckpointHandler(JSON_FILE) for item in ("config", "record")}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def __enter__(self) -> Checkpoints:
@@ -87,7 +93,13 @@ class Checkpoints:
         CheckpointError if it, or the one before it, cannot be written.
         """
         items = {"params": state.params, "ema_params": state.ema_params, "optimizer": _optimizer(state)}
-        record = {"checksums": _checksums(items), "data": data}
+        record = {
+            "checksums": _checksums(items),
+            "shapes": shapes_of(state.params),
+            "config": files.json_digest(config),
+            "data": data,
+        }
+        record["digest"] = files.json_digest(record)
         try:
             self._manager.check_for_errors()
             self._manager.save(
@@ -134,20 +146,61 @@ class Checkpoints:
         """The fingerprint of the data that the step was trained on, "" where none was saved."""
         return self._record(step).get("data", "")
 
-    def _record(self, step: int) -> dict[str, Any]:
-        there = (self._folder / str(step) / "record").exists()
-        return self._restore(step, record=ocp.args.JsonRestore())["record"] if there else {}
-
     def config(self, step: int) -> dict[str, Any]:
-        return self._restore(step, config=ocp.args.JsonRestore())["config"]
+        """The config (JSON values) that the step was saved with."""
+        config = self._json(step, "config")
+        if _differs(self._record(step), "config", files.json_digest(config)):
+            raise self._damaged(step, "its config is not what was saved")
+        return config
 
     def check_network(self, step: int, params: Any) -> None:
         """CheckpointError, naming the first leaf that differs, if the step's parameters have other names or shapes."""
+        saved = self._record(step).get("shapes")
+        if saved is None:
+            try:
+                saved = shapes_of(self._manager.item_metadata(step)["params"].tree)
+            except Exception as error:
+                raise self._unreadable(step, error) from error
+        there = {name: tuple(shape) if isinstance(shape, (list, tuple)) else shape for name, shape in saved.items()}
+        check_shapes(there, shapes_of(params), str(self._folder / str(step)))
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The record of a step, {} where none was saved. DamagedError if it is not what was saved, or not this step's,
+        or if something in the step's folder cannot be read.
+        """
+        folder = self._folder / str(step)
+        self._check_regular(f"{step}/**/*")
+        if not (folder / "record").exists():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if "record" in files.read_json(folder / "_CHECKPOINT_METADATA")["item_handlers"]:
+                    raise self._damaged(step, "its record is missing")
+            return {}
+        record = self._json(step, "record")
+        described = {name: value for name, value in record.items() if name != "digest"}
+        right = all(isinstance(value, RECORD.get(name, object)) for name, value in record.items())
+        if not right or _differs(record, "digest", files.json_digest(described)):
+            raise self._damaged(step, "its record is not what was saved")
+        if step >= 2**31 or _differs(record.get("checksums", {}), "optimizer/step", checksum(np.int32(step))):
+            raise self._damaged(step, "what it holds is another step: the folder was renamed or copied")
+        return record
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
         try:
-            saved = self._manager.item_metadata(step)["params"].tree
-        except Exception as error:
+            value = files.read_json(self._folder / str(step) / item / JSON_FILE)
+        except (OSError, ValueError) as error:
             raise self._unreadable(step, error) from error
-        check_shapes(shapes_of(saved), shapes_of(params), str(self._folder / str(step)))
+        if not isinstance(value, dict):
+            raise self._damaged(step, f"its {item} is not what was saved")
+        return value
+
+    def _check_regular(self, pattern: str) -> None:
+        """DamagedError if one of these files is something else, which may never end when it is read."""
+        try:
+            for path in self._folder.glob(pattern):
+                with contextlib.suppress(FileNotFoundError):  # a trainer removes what it does not keep
+                    files.check_regular(path)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{self._folder} cannot be read: {error}") from error
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
@@ -164,20 +217,25 @@ class Checkpoints:
         return self._restore_arrays(step, {item: like})[item]
 
     def _restore_arrays(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """Items of a step, whole and as they were saved; CheckpointError, naming the first array that is not."""
-        items = self._restore(step, **{name: ocp.args.StandardRestore(target) for name, target in targets.items()})
-        items = {name: items[name] for name in targets}
+        """Items of a step, whole and as they were saved; DamagedError, naming the first array that is not, or that is
+        not finite and a network's parameter.
+        """
         expected = self._record(step).get("checksums", {})
-        for name, found in _checksums(items).items():
-            if name in expected and found != expected[name]:
-                raise DamagedError(f"{self._folder / str(step)} is damaged: {name} is not what was saved")
-        return items
-
-    def _restore(self, step: int, **items: Any) -> Any:
+        wanted = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            restored = self._manager.restore(step, args=ocp.args.Composite(**wanted))
         except Exception as error:  # damage shows as many kinds of exception
             raise self._unreadable(step, error) from error
+        items = {name: restored[name] for name in targets}
+        for name, array in _on_host(items):
+            if _differs(expected, name, checksum(array)):
+                raise self._damaged(step, f"{name} is not what was saved")
+            if not name.startswith("optimizer/") and not np.isfinite(array).all():
+                raise self._damaged(step, f"{name} holds values that are not finite")
+        return items
+
+    def _damaged(self, step: int, what: str) -> DamagedError:
+        return DamagedError(f"{self._folder / str(step)} is damaged: {what}")
 
     def _unreadable(self, step: int, error: Exception) -> DamagedError:
         return DamagedError(
@@ -214,17 +272,26 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _differs(saved: Mapping[str, Any], name: str, found: str) -> bool:
+    """Whether something was saved under the name, and it is not what was found."""
+    return name in saved and saved[name] != found
+
+
 def _optimizer(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "skipped": state.skipped, "state": state.opt_state}
 
 
 def _checksums(items: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of every array, by names "item/module/leaf": of all of it, however it is divided over devices."""
+    """SHA-256 of every array, by names "item/module/leaf"."""
+    return {name: checksum(array) for name, array in _on_host(items)}
 
-    def digest(leaf):
-        return hashlib.sha256(np.ascontiguousarray(sharding.to_host(leaf)).reshape(-1).view(np.uint8)).hexdigest()
 
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): digest(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]
-    }
+def _on_host(items: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Every array with its name "item/module/leaf": all of it, however it is divided over devices."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), sharding.to_host(leaf)
+
+
+def checksum(array: np.ndarray) -> str:
+    """SHA-256 of the bytes of an array."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()

@@ -7,6 +7,7 @@ that names the field.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import registry, trajectory
+from ddim_jax import files, registry, trajectory
 from ddim_jax.data import DATASETS, SPLITS
 from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.models.unet import HALVE_PADDING, UNet
@@ -31,10 +32,12 @@ def _field(check: Callable[[Any], None] | None = None) -> Any:
     return dataclasses.field(metadata={"check": check})
 
 
-def _at_least(low: float) -> Any:
+def _at_least(low: float, most: float = math.inf) -> Any:
     def check(value):
         if value < low:
-            raise ValueError(f"must be at least {low}, got {value}")
+            raise ValueError(f"must be at least {low}, got {files.shown(value)}")
+        if value > most:
+            raise ValueError(f"must be at most {most}, got {files.shown(value)}")
 
     return _field(check)
 
@@ -59,13 +62,30 @@ def _one_of(table: Mapping[str, Any]) -> Any:
     return _field(lambda value: registry.lookup(table, value))
 
 
-def _all_positive() -> Any:
+def _all_positive(count: int, most: int) -> Any:
     def check(values):
         if not values or min(values) < 1:
-            raise ValueError(f"must hold at least one number and none below 1, got {values}")
+            raise ValueError(f"must hold at least one number and none below 1, got {files.shown(values)}")
+        if len(values) > count or max(values) > most:
+            raise ValueError(f"must hold at most {count} numbers and none above {most}, got {files.shown(values)}")
 
     return _field(check)
 
+
+def _at_most_so_many(count: int) -> Any:
+    def check(values):
+        if len(values) > count:
+            raise ValueError(f"must hold at most {count} numbers, got {len(values)}")
+
+    return _field(check)
+
+
+# The largest sizes of a network and a schedule, far beyond all that are known: a file may ask for any, and is refused
+# before anything of that size is made.
+MOST_LEVELS = 12  # resolutions
+MOST_BLOCKS = 128  # residual blocks, in all
+MOST_STEPS = 1_000_000  # T
+MOST_TEXT = 100_000  # characters of a field
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -81,22 +101,22 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    image_size: int = _at_least(1)
-    image_channels: int = _at_least(1)
-    patch_size: int = _at_least(1)
-    channels: int = _at_least(4)
-    channel_mult: tuple[int, ...] = _all_positive()
-    num_res_blocks: int = _at_least(1)
-    attention_resolutions: tuple[int, ...] = _field()
+    image_size: int = _at_least(1, 2048)
+    image_channels: int = _at_least(1, 4096)
+    patch_size: int = _at_least(1, 64)
+    channels: int = _at_least(4, 4096)
+    channel_mult: tuple[int, ...] = _all_positive(MOST_LEVELS, 64)
+    num_res_blocks: int = _at_least(1, MOST_BLOCKS)
+    attention_resolutions: tuple[int, ...] = _at_most_so_many(MOST_LEVELS)
     middle_attention: bool = _field()
-    head_channels: int = _at_least(0)
-    groups: int = _at_least(1)
+    head_channels: int = _at_least(0, 1 << 18)
+    groups: int = _at_least(1, 1 << 18)
     norm_epsilon: float = _above_zero()
     halve_padding: str = _one_of(HALVE_PADDING)
     frequency_shift: float = _field()
     cos_first: bool = _field()
     dropout: float = _below_one()
-    num_classes: int = _at_least(0)
+    num_classes: int = _at_least(0, 1_000_000)
     label_dropout: float = _below_one()
     dtype: str = _one_of(DTYPES)
     remat: bool = _field()
@@ -106,10 +126,10 @@ class ModelConfig:
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     name: str = _one_of(registry.SCHEDULES)
-    num_steps: int = _at_least(1)
+    num_steps: int = _at_least(1, MOST_STEPS)
     beta_start: float = _above_zero()
     beta_end: float = _above_zero()
-    betas: tuple[float, ...] = _field()
+    betas: tuple[float, ...] = _at_most_so_many(MOST_STEPS)
     log_snr_max: float = _field()
     log_snr_min: float = _field()
 
@@ -149,8 +169,8 @@ class SampleConfig:
     eta: float = _at_least(0)
     steps: int = _at_least(1)
     tau: str = _field()
-    tau_offset: int = _at_least(0)
-    tau_end: int = _at_least(0)
+    tau_offset: int = _at_least(0, MOST_STEPS)
+    tau_end: int = _at_least(0, MOST_STEPS)
     num_images: int = _at_least(1)
     batch_size: int = _at_least(1)
     seed: int = _at_least(0)
@@ -291,6 +311,11 @@ def section(kind: type, values: Mapping[str, Any], where: str) -> Any:
     return _parse(kind, values, where)
 
 
+def part_of_section(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Some fields of a section, checked. ConfigError, beginning with `where`, for one that is not right."""
+    return _checked(kind, values, where)
+
+
 def with_text(values: Mapping[str, Any], field: str, text: str) -> dict[str, Any]:
     """Nested values with the field (dotted, "sample.seed") set to what the text says. ConfigError if there is no such
     field, or if it cannot be that.
@@ -324,17 +349,25 @@ def _from_text(kind: Any, text: str) -> Any:
 
 
 def _parse(kind: type, values: Any, path: str) -> Any:
+    checked = _checked(kind, values, path)
+    for field in dataclasses.fields(kind):
+        if field.name not in checked:
+            raise ConfigError(f"{path}.{field.name} is missing")
+    return kind(**checked)
+
+
+def _checked(kind: type, values: Any, path: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: must be a section of fields, got {values!r}")
+        raise ConfigError(f"{path}: must be a section of fields, got {files.shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{path} has no field {name!r}{_nearest(name, fields)}")
+            raise ConfigError(f"{path} has no field {files.shown(name)}{_nearest(str(name), fields)}")
     annotations = typing.get_type_hints(kind)
     parsed = {}
     for name, field in fields.items():
         if name not in values:
-            raise ConfigError(f"{path}.{name} is missing")
+            continue
         where = f"{path}.{name}"
         if dataclasses.is_dataclass(annotations[name]):
             parsed[name] = _parse(annotations[name], values[name], where)
@@ -343,18 +376,20 @@ def _parse(kind: type, values: Any, path: str) -> Any:
                 parsed[name] = _typed(annotations[name], values[name])
                 if field.metadata["check"]:
                     field.metadata["check"](parsed[name])
-    return kind(**parsed)
+    return parsed
 
 
 def _typed(kind: Any, value: Any) -> Any:
     if isinstance(kind, types.GenericAlias):  # tuple[x, ...]
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"must be a tuple, got {value!r}")
+            raise ValueError(f"must be a tuple, got {files.shown(value)}")
         return tuple(_typed(typing.get_args(kind)[0], item) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"must be of type {kind.__name__}, got {value!r}")
+        raise ValueError(f"must be of type {kind.__name__}, got {files.shown(value)}")
+    if kind is str and len(value) > MOST_TEXT:
+        raise ValueError(f"must have at most {MOST_TEXT} characters, got {len(value)}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"must be finite, got {value}")
     return value
@@ -363,6 +398,38 @@ def _typed(kind: Any, value: Any) -> Any:
 def _nearest(name: str, names) -> str:
     close = difflib.get_close_matches(name, names, 1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f"; it has {', '.join(names)}"
+
+
+# Where things lie on this machine, and accounts: nothing that the use of a network needs.
+PRIVATE = (
+    "pretrained",
+    "data.path",
+    "train.wandb",
+    "evaluate.features",  # a module of the user's, where it is none of ours
+    "evaluate.weights",
+    "evaluate.reference",
+)
+
+
+def public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config's nested values to give to others: the fields of PRIVATE hold their defaults, and what is no
+    field of a config, or of another type, is left out. It takes any part of a config.
+    """
+    return _public(Config, values, BEFORE, "")
+
+
+def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> dict[str, Any]:
+    copy, kinds = {}, typing.get_type_hints(kind)
+    for name in kinds:
+        if not isinstance(values, Mapping) or name not in values:
+            continue
+        if dataclasses.is_dataclass(kinds[name]):
+            copy[name] = _public(kinds[name], values[name], defaults.get(name, {}), f"{path}{name}.")
+        else:
+            with contextlib.suppress(ValueError):
+                value = _typed(kinds[name], values[name])
+                copy[name] = defaults.get(name, "") if f"{path}{name}" in PRIVATE else value
+    return copy
 
 
 # What a run that continues must not change, and what a network must be sampled with as it was trained.
@@ -407,6 +474,12 @@ def network(config: ModelConfig) -> UNet:
     fields = dataclasses.asdict(config) | {"dtype": DTYPES[config.dtype], "head_channels": config.head_channels or None}
     model = registry.build(UNet, fields)
     with error_context("config.model"):
+        blocks = len(config.channel_mult) * (2 * config.num_res_blocks + 1)
+        if blocks > MOST_BLOCKS:
+            raise ValueError(
+                f"num_res_blocks {config.num_res_blocks} and channel_mult {config.channel_mult} make {blocks} residual "
+                f"blocks, at most {MOST_BLOCKS} are built"
+            )
         model.check()
     return model
 

@@ -5,7 +5,8 @@
     python -m ddim_jax.convert --from PATH_OR_HUB_ID --to WORKDIR --format orbax # a run to sample or to train further
 
 --from is anything that --config.pretrained takes: a workdir, a diffusers folder or hub id, a ckpt.pth of the
-official code, a .safetensors file.
+official code, a .safetensors file. What is written says how the network is used and how it was trained, but neither
+where its data lie nor other paths and names of accounts, unless --paths is given.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ddim_jax import cli, pretrained, registry, sharding, weights
+from ddim_jax import cli, files, pretrained, registry, sharding, weights
+from ddim_jax import config as config_lib
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.pretrained import Published
@@ -29,7 +32,11 @@ OPTIONS = {
     "to": (None, "The folder, or the file ending in .safetensors, to write."),
     "format": (None, "diffusers, safetensors or orbax. Default: safetensors for a file of that name, else diffusers."),
     "ema": (True, "The moving average of the parameters, where there are both."),
-    "overwrite": (False, "Replace what is there."),
+    "overwrite": (False, "Replace what this command wrote there."),
+    "paths": (
+        False,
+        "Also write the fields of the config that name paths, modules and projects: data.path and others.",
+    ),
 }
 
 
@@ -46,20 +53,30 @@ def main(options: types.SimpleNamespace) -> None:
     published = weights.describe(source)
     check_free(to, kind, options.overwrite)
     params = published.read(weights.params_like(published.model, sharding.data_mesh()), options.ema)
-    write(to, params, published)
+    config = as_config(published)
+    write(to, params, config if vars(options).get("paths") else config_lib.public(config), published.step)
+    weights.show_note(published)
     print(f"{published.source} is in {to} ({kind}), {params_count(params):,} parameters")
 
 
 def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
-    """ConfigError if something is there that would be replaced, or if nothing can be written there."""
-    occupied = to.exists() and (to.is_file() or any(to.iterdir()))
+    """ConfigError if something is there that must not be replaced, or if nothing can be written there. A file of
+    weights and a diffusers folder are replaced, if so asked, where they are this command's own and nothing else is
+    with them; a run never is.
+    """
+    there = to.exists()
+    if there and not (to.is_file() if kind == "safetensors" else to.is_dir()):
+        raise ConfigError(f"{to} is a {'folder' if to.is_dir() else 'file'}; give another --to")
+    occupied = there and (kind == "safetensors" or not all(map(files.is_temporary, to.iterdir())))
     if occupied and kind == "orbax":
         raise ConfigError(f"{to} is there already: a run is never written over; give another --to")
     if occupied and not overwrite:
         raise ConfigError(f"{to} is there already; give another --to, or --overwrite to replace it")
-    if to.exists() and (kind == "safetensors") != to.is_file():
-        raise ConfigError(f"{to} is a {'file' if to.is_file() else 'folder'}; give another --to")
-    cli.writable_folder(to.parent if kind == "safetensors" else to)
+    if occupied and kind == "safetensors" and not pretrained.is_ours(to):
+        raise ConfigError(f"--overwrite: {to} is not a file that this command wrote; give another --to")
+    if occupied and kind == "diffusers" and (other := pretrained.not_written(to)):
+        raise ConfigError(f"--overwrite: {to} holds what this command did not write, {other}; give another --to")
+    cli.writable_folder(to if to.is_dir() else to.parent)
 
 
 def as_config(published: Published) -> dict[str, Any]:
@@ -73,19 +90,22 @@ def as_config(published: Published) -> dict[str, Any]:
     return {**published.config, **known}
 
 
-def write_safetensors(to: pathlib.Path, params: Any, published: Published) -> None:
-    pretrained.save(to, params, as_config(published), published.step)
+Config = Mapping[str, Any]
 
 
-def write_diffusers(to: pathlib.Path, params: Any, published: Published) -> None:
-    card = pretrained.model_card(as_config(published), published.step, params_count(params))
-    pretrained.save_diffusers(to, params, as_config(published), card)
+def write_safetensors(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
+    pretrained.save(to, params, config, step)
 
 
-def write_orbax(to: pathlib.Path, params: Any, published: Published) -> None:
+def write_diffusers(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
+    pretrained.save_diffusers(to, params, config, pretrained.model_card(config, step, params_count(params)))
+
+
+def write_orbax(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
     """Step 0 of a run: the parameters, the same as their moving average, and no optimizer yet."""
-    with Checkpoints(to, keep=1) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(0), params, params, {}, jnp.int32(0)), as_config(published))
+    with files.filling(to) as temporary, Checkpoints(temporary, keep=1) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(0), params, params, {}, jnp.int32(0)), dict(config))
+        checkpoints.wait()
 
 
 def params_count(params: Any) -> int:

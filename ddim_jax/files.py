@@ -8,13 +8,19 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 JSON_BYTES = 1 << 26  # no config, index or record is larger
+JSON_DEPTH = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 3
 
 
 @contextlib.contextmanager
@@ -34,6 +40,38 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def filling(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder in `folder`, made if it is not there, whose content moves up into it once it is complete: replaces
+    what has the same name there, files after folders, in the order of their names. Else nothing is left behind.
+    """
+    new = not folder.exists()
+    temporary = folder / f".{secrets.token_hex(8)}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _move_content(temporary, folder)
+        _sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _move_content(source: pathlib.Path, target: pathlib.Path) -> None:
+    for path in sorted(source.iterdir(), key=lambda path: (not path.is_dir(), path.name)):
+        if path.is_dir() and (target / path.name).is_dir():
+            _move_content(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+
+
+def is_temporary(path: pathlib.Path) -> bool:
+    """Whether `replacing` or `filling` named it: left behind where a process was killed."""
+    return TEMPORARY.fullmatch(path.name) is not None
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
@@ -64,11 +102,41 @@ def read_json(path: pathlib.Path) -> Any:
     check_regular(path)
     if (size := path.stat().st_size) > JSON_BYTES:
         raise ValueError(f"{printable(str(path))} has {size} bytes, JSON of at most {JSON_BYTES} is read")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """The JSON value of a text of the file `source`. ValueError if it is not JSON, or deeper than JSON_DEPTH."""
+    deep = f"{printable(source)} is no JSON: it is too deeply nested"
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        reason = "it is too deeply nested" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{printable(str(path))} is no JSON: {reason}") from error
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(deep) from error
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError too
+        raise ValueError(f"{printable(source)} is no JSON: {error}") from error
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        level = [child for parent in level if isinstance(parent, (dict, list)) for child in _children(parent)]
+    if level:
+        raise ValueError(deep)
+    return value
+
+
+def _children(value: dict | list) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value: of one text that all equal values have."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def shown(value: Any) -> str:
+    """The repr of a file's value for a message, shortened: it may be of any size and depth."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python does not write integers of more than 4300 digits
+        return "a very large integer"
 
 
 def check_name(name: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from ddim_jax import config as config_lib
-from ddim_jax import pretrained, sharding, train_state
+from ddim_jax import files, pretrained, sharding, train_state
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.config import Config, ModelConfig
 from ddim_jax.errors import ConfigError
@@ -33,8 +34,9 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
     """The latest checkpoint of workdir; without one what config.pretrained names, or the weights that ship for
     config.name.
 
-    Raises CheckpointError or ConfigError where there are none, where they are of another network, or where the
-    network was trained with another schedule or prediction than the config says.
+    Raises CheckpointError or ConfigError where there are none, where they are of another network or not finite, or
+    where the network was trained with another schedule or prediction than the config says; DamagedError where they are
+    not what was written.
     """
     if workdir is not None and config.pretrained:
         raise ConfigError(f"config.pretrained is {config.pretrained!r} and --workdir is {workdir!r}: give one of them")
@@ -52,7 +54,15 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
             f"{', '.join(pretrained.shipped_names())}); give --config.pretrained, or --workdir of a trained run"
         )
     config_lib.check_same(config, published, config_lib.SAMPLED_WITH, published.source)
-    return Weights(published.read(params_like(config.model, mesh), config.sample.ema), published.source)
+    params = published.read(params_like(config.model, mesh), config.sample.ema)
+    show_note(published)
+    return Weights(params, published.source)
+
+
+def show_note(published: Published) -> None:
+    """Prints what of a checkpoint's files has no influence here, if there is something."""
+    if published.note and sharding.is_first():
+        print(files.printable(f"note: {published.note}"), file=sys.stderr)
 
 
 def params_like(config: ModelConfig, mesh: Mesh) -> Any:

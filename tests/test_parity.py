@@ -266,7 +266,7 @@ def tensors_of(folder):
 
 
 def convert_(source, to, format_=None):
-    given = {"from": str(source), "to": str(to), "format": format_, "ema": True, "overwrite": False}
+    given = {"from": str(source), "to": str(to), "format": format_, "ema": True, "overwrite": False, "paths": False}
     convert.main(types.SimpleNamespace(**given))
 
 
@@ -389,16 +389,39 @@ def test_the_official_checkpoint_and_its_moving_average(tmp_path):
     assert_same_output(raw, module, raw_params)
 
 
-def test_a_bare_state_dict_tells_its_network(tmp_path):
-    """As the port of Ho's models comes, in PyTorch's format and as safetensors. Attention is at 16x16."""
+def test_a_bare_state_dict_with_the_config_beside_it(tmp_path):
+    """As the port of Ho's models comes, in PyTorch's format and as safetensors."""
     net = randomise(Model(resolution=32, **OFFICIAL))
     torch.save(net.state_dict(), tmp_path / "ema_cifar10.ckpt")
     safetensors.numpy.save_file({n: t.numpy() for n, t in net.state_dict().items()}, tmp_path / "ema.safetensors")
     for name in ("ema_cifar10.ckpt", "ema.safetensors"):
+        with pytest.raises(CheckpointError, match=r"does not tell the size of its images; put the config.yml"):
+            read(str(tmp_path / name))
+    (tmp_path / "config.yml").write_text(official_yaml(32))
+    for name in ("ema_cifar10.ckpt", "ema.safetensors"):
         published, module, params = read(str(tmp_path / name))
         assert published.name == name.split(".")[0]
-        assert module.image_size == 32 and published.schedule.num_steps == 1000
+        assert module.image_size == 32 and published.schedule.num_steps == 500
         assert_same_output(net, module, params)
+
+
+def test_the_networks_of_ho_are_known_by_the_names_of_their_files(tmp_path):
+    """As they are published, and as the official code keeps them."""
+    state = {"conv_in.weight": torch.ones(1), "temb.dense.0.weight": torch.ones(1)}
+    (tmp_path / "diffusion_lsun_cat_model").mkdir()
+    for name, size in [
+        ("ema_diffusion_cifar10_model-790000.ckpt", 32),
+        ("diffusion_lsun_church_model-4432000.ckpt", 256),
+        ("diffusion_lsun_cat_model/model-1761000.ckpt", 256),
+    ]:
+        torch.save(state, tmp_path / name)
+        model = weights.describe(str(tmp_path / name)).model
+        assert model.image_size == size and model.attention_resolutions == (16,) and model.channels == 128
+        with pytest.raises(CheckpointError, match="which the network of that name expects"):
+            read(str(tmp_path / name))
+    torch.save(state, tmp_path / "ema_diffusion_celeba_model-1.ckpt")
+    with pytest.raises(CheckpointError, match="does not tell the size of its images"):
+        weights.describe(str(tmp_path / "ema_diffusion_celeba_model-1.ckpt"))
 
 
 def test_the_official_model_of_this_test_has_the_published_size():
@@ -455,20 +478,17 @@ def test_code_in_a_pickle_is_never_executed(tmp_path, write, name):
         (lambda path: path.write_bytes(b""), "cannot be read as tensors alone"),
         (
             save(lambda path: {**STATE, "extra": torch.ones(1)}),
-            r"it has extra with shape \(1,\), which the network that its tensors",
+            r"it has extra with shape \(1,\), which the config.yml beside it does not",
         ),
         (
             save(lambda path: {name: tensor for name, tensor in STATE.items() if name != "mid.attn_1.q.bias"}),
-            "it has no mid.attn_1.q.bias, which the network that its tensors tell expects",
-        ),
-        (
-            save(lambda path: {name: tensor for name, tensor in STATE.items() if ".attn." not in name}),
-            r"does not tell the size of its images .* put the config.yml of the official code beside it",
+            "it has no mid.attn_1.q.bias, which the config.yml beside it expects",
         ),
     ],
 )
 def test_other_pickles_are_named(tmp_path, write, said):
     write(tmp_path / "ckpt.pth")
+    (tmp_path / "config.yml").write_text(official_yaml(32))
     with pytest.raises(CheckpointError, match=said) as caught:
         read(str(tmp_path))
     assert "\n" not in str(caught.value)
@@ -506,6 +526,7 @@ def test_what_the_official_config_says_is_checked(tmp_path, monkeypatch, old, ne
 
 def test_the_old_file_format_and_a_list_without_average(tmp_path):
     torch.save([STATE, {}, 1, 2], tmp_path / "ckpt.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "config.yml").write_text(official_yaml(32))
     np.testing.assert_array_equal(read(str(tmp_path))[2]["conv_in"]["bias"], STATE["conv_in.bias"].numpy())
 
 

@@ -236,7 +236,10 @@ DAMAGES = {
         r"_class_name = 'FlowMatchEulerDiscreteScheduler' is not supported; supported: DDIMScheduler, DDPMScheduler",
     ),
     "variance": (noise(variance_type="learned_range"), r"variance_type = 'learned_range' is not supported"),
-    "betas": (noise(trained_betas=[0.1, 1.5]), r"cannot be used: config.schedule: betas must lie in \(0, 1\)"),
+    "betas": (
+        noise(trained_betas=[0.1, 1.5], num_train_timesteps=2),
+        r"cannot be used: config.schedule: betas must lie in \(0, 1\)",
+    ),
     "type of noise": (noise(clip_sample="yes"), r"clip_sample must be like True, got 'yes'"),
 }
 

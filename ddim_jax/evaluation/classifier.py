@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 from tqdm import tqdm
 
 from ddim_jax import files
@@ -59,10 +58,10 @@ def accuracy(model: nn.Module, params: Any, source: Source, batch_size: int = 50
 
 
 def write(file: pathlib.Path, params: Any) -> None:
-    """The parameters as .safetensors."""
+    """The parameters as .safetensors, with checksums."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     with files.replacing(file) as content:
-        content.write(safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in flat.items()}))
+        content.write(tensors.to_safetensors({name: np.asarray(leaf) for name, leaf in flat.items()}, {}))
 
 
 def read(file: pathlib.Path, model: nn.Module, shape: Shape, called: str) -> Any:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pathlib
 
 from ddim_jax.errors import CheckpointError
-from ddim_jax.pretrained import diffusers_folder, official, safetensors_file
+from ddim_jax.pretrained import card, diffusers_folder, official, safetensors_file
 from ddim_jax.pretrained.card import model_card
 from ddim_jax.pretrained.diffusers_folder import save as save_diffusers
 from ddim_jax.pretrained.files import Folder, hub_repository
 from ddim_jax.pretrained.published import SAMPLED, Published, describe_own
-from ddim_jax.pretrained.safetensors_file import save, shipped, shipped_names
+from ddim_jax.pretrained.safetensors_file import is_ours, save, shipped, shipped_names
 
 __all__ = [
     "SAMPLED",
     "Published",
     "describe_own",
+    "is_ours",
     "model_card",
+    "not_written",
     "open_checkpoint",
     "save",
     "save_diffusers",
@@ -28,6 +30,12 @@ SUPPORTED = (
     "a diffusers folder (with model_index.json), a repository of it on the hub (owner/name), a folder with the "
     "official code's ckpt.pth, a .pth, .ckpt or .safetensors file, a workdir"
 )
+
+
+def not_written(folder: pathlib.Path) -> str | None:
+    """What is in a folder that `save_diffusers`, with a `model_card`, did not write; None if it wrote all of it."""
+    other = next(diffusers_folder.not_written(folder), None)
+    return other or (None if card.is_ours(folder / diffusers_folder.CARD) else f"no {diffusers_folder.CARD} of its own")
 
 
 def open_checkpoint(where: str) -> Published:
@@ -42,6 +50,8 @@ def open_checkpoint(where: str) -> Published:
         if folder.find(official.CHECKPOINT):
             return official.open_file(path / official.CHECKPOINT)
         raise CheckpointError(f"{where} is a folder without a checkpoint; supported: {SUPPORTED}")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{where} is neither a regular file nor a folder; supported: {SUPPORTED}")
     if path.is_file():
         return safetensors_file.open_file(path) if safetensors_file.is_ours(path) else official.open_file(path)
     repository = hub_repository(where)

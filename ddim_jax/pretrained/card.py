@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from ddim_jax import files
 from ddim_jax.pretrained.diffusers_folder import TAUS
+
+MARK = "tags: [ddim, ddpm, jax, ddim_jax]"  # on every card
 
 _CARD = """\
 ---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
-tags: [ddim, ddpm, jax, ddim_jax]
+{mark}
 ---
 
 # {name}
@@ -45,14 +49,24 @@ python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_F
 """
 
 
+def is_ours(file: pathlib.Path) -> bool:
+    """Whether a file begins as a `model_card`."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as card:
+        return MARK.encode() in card.read(1000)
+
+
 def model_card(config: Mapping[str, Any], step: int | None, count: int) -> str:
-    """Markdown with the front matter of the Hugging Face hub. config: model, schedule and sample, and all else that
-    is known. step: the number of updates, where it is known. count: of parameters.
+    """Markdown with the front matter of the Hugging Face hub. config: a name that `files.check_name` accepts; model,
+    schedule and sample, of the right types; and all else that may be known of it, as `config.public` gives it. step:
+    the number of updates, where it is known. count: of parameters.
     """
     model, sample = config["model"], config["sample"]
     notes = []
     if sample["tau"] not in TAUS:
-        notes.append(f"Its tau was {sample['tau']}, which diffusers does not have; its own spacing stands in for it.")
+        tau = files.printable(sample["tau"][:100]).replace("`", "'")
+        notes.append(f"Its tau was `{tau}`, which diffusers does not have; its own spacing stands in for it.")
     if sample["clip_x0"]:
         notes.append("The predicted x_0 is clipped, and eps derived again from it, which that argument asks for.")
     if model["num_classes"]:
@@ -60,6 +74,7 @@ def model_card(config: Mapping[str, Any], step: int | None, count: int) -> str:
     if model["label_dropout"]:
         notes.append(f"Class {model['num_classes']} says nothing of the image: it is for classifier-free guidance.")
     return _CARD.format(
+        mark=MARK,
         name=config["name"],
         count=count,
         size=model["image_size"],

@@ -7,15 +7,16 @@ the default that it has there. Whatever would change the numbers and is not supp
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.traverse_util
 import numpy as np
-import safetensors.numpy
 
 from ddim_jax import config as config_lib
 from ddim_jax import files
@@ -26,19 +27,6 @@ from ddim_jax.pretrained.files import Folder, Repository, load_json
 from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-
-# Schedulers whose noising is that of DDPM: their alpha_bar means the same. How they step is not taken from them.
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "PNDMScheduler",
-    "DDIMParallelScheduler",
-    "DDPMParallelScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
 
 # Fields of UNet2DModel that must have one of these values; the first is what is assumed where the field is missing.
 FIXED = {
@@ -74,7 +62,17 @@ NETWORK = {
     "num_class_embeds": None,
     "num_train_timesteps": None,  # of learned time embeddings, which are not supported
 }
-# Fields of schedulers, with the defaults of DDIMScheduler.
+# Of what a field may be where its default is None.
+OPTIONAL = {
+    "sample_size": (int, list, tuple),
+    "time_embedding_dim": int,
+    "attn_norm_num_groups": int,
+    "num_class_embeds": int,
+    "num_train_timesteps": int,
+    "trained_betas": (list, tuple),
+}
+
+# Fields of schedulers that are understood, with the defaults of DDIMScheduler.
 NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -92,6 +90,94 @@ NOISE = {
     "timestep_spacing": "leading",
     "rescale_betas_zero_snr": False,
 }
+# Those that change what the network's output or its time means, which must have the one value here.
+FIXED_NOISE = {
+    "rescale_betas_zero_snr": (False, "False: with alpha_bar_T = 0 no eps tells x_0"),
+    "use_flow_sigmas": (False, "False: the noise of flow matching is not that of DDPM"),
+    "use_dynamic_shifting": (False, "False: the noise of flow matching is not that of DDPM"),
+    "timestep_type": ("discrete", "'discrete': the network counts levels"),
+    "timestep_values": (None, "None: the levels are 0..num_train_timesteps - 1"),
+}
+# Of other schedulers, and of the first versions: without any influence on these.
+HARMLESS = ("tensor_format", "interpolation_type", "original_inference_steps", "timestep_scaling")
+PREDICT_EPSILON = "predict_epsilon"  # what was there before prediction_type, version 0.9
+
+
+class Scheduler(NamedTuple):
+    """The fields of a class of schedulers, with their defaults."""
+
+    noise: Mapping[str, Any]  # those of NOISE that it has: they mean the same in all
+    own_steps: Mapping[str, Any] = {}  # how it steps, which is not taken over
+
+
+def _noise(*missing: str, **changed: Any) -> dict[str, Any]:
+    return {name: changed.get(name, default) for name, default in NOISE.items() if name not in missing}
+
+
+_SOLVER = {
+    "solver_order": 2,
+    "lower_order_final": True,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "flow_shift": 1.0,
+    "time_shift_type": "exponential",
+}
+_DPM = {
+    **_SOLVER,
+    "algorithm_type": "dpmsolver++",
+    "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "variance_type": None,
+}
+_NEVER_CLIPS = ("clip_sample", "clip_sample_range", "set_alpha_to_one")  # what the solvers do not have
+_DDPM = Scheduler(_noise("set_alpha_to_one"), {"variance_type": "fixed_small"})
+
+# Schedulers whose noising is that of DDPM: their alpha_bar means the same. How they step is not taken from them.
+SCHEDULERS = {
+    "DDIMScheduler": Scheduler(NOISE),
+    "DDPMScheduler": _DDPM,
+    "PNDMScheduler": Scheduler(
+        _noise(
+            *("clip_sample", "clip_sample_range", "rescale_betas_zero_snr"),
+            *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+            set_alpha_to_one=False,
+        ),
+        {"skip_prk_steps": False},
+    ),
+    "DDIMParallelScheduler": Scheduler(NOISE),
+    "DDPMParallelScheduler": _DDPM,
+    "DPMSolverMultistepScheduler": Scheduler(
+        _noise(*_NEVER_CLIPS, timestep_spacing="linspace"), {**_DPM, "euler_at_final": False, "use_lu_lambdas": False}
+    ),
+    "DPMSolverSinglestepScheduler": Scheduler(
+        _noise(*_NEVER_CLIPS, "timestep_spacing", "steps_offset", "rescale_betas_zero_snr"),
+        {**_DPM, "lower_order_final": False},
+    ),
+    "DEISMultistepScheduler": Scheduler(
+        _noise(*_NEVER_CLIPS, "rescale_betas_zero_snr", timestep_spacing="linspace"),
+        {**_SOLVER, "algorithm_type": "deis", "solver_type": "logrho"},
+    ),
+    "UniPCMultistepScheduler": Scheduler(
+        _noise(*_NEVER_CLIPS, timestep_spacing="linspace"),
+        {
+            **_SOLVER,
+            "solver_type": "bh2",
+            "final_sigmas_type": "zero",
+            "predict_x0": True,
+            "disable_corrector": [],
+            "solver_p": None,
+            "sigma_min": None,
+            "sigma_max": None,
+            "shift_terminal": None,
+        },
+    ),
+}
+# Where a class has no such field. DPMSolverSinglestepScheduler's spacing is linspace.
+ABSENT = {**NOISE, "clip_sample": False, "timestep_spacing": "linspace"}
+OWN_STEPS = {name for scheduler in SCHEDULERS.values() for name in scheduler.own_steps}
+KNOWN = {*NOISE, *FIXED_NOISE, *OWN_STEPS, *HARMLESS, PREDICT_EPSILON}
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
@@ -102,6 +188,14 @@ HALVE_PADDING = {0: "end", 1: "both"}
 LABEL_DROPOUT = "_label_dropout"  # ours, which diffusers does not look at: the last of its classes is none
 
 WEIGHTS = "diffusion_pytorch_model"
+CARD = "README.md"
+WRITTEN = (
+    f"unet/{WEIGHTS}.safetensors",
+    "unet/config.json",
+    "scheduler/scheduler_config.json",
+    CARD,
+    "model_index.json",  # the last, in this order and in that of `files.filling`: it makes a pipeline of the folder
+)
 
 
 def is_there(files: Folder | Repository) -> bool:
@@ -110,7 +204,7 @@ def is_there(files: Folder | Repository) -> bool:
 
 def open_folder(files: Folder | Repository) -> Published:
     """What a pipeline's folder, or its repository on the hub, says. CheckpointError if it is not of this kind."""
-    _check_pipeline(load_json(files.find("model_index.json")), files.source)
+    _check_pipeline(load_json(_required(files, "model_index.json")), files.source)
     unet = _required(files, "unet/config.json", "config.json")
     noise = _required(files, "scheduler/scheduler_config.json", "scheduler_config.json")
     # The tensors stand beside their config.json, in unet/ or, in the first repositories, in the root.
@@ -128,7 +222,8 @@ def open_folder(files: Folder | Repository) -> Published:
         return tensors.read(found._replace(layout=layout), like, "its unet/config.json")
 
     model = network_fields(load_json(unet), f"{files.source}: unet/config.json")
-    schedule_fields, prediction, sample = noise_fields(load_json(noise), f"{files.source}: scheduler_config.json")
+    values, where = load_json(noise), f"{files.source}: scheduler_config.json"
+    schedule_fields, prediction, sample = noise_fields(values, where)
     return describe(
         files.name,
         files.source,
@@ -136,6 +231,7 @@ def open_folder(files: Folder | Repository) -> Published:
         schedule_fields,
         sample,
         read,
+        note=own_steps(values, where),
     )
 
 
@@ -149,30 +245,34 @@ def _required(files: Folder | Repository, *candidates: str) -> pathlib.Path:
 def _check_pipeline(index: Mapping[str, Any], source: str) -> None:
     supported = f"supported: {', '.join(PIPELINES)} of a UNet2DModel and a scheduler"
     components = {name: value for name, value in index.items() if not name.startswith("_")}
-    kind = lambda name: (components.get(name) or [None, None])[-1]
-    present = [name for name in components if isinstance(components[name], list) and kind(name)]
+    kind = lambda name: components[name][-1] if isinstance(components.get(name), list) and components[name] else None
+    present = [name for name in components if kind(name)]
     other = [name for name in present if name not in ("unet", "scheduler")]
     found = f"{source} is a {index.get('_class_name')}"
     if kind("unet") != "UNet2DModel":
         raise CheckpointError(f"{found} whose unet is {kind('unet') or 'not there'}; {supported}")
     if other:
         raise CheckpointError(f"{found} with {', '.join(other)} beside its unet; {supported}")
-    if index.get("_class_name") not in PIPELINES:
+    if str(index.get("_class_name")) not in PIPELINES:
         raise CheckpointError(f"{found}; {supported}")
 
 
 def _refuse(where: str, name: str, found: Any, supported: str):
-    raise CheckpointError(f"{where}: {name} = {found!r} is not supported; supported: {supported}")
+    raise CheckpointError(f"{where}: {name} = {files.shown(found)} is not supported; supported: {supported}")
 
 
 def _settings(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values of all fields of defaults. CheckpointError for one of another kind than its default."""
     settings = {**defaults, **{name: values[name] for name in defaults if name in values}}
     for name, default in defaults.items():
-        kind = {bool: bool, str: str, tuple: (list, tuple)}.get(type(default), (int, float))
-        value, open_ = settings[name], default is None or (name == "attention_head_dim" and settings[name] is None)
-        if not open_ and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-            raise CheckpointError(f"{where}: {name} must be like {default!r}, got {value!r}")
+        value = settings[name]
+        if value is None and (default is None or name == "attention_head_dim"):
+            continue
+        kinds = {bool: bool, str: str, tuple: (list, tuple), type(None): OPTIONAL.get(name)}
+        kind = kinds.get(type(default), (int, float))
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            like = "a list" if kind == (list, tuple) and default is None else f"like {default!r}"
+            raise CheckpointError(f"{where}: {name} must be {like}, got {files.shown(value)}")
     return settings
 
 
@@ -191,11 +291,15 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             refuse(name, values[name], ", ".join([*NETWORK, *FIXED]))
     unet = _settings(values, NETWORK, where)
 
-    channels, *_ = widths = unet["block_out_channels"]
-    if not all(isinstance(width, int) and width > 0 and width % channels == 0 for width in widths):
+    widths = unet["block_out_channels"]
+    positive = all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths)
+    if not widths or not positive or any(width % widths[0] for width in widths):
         refuse("block_out_channels", widths, "multiples of the first")
+    if len(widths) > config_lib.MOST_LEVELS:
+        refuse("block_out_channels", widths, f"at most {config_lib.MOST_LEVELS}")
+    channels = widths[0]
     size = unet["sample_size"]
-    if isinstance(size, (list, tuple)) and len(set(size)) == 1:
+    if isinstance(size, (list, tuple)) and size and all(length == size[0] for length in size):
         size = size[0]
     if not isinstance(size, int) or isinstance(size, bool):
         refuse("sample_size", size, "the height of square images")
@@ -247,27 +351,40 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """(fields of config.schedule, the prediction, fields of config.sample) of a scheduler_config.json.
-    CheckpointError, naming the setting, for noise that is not supported.
+    CheckpointError, naming the setting, for noise that is not supported, and for a field that no scheduler has.
     """
     refuse = partial(_refuse, where)
-    if values.get("_class_name", "DDIMScheduler") not in SCHEDULERS:
-        refuse("_class_name", values["_class_name"], ", ".join(SCHEDULERS))
-    noise = _settings(values, NOISE, where)
-    if noise["rescale_betas_zero_snr"]:
-        refuse("rescale_betas_zero_snr", True, "False: with alpha_bar_T = 0 no eps tells x_0")
+    scheduler = _scheduler(values, where)
+    for name in values:
+        if not name.startswith("_") and name not in KNOWN:
+            nearest = difflib.get_close_matches(name, sorted(KNOWN), 1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise CheckpointError(f"{where}: {files.shown(name)} is no known field of a scheduler{hint}")
+    for name, (supported, why) in FIXED_NOISE.items():
+        if values.get(name, supported) != supported:
+            refuse(name, values[name], why)
     if str(values.get("variance_type")).startswith("learned"):  # of DDPMScheduler
         refuse("variance_type", values["variance_type"], "a fixed variance: the network then predicts nothing else")
+    noise = ABSENT | _settings(values, scheduler.noise, where)
     for name, table in (("prediction_type", PREDICTIONS), ("timestep_spacing", TAUS)):
         if noise[name] not in table:
             refuse(name, noise[name], ", ".join(table))
+    prediction = noise["prediction_type"]
+    if PREDICT_EPSILON in values:
+        meant = "epsilon" if values[PREDICT_EPSILON] else "sample"
+        if not isinstance(values[PREDICT_EPSILON], bool) or values.get("prediction_type", meant) != meant:
+            refuse(PREDICT_EPSILON, values[PREDICT_EPSILON], f"what prediction_type, {prediction!r}, means too")
+        prediction = meant
 
-    betas = noise["trained_betas"]
+    betas, steps = noise["trained_betas"], noise["num_train_timesteps"]
     if betas is None and noise["beta_schedule"] not in SCHEDULES:
         refuse("beta_schedule", noise["beta_schedule"], ", ".join(SCHEDULES))
+    if betas is not None and len(betas) != steps:
+        refuse("num_train_timesteps", steps, f"the length of trained_betas, {len(betas)}")
     schedule_fields = {
         **config_lib.BEFORE["schedule"],
         "name": SCHEDULES[noise["beta_schedule"]] if betas is None else "from_betas",
-        "num_steps": noise["num_train_timesteps"] if betas is None else len(betas),
+        "num_steps": steps,
         "beta_start": noise["beta_start"],
         "beta_end": noise["beta_end"],
         "betas": tuple(betas or ()),
@@ -281,7 +398,28 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
         "tau_offset": noise["steps_offset"] if noise["timestep_spacing"] == "leading" else 0,
         "tau_end": 0 if noise["set_alpha_to_one"] else 1,
     }
-    return schedule_fields, PREDICTIONS[noise["prediction_type"]], sample
+    return schedule_fields, PREDICTIONS[prediction], sample
+
+
+def own_steps(values: Mapping[str, Any], where: str) -> str:
+    """What a scheduler_config.json, which `noise_fields` accepts, says of how its class steps other than by default: a
+    line for people, "" for nothing.
+    """
+    defaults = _scheduler(values, where).own_steps
+    usual = lambda name: [other.own_steps[name] for other in SCHEDULERS.values() if name in other.own_steps]
+    changed = ", ".join(
+        f"{name} = {files.shown(values[name])}"
+        for name in values
+        if name in OWN_STEPS and values[name] not in ([defaults[name]] if name in defaults else usual(name))
+    )
+    return changed and f"{where}: not used, as config.sample says how to step: {changed}"
+
+
+def _scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
+    name = values.get("_class_name", "DDIMScheduler")
+    if not isinstance(name, str) or name not in SCHEDULERS:
+        _refuse(where, "_class_name", name, ", ".join(SCHEDULERS))
+    return SCHEDULERS[name]
 
 
 def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,7 +471,7 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **NOISE,
         "_class_name": "DDIMScheduler",
-        "num_train_timesteps": noise["num_steps"],
+        "num_train_timesteps": len(betas) if betas else noise["num_steps"],
         "beta_start": noise["beta_start"],
         "beta_end": noise["beta_end"],
         "beta_schedule": theirs.get(noise["name"], "linear"),
@@ -351,7 +489,7 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str) -> None:
     """Writes the folder that `DDIMPipeline.from_pretrained` reads. config: model, schedule and sample, with tau and
-    clip_x0 decided. card: the README.md. The file that makes it a pipeline, model_index.json, comes last.
+    clip_x0 decided. card: the README.md.
     """
     levels = len(config["model"]["channel_mult"])
     state = {
@@ -366,13 +504,25 @@ def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str
         "unet": ["diffusers", "UNet2DModel"],
     }
     as_json = lambda values: (json.dumps(values, indent=2) + "\n").encode()
-    for name, content in {
-        f"unet/{WEIGHTS}.safetensors": safetensors.numpy.save(state, metadata={"format": "pt"}),
-        "unet/config.json": as_json(unet_config(config["model"])),
-        "scheduler/scheduler_config.json": as_json(scheduler_config(config)),
-        "README.md": card.encode(),
-        "model_index.json": as_json(index),
-    }.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with files.replacing(folder / name) as file:
-            file.write(content)
+    contents = (
+        tensors.to_safetensors(state, {"format": "pt"}),
+        as_json(unet_config(config["model"])),
+        as_json(scheduler_config(config)),
+        card.encode(),
+        as_json(index),
+    )
+    with files.filling(folder) as temporary:
+        for name, content in zip(WRITTEN, contents, strict=True):
+            (temporary / name).parent.mkdir(exist_ok=True)
+            with files.replacing(temporary / name) as file:
+                file.write(content)
+
+
+def not_written(folder: pathlib.Path, inside: str = "") -> Iterator[str]:
+    """What is in a folder but none of the files that `save` writes."""
+    for path in folder.iterdir():
+        name = f"{inside}{path.name}"
+        if path.is_dir() and not path.is_symlink() and any(file.startswith(f"{name}/") for file in WRITTEN):
+            yield from not_written(path, f"{name}/")
+        elif not files.is_temporary(path) and (name not in WRITTEN or not path.is_file()):
+            yield name

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
-import os
 import pathlib
 import re
 from typing import Any
 
-from ddim_jax.errors import CheckpointError
+from ddim_jax import files
+from ddim_jax.errors import CheckpointError, DamagedError
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
@@ -18,11 +18,12 @@ class Folder:
     """Files of a folder."""
 
     def __init__(self, path: pathlib.Path):
-        self.name, self.source, self._path = path.resolve().name, str(path), path
+        self.name, self.source, self._path = files.name_from(path.resolve().name), str(path), path
 
     def find(self, *names: str) -> pathlib.Path | None:
-        """The first of these that is there, None if none is."""
-        return next((self._path / name for name in names if (self._path / name).is_file()), None)
+        """The first of these that is there, None if none is. DamagedError if it is not what the hub gave."""
+        found = next((self._path / name for name in names if (self._path / name).is_file()), None)
+        return found and _checked(found)
 
     def why_missing(self) -> str:
         return ""
@@ -32,29 +33,28 @@ class Repository:
     """Files of a repository of the hub: fetched when they are asked for, kept in huggingface_hub's own cache."""
 
     def __init__(self, repository: str, revision: str | None):
-        self.name = repository.split("/")[1]
+        self.name = files.name_from(repository.split("/")[1])
         self.source = f"{repository}@{revision}" if revision else repository
         self._repository, self._revision, self._offline = repository, revision, ""
 
     def find(self, *names: str) -> pathlib.Path | None:
         """The first of these that is there, fetched; None if none is. CheckpointError if the repository cannot be
-        asked.
+        asked; DamagedError if the file is not what the hub gave.
         """
         # In here: it is slow to import, and reads HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT then.
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import constants, errors, hf_hub_download
 
         logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
         for name in names:
             try:
-                return pathlib.Path(
-                    hf_hub_download(
-                        self._repository, name, revision=self._revision, local_files_only=bool(self._offline)
-                    )
+                found = hf_hub_download(
+                    self._repository, name, revision=self._revision, local_files_only=bool(self._offline)
                 )
+                return _checked(pathlib.Path(found))
             except errors.LocalEntryNotFoundError:
                 self._offline = (
                     "HF_HUB_OFFLINE is set and the file is not in its cache"
-                    if os.environ.get("HF_HUB_OFFLINE")
+                    if constants.HF_HUB_OFFLINE
                     else "the hub cannot be reached and the file is not in its cache"
                 )
             except errors.EntryNotFoundError:
@@ -82,12 +82,25 @@ def hub_repository(where: str) -> Repository | None:
     return Repository(match["repository"], match["revision"]) if match else None
 
 
+def _checked(path: pathlib.Path) -> pathlib.Path:
+    """The path. DamagedError if it is a file of huggingface_hub's cache that has not the digest that it is kept by: the
+    SHA-256 of a large file, Git's of a small one.
+    """
+    blob = path.resolve()
+    of_git = lambda: hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest()
+    digest_of = {64: lambda: files.sha256(blob), 40: of_git}.get(len(blob.name))
+    if blob.parent.name == "blobs" and digest_of and re.fullmatch("[0-9a-f]+", blob.name):
+        if digest_of() != blob.name:
+            raise DamagedError(f"{path} is damaged: it is not what the hub gave; remove {blob} to fetch it again")
+    return path
+
+
 def load_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object, or CheckpointError."""
     try:
-        content = json.loads(path.read_text())
+        content = files.read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        raise CheckpointError(str(error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content

@@ -2,8 +2,8 @@
 network, `Model`, under the same names.
 
 `ckpt.pth` is a list: state dict, optimizer, epoch, step, and, last, the moving average's state dict. The code
-writes its `config.yml` beside it. Without one, the network is read off the tensors, and what they cannot tell is
-what holds for all published ones: attention at 16x16, linear noise over 1000 steps.
+writes its `config.yml` beside it. Tensors alone do not tell the size of the images, where attention is, or the noise: a
+file without a config is read if it has the name of one of Ho's networks, for which these are known.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Any
 
 import yaml
 
+from ddim_jax import files
 from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import names, tensors
 from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
 from ddim_jax.pretrained.tensors import Tensors
 
 CHECKPOINT, CONFIG = "ckpt.pth", "config.yml"
+
+CONFIG_BYTES = 1 << 16  # its own have 2000
 
 SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "sigmoid": "sigmoid", "const": "linear"}
 
@@ -46,11 +49,7 @@ def open_file(path: pathlib.Path) -> Published:
         config = _load_config(beside)
         model, noise, said = _network_fields(config, beside), _noise_fields(config, beside), f"the {CONFIG} beside it"
     else:
-        model, noise, said = (
-            _network_of(sets[True].shapes, path),
-            _noise_fields({}, path),
-            "the network that its tensors tell",
-        )
+        model, noise, said = _of_ho(path), _noise_fields({}, path), "the network of that name"
 
     def read(like: Any, ema: bool) -> Any:
         if len(sets) == 1:
@@ -58,8 +57,13 @@ def open_file(path: pathlib.Path) -> Published:
         return tensors.read(sets[ema]._replace(layout=names.OFFICIAL), like, said)
 
     name = path.parent.resolve().name if path.name == CHECKPOINT else path.stem
-    return describe(name, str(path), model | FIXED, noise, SAMPLE, read)
+    return describe(files.name_from(name), str(path), model | FIXED, noise, SAMPLE, read)
 
+
+# Ho's networks, by what their files are called: the size of images, and config.model.channel_mult.
+HO_FILE = re.compile(r"(?:ema_)?diffusion_(\w+)_model(?:-|/model-)\d+")
+LSUN = (256, (1, 1, 2, 2, 4, 4))
+HO = {"cifar10": (32, (1, 2, 2, 2)), "lsun_bedroom": LSUN, "lsun_cat": LSUN, "lsun_church": LSUN}
 
 # What no config of the official code can change.
 FIXED = {
@@ -89,7 +93,14 @@ def _parameter_sets(path: pathlib.Path) -> dict[bool, Tensors]:
 
 
 class _Plain(yaml.SafeLoader):
-    """Safe YAML in which a Python object is the mapping of its attributes, and any other one is None."""
+    """Safe YAML in which a Python object is the mapping of its attributes, and any other one is None. Without aliases,
+    which the official code does not write, and with which a few lines stand for any number of values.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+        return super().compose_node(parent, index)
 
 
 _Plain.add_multi_constructor(
@@ -100,12 +111,16 @@ _Plain.add_multi_constructor(
 
 def _load_config(path: pathlib.Path) -> Mapping[str, Any]:
     try:
+        if (size := path.stat().st_size) > CONFIG_BYTES:
+            raise ValueError(f"it has {size} bytes, at most {CONFIG_BYTES} are read")
         config = yaml.load(path.read_text(), Loader=_Plain)
         sections = {name: config[name] for name in ("data", "model", "diffusion")}
         if all(isinstance(section, Mapping) for section in sections.values()):
             return sections
         reason = "the sections data, model and diffusion must hold fields"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except RecursionError:
+        reason = "it is too deeply nested"
+    except Exception as error:  # a YAML text can fail in any way
         reason = repr(error)
     raise CheckpointError(f"{path} is no config of the official code: {reason}")
 
@@ -115,7 +130,10 @@ def _network_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
 
     def require(section: Mapping[str, Any], name: str, supported: Any, assumed: Any) -> None:
         if section.get(name, assumed) != supported:
-            raise CheckpointError(f"{path}: {name} = {section[name]!r} is not supported; supported: {supported!r}")
+            raise CheckpointError(
+                f"{path}: {name} = {files.shown(section.get(name))} is not supported; supported: "
+                f"{files.shown(supported)}"
+            )
 
     require(model, "resamp_with_conv", True, True)
     require(model, "out_ch", model.get("in_channels"), None)
@@ -124,7 +142,9 @@ def _network_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
     wanted = {"ch": int, "ch_mult": list, "num_res_blocks": int, "attn_resolutions": list, "in_channels": int}
     for name, kind in wanted.items():
         if not isinstance(model.get(name), kind):
-            raise CheckpointError(f"{path}: model.{name} must be of type {kind.__name__}, got {model.get(name)!r}")
+            raise CheckpointError(
+                f"{path}: model.{name} must be of type {kind.__name__}, got {files.shown(model.get(name))}"
+            )
     return {
         "image_size": data.get("image_size"),
         "image_channels": model["in_channels"],
@@ -137,16 +157,16 @@ def _network_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
 
 
 def _noise_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    noise = {
-        "beta_schedule": "linear",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "num_diffusion_timesteps": 1000,
-        **config.get("diffusion", {}),
-    }
+    usual = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
+    noise = {**usual, **config.get("diffusion", {})}
+    for name in noise:
+        if name not in usual:
+            raise CheckpointError(f"{path}: diffusion has no field {files.shown(name)}; it has {', '.join(usual)}")
     name = noise["beta_schedule"]
-    if name not in SCHEDULES:
-        raise CheckpointError(f"{path}: beta_schedule = {name!r} is not supported; supported: {', '.join(SCHEDULES)}")
+    if not isinstance(name, str) or name not in SCHEDULES:
+        raise CheckpointError(
+            f"{path}: beta_schedule = {files.shown(name)} is not supported; supported: {', '.join(SCHEDULES)}"
+        )
     return {
         "name": SCHEDULES[name],
         "num_steps": noise["num_diffusion_timesteps"],
@@ -156,23 +176,21 @@ def _noise_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, An
     }
 
 
-def _network_of(shapes: Mapping[str, tuple[int, ...]], path: pathlib.Path) -> dict[str, Any]:
-    """The fields of config.model that names and shapes tell. The size of images is told by the level of attention."""
-    found = lambda pattern: [match for name in shapes if (match := re.fullmatch(pattern, name))]
-    blocks = found(r"down\.(\d+)\.block\.(\d+)\.conv1\.weight")
-    channels, image_channels = shapes["conv_in.weight"][:2]
-    widths = {int(block[1]): shapes[block[0]][0] for block in blocks}
-    attended = {int(match[1]) for match in found(r"down\.(\d+)\.attn\.\d+\.q\.weight")}
-    if len(attended) != 1 or sorted(widths) != list(range(len(widths))):
+def _of_ho(path: pathlib.Path) -> dict[str, Any]:
+    """The fields of config.model of that of Ho's networks that a file is named after. CheckpointError if it is none."""
+    stem = path.absolute().with_suffix("")
+    known = HO_FILE.fullmatch(stem.name) or HO_FILE.fullmatch(f"{stem.parent.name}/{stem.name}")
+    if known is None or known[1] not in HO:
         raise CheckpointError(
-            f"{path} does not tell the size of its images (attention at levels {sorted(attended)}, which is 16x16 "
-            f"where it is one level); put the {CONFIG} of the official code beside it"
+            f"{path} does not tell the size of its images; put the {CONFIG} of the official code beside it (without "
+            f"it, Ho's networks are known, by names like ema_diffusion_cifar10_model-790000.ckpt)"
         )
+    size, mult = HO[known[1]]
     return {
-        "image_size": 16 << min(attended),
-        "image_channels": image_channels,
-        "channels": channels,
-        "channel_mult": tuple(widths[level] // channels for level in sorted(widths)),
-        "num_res_blocks": 1 + max(int(block[2]) for block in blocks),
+        "image_size": size,
+        "image_channels": 3,
+        "channels": 128,
+        "channel_mult": mult,
+        "num_res_blocks": 2,
         "attention_resolutions": (16,),
     }

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ddim_jax import config as config_lib
-from ddim_jax.config import ModelConfig, ScheduleConfig
-from ddim_jax.errors import CheckpointError, ConfigError
+from ddim_jax import files
+from ddim_jax.config import ModelConfig, SampleConfig, ScheduleConfig
+from ddim_jax.errors import CheckpointError, ConfigError, error_context
 
 
 class Published(NamedTuple):
@@ -21,6 +22,7 @@ class Published(NamedTuple):
     config: Mapping[str, Any]  # all of the config that it was trained with, where it is ours; else nothing
     step: int | None  # how many updates made it, where that is known
     read: Callable[[Any, bool], Any]  # (like, ema) -> params, in float32; see `tensors.read`
+    note: str = ""  # for people: what of its files has no influence here; "" for nothing
 
 
 # What of config.sample goes with a network: two groups, each decided by its first field.
@@ -36,19 +38,28 @@ def describe(
     read: Callable[[Any, bool], Any],
     config: Mapping[str, Any] | None = None,
     step: int | None = None,
+    note: str = "",
 ) -> Published:
-    """A Published of the fields of config.model, config.schedule and config.sample, checked. CheckpointError for
-    fields that no network can have.
+    """A Published of a name and the fields of config.model, config.schedule and config.sample, checked. CheckpointError
+    for fields that no network can have, and for a name that cannot be part of a path.
     """
     try:
+        with error_context("name"):
+            if not isinstance(name, str):
+                raise ValueError(f"must be a text, got {files.shown(name)}")
+            files.check_name(name)
+        with error_context("step"):
+            if step is not None and not 0 <= step < 2**63:
+                raise ValueError(f"must be in 0..2^63 - 1, got {files.shown(step)}")
+        sampled = config_lib.part_of_section(SampleConfig, sample, "sample")
         assumed = {"patch_size": 1, "dropout": 0.0, "dtype": "float32", "remat": False}
-        parsed = config_lib.section(ModelConfig, assumed | dict(model), "model")
+        parsed = config_lib.section(ModelConfig, {**assumed, **model}, "model")
         noise = config_lib.section(ScheduleConfig, {**config_lib.BEFORE["schedule"], **schedule}, "schedule")
         config_lib.network(parsed)
         config_lib.noise_schedule(noise)
     except ConfigError as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from error
-    return Published(name, source, parsed, noise, sample, config or {}, step, read)
+    return Published(name, source, parsed, noise, sampled, config or {}, step, read, note)
 
 
 def describe_own(
@@ -59,7 +70,8 @@ def describe_own(
         config = config_lib.filled(config)
         name, model, schedule, sample = (config[section] for section in ("name", "model", "schedule", "sample"))
         sampled = {field: sample[field] for group in SAMPLED for field in group}
-    except (KeyError, TypeError) as error:
+        model, schedule = dict(model), dict(schedule)
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the config of {source} is not whole: {error!r}") from error
     return describe(name, source, model, schedule, sampled, read, config, step)
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.traverse_util
 import numpy as np
-import safetensors.numpy
 
 from ddim_jax import files
 from ddim_jax.errors import CheckpointError
@@ -21,23 +20,21 @@ _FOLDER = pathlib.Path(__file__).parent
 
 def save(path: pathlib.Path, params: Any, config: Mapping[str, Any], step: int | None) -> None:
     """Writes nested dicts of arrays as tensors named "module/leaf", the config (JSON values) and the step (None:
-    not known) as metadata.
+    not known) as metadata, and checksums of all of it.
     """
     flat = {name: np.asarray(leaf) for name, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()}
-    content = safetensors.numpy.save(
-        flat, metadata={"format": "ddim_jax", "config": json.dumps(config), "step": str(step or "")}
-    )
+    metadata = {"format": "ddim_jax", "config": json.dumps(config), "step": str(step or "")}
     with files.replacing(path) as file:
-        file.write(content)
+        file.write(tensors.to_safetensors(flat, metadata))
 
 
 def is_ours(path: pathlib.Path) -> bool:
-    """Whether `save` wrote it."""
+    """Whether `save` wrote it. CheckpointError if it is a damaged .safetensors file."""
     return path.suffix == ".safetensors" and tensors.open_safetensors(path)[1].get("format") == "ddim_jax"
 
 
 def open_file(path: pathlib.Path) -> Published:
-    """What a file that `save` wrote says. CheckpointError if it is damaged."""
+    """What a file that `save` wrote says. CheckpointError if it is of no network, DamagedError if it has changed."""
     found, metadata = tensors.open_safetensors(path)
 
     def read(like: Any, ema: bool) -> Any:
@@ -46,7 +43,7 @@ def open_file(path: pathlib.Path) -> Published:
 
     try:
         step = int(metadata["step"]) if metadata["step"] else None
-        return describe_own(json.loads(metadata["config"]), step, str(path), read)
+        return describe_own(files.parse_json(metadata["config"], "its config"), step, str(path), read)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no weights file of ddim_jax: {error!r}") from error
 
