@@ -8,8 +8,10 @@ import json
 import os
 import pathlib
 import re
+import reprlib
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -59,16 +61,56 @@ def check_regular(path: pathlib.Path) -> None:
         raise ValueError(f"{printable(str(path))} is neither a regular file nor a folder")
 
 
+def check_writable(path: pathlib.Path) -> None:
+    """ValueError unless a regular file can be written at path. Nothing is left behind."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{printable(str(path))} is there and is not a regular file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {printable(str(path.parent))}")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {printable(str(path.parent))}: {error.strerror}") from error
+
+
 def read_json(path: pathlib.Path) -> Any:
     """The JSON value in a file. ValueError if it is not JSON, too deep, or larger than JSON_BYTES."""
     check_regular(path)
     if (size := path.stat().st_size) > JSON_BYTES:
         raise ValueError(f"{printable(str(path))} has {size} bytes, JSON of at most {JSON_BYTES} is read")
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        reason = "it is too deeply nested" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{printable(str(path))} is no JSON: {reason}") from error
+        return json_value(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{printable(str(path))} is no JSON: {error}") from error
+
+
+def json_value(text: str | bytes) -> Any:
+    """The JSON value in a text. ValueError if it is none, is too deep, or is longer than JSON_BYTES."""
+    if len(text) > JSON_BYTES:
+        raise ValueError(f"it is longer than {JSON_BYTES}")
+    try:
+        return json.loads(text)  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except RecursionError as error:
+        raise ValueError("it is too deeply nested") from error
+
+
+def check_memory(needed: int, what: str) -> None:
+    """ValueError if so many bytes are more than this process can get."""
+    if needed > (free := available_memory()):
+        raise ValueError(f"{what} would take {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB are free")
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free on this machine, at most what its container may use."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        found = re.search(r"^MemAvailable: +(\d+) kB$", pathlib.Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free = int(found[1]) * 1024
+        for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+                free = min(free, int(pathlib.Path(limit).read_text()))
+        return free
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_name(name: str) -> None:
@@ -90,3 +132,16 @@ def name_from(text: str) -> str:
 def printable(text: str) -> str:
     """The text with control characters escaped, so that no file can write to a terminal but what it says."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """Any value as an error message has it: one line, a few hundred characters at most, control characters escaped."""
+    try:
+        return printable(_short.repr(value))
+    except Exception:  # an int of more digits than Python prints, or whatever a __repr__ raises
+        return f"a value of type {type(value).__name__}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+_short.maxlevel = 3
