@@ -91,8 +91,8 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def check(options: types.SimpleNamespace) -> None:
-    """ConfigError for an option without effect, and for a file to write that is there, cannot be written, or is one that
-    is read.
+    """ConfigError for an option without effect, and for a file to write that is there, cannot be written, or is also
+    read.
     """
     if options.metric is not None:
         with error_context("--metric"):

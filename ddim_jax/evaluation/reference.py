@@ -99,11 +99,8 @@ def _reference(arrays: Mapping[str, np.ndarray]) -> Reference:
     for name, array in (("mu", mu), ("sigma", sigma), ("features", features)):
         if array is not None and (array.dtype.kind not in "fiu" or not np.isfinite(array).all()):
             raise ValueError(f"{name} must be numbers, all finite, got {array.dtype}")
-    mu, sigma, features = (
-        np.array(mu, np.float64),
-        np.array(sigma, np.float64),
-        None if features is None else np.array(features),
-    )
+    mu, sigma = np.array(mu, np.float64), np.array(sigma, np.float64)
+    features = None if features is None else np.array(features)
     if np.diagonal(sigma).min() < 0 or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-5 * sigma.max()):
         raise ValueError("sigma must be a covariance: symmetric, and no variance below 0")
     count = len(features) if features is not None else known.count if known else None
@@ -131,5 +128,6 @@ def difference(theirs: About, ours: About, accepted: Collection[str] = ()) -> st
     for field in dataclasses.fields(About):
         a, b = getattr(theirs, field.name), getattr(ours, field.name)
         if a is not None and b is not None and a != b and field.name not in accepted:
-            return f"{field.name} is {files.shown(a)} there, {files.shown(b)} here (to compare all the same, --accept {field.name})"
+            different = f"{field.name} is {files.shown(a)} there, {files.shown(b)} here"
+            return f"{different} (to compare all the same, --accept {field.name})"
     return None
