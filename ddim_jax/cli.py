@@ -107,7 +107,7 @@ def say(*words: Any) -> None:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + files.printable(" ".join(message.split())), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -151,11 +151,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv[1:]), re.MULTILINE):
             if "config" in FLAGS:
                 config_lib.type_of(field)
+        logging_of_python.disable(logging_of_python.WARNING)  # what ml_collections thinks of a config file
         rest = FLAGS(argv)
-        for flag in FLAGS.get_key_flags_for_module(sys.argv[0]):
-            if flag.default is None and flag.value == "":
-                fail(f"--{flag.name} is empty")
-        if "config" in FLAGS and FLAGS.config is not None:
+        logging_of_python.disable(logging_of_python.NOTSET)
+        if "config" in FLAGS and FLAGS["config"].present:
             FLAGS.config.to_dict()  # a config file that could not be loaded says so when it is used
         return rest
     except ConfigError as error:
@@ -163,13 +162,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         if error.flagname.startswith("config.") and "config" in FLAGS:
             fail("--config is missing, for example --config configs/digits.py")
-        fail(f"unknown option --{files.printable(error.flagname[:100])}{_near(error.flagname)}")
+        fail(f"unknown option --{error.flagname[:100]}{_near(error.flagname)}")
     except flags.Error as error:
-        fail(files.printable(str(error)[:500]))
+        fail(str(error)[:500])
     except Exception as error:  # whatever the user's config file raises
         if "No such file" in str(error):
             fail(f"there is no config file {config_flags.get_config_filename(FLAGS['config'])}")
-        fail(f"the config file cannot be loaded: {type(error).__name__}: {files.printable(str(error)[:500])}")
+        fail(f"the config file cannot be loaded: {type(error).__name__}: {str(error)[:500]}")
 
 
 def _options() -> list[tuple[str, str]]:
@@ -187,8 +186,9 @@ def _near(name: str) -> str:
     for field in config_lib.field_names() if "config" in FLAGS else ():
         for part in {field, field.rpartition(".")[2]}:
             known.setdefault(part, []).append(f"--config.{field}")
-    close = difflib.get_close_matches(name[:100], known, 1)
-    return f" (did you mean {' or '.join(known[close[0]])}?)" if close else ""
+    likeness = lambda other: difflib.SequenceMatcher(None, name[:100], other).ratio()
+    nearest = max(known, key=likeness)  # of several the first, an option of the command
+    return f" (did you mean {' or '.join(known[nearest])}?)" if likeness(nearest) >= 0.6 else ""
 
 
 def writable_folder(path: str | os.PathLike) -> pathlib.Path:

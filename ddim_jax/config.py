@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -34,6 +35,9 @@ FLOAT = float(np.finfo(np.float32).max)
 TINY = float(np.finfo(np.float32).tiny)  # what is smaller is 0 on the devices
 CHARACTERS = 1 << 16  # of a text
 ITEMS = 1 << 20  # of a tuple
+
+
+_types = functools.cache(typing.get_type_hints)  # of a section: field -> type
 
 
 def _field(check: Callable[[Any], None] | None = None) -> Any:
@@ -363,7 +367,7 @@ def type_of(field: str) -> Any:
     """The type of a field (dotted, "sample.seed"). ConfigError, with the nearest name, if there is no such field."""
     kind, path = Config, "config"
     for name in field.split("."):
-        fields = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        fields = _types(kind) if dataclasses.is_dataclass(kind) else {}
         if name not in fields:
             raise ConfigError(f"{path} has no field {shown(name)}{_nearest(name, fields)}")
         kind, path = fields[name], f"{path}.{name}"
@@ -390,7 +394,7 @@ def _parse(kind: type, values: Any, path: str) -> Any:
     for name in values:
         if name not in fields:
             raise ConfigError(f"{path} has no field {shown(name)}{_nearest(name, fields)}")
-    annotations = typing.get_type_hints(kind)
+    annotations = _types(kind)
     parsed = {}
     for name, field in fields.items():
         if name not in values:
@@ -419,6 +423,8 @@ def _typed(kind: Any, value: Any) -> Any:
         raise ValueError(f"must be of type {kind.__name__}, got {shown(value)}")
     if kind is float and not -FLOAT <= value <= FLOAT:
         raise ValueError(f"must be finite{' in float32' if abs(value) > FLOAT else ''}, got {shown(value)}")
+    if kind is int and not -INT <= value <= SEED:
+        raise ValueError(f"must have at most 32 bits, got {shown(value)}")
     if kind is str and len(value) > CHARACTERS:
         raise ValueError(f"must have at most {CHARACTERS} characters, got {len(value)}")
     return kind(value)
@@ -431,7 +437,7 @@ def _nearest(name: Any, names: Iterable[str]) -> str:
 
 def field_names(kind: type = Config, path: str = "") -> Iterator[str]:
     """All fields of the sections of a config, dotted: "name", "data.path"."""
-    for name, inner in typing.get_type_hints(kind).items():
+    for name, inner in _types(kind).items():
         if dataclasses.is_dataclass(inner):
             yield from field_names(inner, f"{path}{name}.")
         else:

@@ -47,8 +47,9 @@ def fields(source: str) -> dict[str, tuple[str, str]]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Attribute):
             section = "" if target.value.id == "config" else f"{target.value.id}."
-            value = ast.get_source_segment(source, node.value)
-            set_by[node.lineno] = section + target.attr, "" if value.startswith("placeholder(") else value.strip('"')
+            value = ast.get_source_segment(source, node.value).strip('"')
+            if not value.startswith("ConfigDict("):
+                set_by[node.lineno] = section + target.attr, "" if value.startswith("placeholder(") else value
     words: dict[int, list[str]] = {line: [] for line in sorted(set_by)}
     for line, comment in comments.items():
         if before := [begin for begin in words if begin <= line]:
