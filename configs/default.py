@@ -72,8 +72,8 @@ def get_config() -> ConfigDict:
     train.keep = 3                        # latest checkpoints that are kept
     train.keep_every = 100_000            # and every one at a multiple of this, for ever; 0: none
     train.grid_every = 10_000             # steps between sample grids in the workdir; 0: at the end alone
-    train.evaluate_every = 0              # steps between evaluations, by what config.evaluate says but with so many
-    train.evaluate_images = 1000          # images; 0: none
+    train.evaluate_every = 0              # steps between evaluations, by what config.evaluate says; 0: none
+    train.evaluate_images = 1000          # but with so many images
     train.wandb = ""                      # also log to this project of Weights & Biases
 
     config.mesh = mesh = ConfigDict()
@@ -88,18 +88,18 @@ def get_config() -> ConfigDict:
     sample.tau = placeholder(str)         # uniform | quadratic | leading | trailing | linspace | official_uniform |
                                           # official_quadratic; between the levels, for any number of steps:
                                           # time | log_snr | sigma | karras, evenly spaced in these; or the levels
-                                          # themselves: "1,10,99.5,1000"
+                                          # themselves: "1,10,99.5,1000";
                                           # open: as config.pretrained says, without one uniform
     sample.tau_offset = 0                 # added to every level of tau
     sample.tau_end = 0                    # the level that the last step ends at; 0: the image itself
     sample.num_images = 64
     sample.batch_size = 64                # does not change the images
     sample.seed = 0                       # image i depends on (seed, i) alone
-    sample.clip_x0 = placeholder(bool)    # bound the predicted x_0; the paper does not
+    sample.clip_x0 = placeholder(bool)    # bound the predicted x_0; the paper does not;
                                           # open: as config.pretrained says, without one False
-    sample.clip_range = 1.0               # to [-1, 1]
-    sample.clip_quantile = 0.0            # above 0, dynamic thresholding: the bound is this quantile of |x_0|, but at
-                                          # least 1 and at most clip_range, and x_0 is divided by it
+    sample.clip_range = 1.0               # with clip_x0: to [-1, 1]
+    sample.clip_quantile = 0.0            # with clip_x0, above 0: dynamic thresholding, the bound is this quantile of
+                                          # |x_0|, but at least 1 and at most clip_range, and x_0 is divided by it
     sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
     sample.refine = 0                     # of encoding: network calls a step that solve it, so that decoding returns
                                           # the image (10 to 20); 0: the paper's explicit step

@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ddim_jax import cache, sharding, weights
+from ddim_jax import cache, files, sharding, usage, weights
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
 from ddim_jax.errors import CheckpointError, ConfigError, error_context
 
 FLAGS = flags.FLAGS
-
+HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 
 COMMON = {"compilation_cache": (True, "Keep compiled programs in ~/.cache/ddim_jax: what is run again starts sooner.")}
 SEVERAL = {"distributed": (False, "This is one of several processes, as the environment says.")}
@@ -107,27 +107,26 @@ def say(*words: Any) -> None:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + files.printable(" ".join(message.split())), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _batch_and_width() -> tuple[int, int]:
-    """Of a part of a batch, and of the widest layer, as the config says before it is checked; 1 and 0 where it does not
-    say it rightly.
-    """
+    """Of a part of a batch, and of the widest layer; 1 and 0 where the config has mistakes: `_config` names them."""
     try:
-        train, model = FLAGS.config.train, FLAGS.config.model
-        parts, width = int(train.accumulate), int(model.channels) * max(model.channel_mult)
-        return (int(train.batch_size) // parts if train.batch_size % parts == 0 else 1), width
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        found = config_lib.typed(FLAGS.config.to_dict())
+    except (AttributeError, ConfigError):  # AttributeError: there is no --config
         return 1, 0
+    train, model = found.train, found.model
+    whole = train.batch_size % train.accumulate == 0
+    return train.batch_size // train.accumulate if whole else 1, model.channels * max(model.channel_mult)
 
 
 def _config() -> Config:
     if FLAGS.config is None:
         raise ConfigError("--config is missing, for example --config configs/digits.py")
     values = FLAGS.config.to_dict()
-    if not values.get("pretrained"):
+    if not config_lib.typed(values).pretrained:
         return config_lib.parse(values)
     for field in config_flags.get_override_values(FLAGS["config"]):
         section, _, name = field.partition(".")
@@ -144,34 +143,52 @@ def config_arguments() -> list[str]:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with its exceptions as one line each."""
+    """absl's parser, with every mistake as one line; --help ends the process with what `usage` makes of it."""
+    if HELP & {*argv[1:]}:
+        print(usage.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS))
+        sys.exit(0)
     try:
+        for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv[1:]), re.MULTILINE):
+            if "config" in FLAGS:
+                config_lib.type_of(field)
+        logging_of_python.disable(logging_of_python.WARNING)  # what ml_collections thinks of a config file
         rest = FLAGS(argv)
-        if "config" in FLAGS and FLAGS.config is not None:
+        logging_of_python.disable(logging_of_python.NOTSET)
+        if "config" in FLAGS and FLAGS["config"].present:
             FLAGS.config.to_dict()  # a config file that could not be loaded says so when it is used
         return rest
-    except flags.UnrecognizedFlagError as error:
-        close = difflib.get_close_matches(error.flagname, list(FLAGS), 1)
-        fail(f"unknown option --{error.flagname}" + (f" (did you mean --{close[0]}?)" if close else ""))
-    except flags.Error as error:
+    except ConfigError as error:
         fail(str(error))
-    except (AttributeError, KeyError) as error:  # a field that the config does not have
-        fail(_unknown_field(argv, error) or f"the config file cannot be loaded: {type(error).__name__}: {error}")
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config.") and "config" in FLAGS:
+            fail("--config is missing, for example --config configs/digits.py")
+        fail(f"unknown option --{error.flagname[:100]}{_near(error.flagname)}")
+    except flags.Error as error:
+        fail(str(error)[:500])
     except Exception as error:  # whatever the user's config file raises
         if "No such file" in str(error):
             fail(f"there is no config file {config_flags.get_config_filename(FLAGS['config'])}")
-        fail(f"the config file cannot be loaded: {type(error).__name__}: {error}")
+        fail(f"the config file cannot be loaded: {type(error).__name__}: {str(error)[:500]}")
 
 
-def _unknown_field(argv: list[str], error: Exception) -> str | None:
-    """What ml_collections says of a field that is not there, with the section that the user wrote it into."""
-    said = str(error).replace("\\", "")
-    name, nearest = re.search(r"'(\w+)'", said), re.search(r'Did you mean "(\w+)"', said)
-    for path in (arg.lstrip("-").split("=")[0].split(".") for arg in argv):
-        if name and path[0] == "config" and name[1] in path[1:]:
-            section = ".".join(path[: path.index(name[1])])
-            return f"{section} has no field {name[1]!r}" + (f" (did you mean {nearest[1]!r}?)" if nearest else "")
-    return None
+def _options() -> list[tuple[str, str]]:
+    """How the command's options are given, and what they do; not those that absl has by itself."""
+    value = {"bool": "--[no]{}", "multi string": "--{}=TEXT ..."}
+    return [
+        (value.get(flag.flag_type(), "--{}=TEXT").format(flag.name), flag.help)
+        for flag in FLAGS.get_key_flags_for_module(sys.argv[0])
+    ]
+
+
+def _near(name: str) -> str:
+    """Options, and fields of the config, of nearly this name."""
+    known = {flag.name: [f"--{flag.name}"] for flag in FLAGS.get_key_flags_for_module(sys.argv[0])}
+    for field in config_lib.field_names() if "config" in FLAGS else ():
+        for part in {field, field.rpartition(".")[2]}:
+            known.setdefault(part, []).append(f"--config.{field}")
+    likeness = lambda other: difflib.SequenceMatcher(None, name[:100], other).ratio()
+    nearest = max(known, key=likeness)  # of several the first, an option of the command
+    return f" (did you mean {' or '.join(known[nearest])}?)" if likeness(nearest) >= 0.6 else ""
 
 
 def writable_folder(path: str | os.PathLike) -> pathlib.Path:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import math
+import functools
+import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,30 +23,41 @@ import numpy as np
 from ddim_jax import files, registry, trajectory
 from ddim_jax.data import DATASETS, SPLITS
 from ddim_jax.errors import ConfigError, error_context
+from ddim_jax.files import shown
 from ddim_jax.models.unet import HALVE_PADDING, UNet
 from ddim_jax.samplers import Sampler
 from ddim_jax.schedule import Schedule
 from ddim_jax.trajectory import Transitions
+
+INT = 2**31 - 1  # steps and indices have 32 bits on the devices
+SEED = 2**32 - 1  # a key is made of 32 bits: seeds beyond would draw the images of seeds below
+FLOAT = float(np.finfo(np.float32).max)
+TINY = float(np.finfo(np.float32).tiny)  # what is smaller is 0 on the devices
+CHARACTERS = 1 << 16  # of a text
+ITEMS = 1 << 20  # of a tuple
+
+
+_types = functools.cache(typing.get_type_hints)  # of a section: field -> type
 
 
 def _field(check: Callable[[Any], None] | None = None) -> Any:
     return dataclasses.field(metadata={"check": check})
 
 
-def _at_least(low: float, most: float = math.inf) -> Any:
+def _at_least(low: float, most: float = INT) -> Any:
     def check(value):
         if value < low:
-            raise ValueError(f"must be at least {low}, got {files.shown(value)}")
+            raise ValueError(f"must be at least {low}, got {shown(value)}")
         if value > most:
-            raise ValueError(f"must be at most {most}, got {files.shown(value)}")
+            raise ValueError(f"must be at most {most}, got {shown(value)}")
 
     return _field(check)
 
 
 def _above_zero() -> Any:
     def check(value):
-        if not value > 0:
-            raise ValueError(f"must be above 0, got {value}")
+        if value < TINY:
+            raise ValueError(f"must be above 0{' in float32' if value > 0 else ''}, got {value}")
 
     return _field(check)
 
@@ -65,9 +77,9 @@ def _one_of(table: Mapping[str, Any]) -> Any:
 def _all_positive(count: int, most: int) -> Any:
     def check(values):
         if not values or min(values) < 1:
-            raise ValueError(f"must hold at least one number and none below 1, got {files.shown(values)}")
+            raise ValueError(f"must hold at least one number and none below 1, got {shown(values)}")
         if len(values) > count or max(values) > most:
-            raise ValueError(f"must hold at most {count} numbers and none above {most}, got {files.shown(values)}")
+            raise ValueError(f"must hold at most {count} numbers and none above {most}, got {shown(values)}")
 
     return _field(check)
 
@@ -85,7 +97,6 @@ def _at_most_so_many(count: int) -> Any:
 MOST_LEVELS = 12  # resolutions
 MOST_BLOCKS = 128  # residual blocks, in all
 MOST_STEPS = 1_000_000  # T
-MOST_TEXT = 100_000  # characters of a field
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -96,7 +107,7 @@ class DataConfig:
     path: str = _field()
     flip: bool = _field()
     in_memory: bool = _field()
-    workers: int = _at_least(0)
+    workers: int = _at_least(0, 1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +149,7 @@ class ScheduleConfig:
 class TrainConfig:
     num_steps: int = _at_least(1)
     batch_size: int = _at_least(1)
-    seed: int = _at_least(0)
+    seed: int = _at_least(0, SEED)
     learning_rate: float = _above_zero()
     warmup: int = _at_least(0)
     clip_norm: float = _above_zero()
@@ -167,20 +178,20 @@ class MeshConfig:
 class SampleConfig:
     sampler: str = _one_of(registry.SAMPLERS)
     eta: float = _at_least(0)
-    steps: int = _at_least(1)
+    steps: int = _at_least(1, 1_000_000)
     tau: str = _field()
     tau_offset: int = _at_least(0, MOST_STEPS)
     tau_end: int = _at_least(0, MOST_STEPS)
     num_images: int = _at_least(1)
     batch_size: int = _at_least(1)
-    seed: int = _at_least(0)
+    seed: int = _at_least(0, SEED)
     clip_x0: bool = _field()
     clip_range: float = _above_zero()
     clip_quantile: float = _below_one()
     ema: bool = _field()
     label: int = _at_least(-1)
     guidance: float = _at_least(0)
-    refine: int = _at_least(0)
+    refine: int = _at_least(0, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,14 +200,14 @@ class EvaluateConfig:
     weights: str = _field()
     metrics: str = _field()
     num_images: int = _at_least(2)
-    batch_size: int = _at_least(1)
+    batch_size: int = _at_least(1, 65_536)
     reference: str = _field()
     split: str = _one_of({split: None for split in SPLITS})
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: str = _field()
+    name: str = _field(files.check_name)
     pretrained: str = _field()
     data: DataConfig = _field()
     model: ModelConfig = _field()
@@ -210,8 +221,18 @@ class Config:
 # How a network is computed, which its parameters do not depend on.
 FREE_OF_NETWORK = ("dropout", "dtype", "remat")
 
-# Fields that may be left open, as None: a published checkpoint then decides, and without one it is this.
-OPEN = {"tau": "uniform", "clip_x0": False}
+
+class Open(NamedTuple):
+    """A field that may be left open, as None: a published checkpoint then decides it, and what goes with it."""
+
+    value: Any  # without a checkpoint
+    beside: Mapping[str, Any]  # the fields that are decided with it -> their values where they say nothing
+
+
+OPEN = {  # of config.sample
+    "tau": Open("uniform", {"tau_offset": 0, "tau_end": 0}),
+    "clip_x0": Open(False, {"clip_range": 1.0, "clip_quantile": 0.0}),
+}
 
 # What held before a field was there: configs saved by earlier versions do not have it.
 BEFORE = {
@@ -251,13 +272,11 @@ BEFORE = {
 
 
 def parse(values: Mapping[str, Any]) -> Config:
-    """The checked Config of nested dicts (a ConfigDict's `to_dict()`). Raises ConfigError."""
-    if isinstance(values.get("sample"), Mapping):
-        given = values["sample"]
-        closed = {name: value for name, value in OPEN.items() if name in given and given[name] is None}
-        values = {**values, "sample": {**given, **closed}}
-    config = _parse(Config, values, "config")
-    train = config.train
+    """The checked Config of nested dicts (a ConfigDict's `to_dict()`). Raises ConfigError, also for a field that has no
+    effect beside the others.
+    """
+    config = typed(values)
+    train, sample, model = config.train, config.sample, config.model
     if train.checkpoint_every % train.log_every:
         raise ConfigError(
             f"config.train.checkpoint_every: must be a multiple of log_every ({train.log_every}), so that a resumed "
@@ -267,29 +286,67 @@ def parse(values: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"config.train.accumulate: must divide batch_size ({train.batch_size}), got {train.accumulate}"
         )
-    if config.sample.eta and "eta" not in registry.accepts(registry.SAMPLERS[config.sample.sampler]):
+    if sample.eta and "eta" not in registry.accepts(registry.SAMPLERS[sample.sampler]):
         raise ConfigError(
-            f"config.sample.eta: the sampler {config.sample.sampler!r} has no eta, leave it at 0; "
-            f"got {config.sample.eta}"
+            f"config.sample.eta: the sampler {sample.sampler!r} has no eta, leave it at 0; got {sample.eta}"
         )
-    if config.sample.label >= max(config.model.num_classes, 1) or (
-        config.sample.label >= 0 and not config.model.num_classes
-    ):
+    if not sample.clip_x0:
+        check_without_effect(dataclasses.asdict(sample), "clip_x0", "without config.sample.clip_x0=True")
+    if sample.label >= max(model.num_classes, 1) or (sample.label >= 0 and not model.num_classes):
         raise ConfigError(
             f"config.sample.label: must be -1 (all in turn) or a class of the network, which has "
-            f"{config.model.num_classes}; got {config.sample.label}"
+            f"{model.num_classes}; got {sample.label}"
         )
-    if config.sample.guidance != 1 and not (config.model.num_classes and config.model.label_dropout):
+    if sample.guidance != 1 and not (model.num_classes and model.label_dropout):
         raise ConfigError(
             f"config.sample.guidance: must be 1 for a network without classes, or trained without "
-            f"config.model.label_dropout: it cannot tell what a class adds; got {config.sample.guidance}"
+            f"config.model.label_dropout: it cannot tell what a class adds; got {sample.guidance}"
         )
     return config
 
 
+def typed(values: Mapping[str, Any]) -> Config:
+    """The Config of nested dicts, of which each field by itself has the right type and range. Raises ConfigError."""
+    return _parse(Config, _closed(values), "config")
+
+
+def _closed(values: Any) -> Any:
+    """The values with what config.sample leaves open as it is without a checkpoint."""
+    if not isinstance(values, Mapping) or not isinstance(values.get("sample"), Mapping):
+        return values
+    sample = values["sample"]
+    closed = {name: field.value for name, field in OPEN.items() if name in sample and sample[name] is None}
+    return {**values, "sample": {**sample, **closed}}
+
+
+def decided(sample: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str, Any]:
+    """config.sample with what it leaves open as a checkpoint is sampled. ConfigError for a field that is given though
+    the checkpoint decides it.
+    """
+    for name, field in OPEN.items():
+        if name in sample and sample[name] is None:
+            check_without_effect(sample, name, f"while config.sample.{name} is open: config.pretrained decides both")
+            given = {name: published[name]} | {other: published[other] for other in field.beside}
+            sample = {**sample, **(given if given[name] else given | field.beside)}
+    return dict(sample)
+
+
+def check_without_effect(sample: Mapping[str, Any], name: str, why: str) -> None:
+    """ConfigError if a field that goes with the open field `name` of config.sample is given."""
+    for other, neutral in OPEN[name].beside.items():
+        if sample.get(other, neutral) != neutral:
+            raise ConfigError(f"config.sample.{other}: has no effect {why}; got {shown(sample[other])}")
+
+
 def parse_saved(values: Mapping[str, Any]) -> Config:
-    """The Config that was saved as JSON, also by an earlier version. Raises ConfigError."""
-    return parse(filled(values))
+    """The Config that was saved as JSON, also by an earlier version. Raises ConfigError.
+
+    Earlier versions took any name: the nearest that is one now stands for it. What has no effect is no mistake here.
+    """
+    values = filled(values)
+    if isinstance(values, Mapping) and isinstance(values.get("name"), str):
+        values = {**values, "name": files.name_from(values["name"])}
+    return typed(values)
 
 
 def filled(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -320,21 +377,26 @@ def with_text(values: Mapping[str, Any], field: str, text: str) -> dict[str, Any
     """Nested values with the field (dotted, "sample.seed") set to what the text says. ConfigError if there is no such
     field, or if it cannot be that.
     """
-    return _with_text(Config, values, "config", field.split("."), text)
+    with error_context(f"config.{field}"):
+        return _with(values, field.split("."), _from_text(type_of(field), text))
 
 
-def _with_text(kind: type, values: Mapping[str, Any], path: str, names: list[str], text: str) -> dict[str, Any]:
+def _with(values: Mapping[str, Any], names: list[str], value: Any) -> dict[str, Any]:
     name, *rest = names
-    fields = typing.get_type_hints(kind)
-    if name not in fields:
-        raise ConfigError(f"{path} has no field {name!r}{_nearest(name, fields)}")
-    where, inner = f"{path}.{name}", fields[name]
-    if dataclasses.is_dataclass(inner) != bool(rest):
-        raise ConfigError(f"{where} is {'no' if rest else 'a'} section of fields")
-    if rest:
-        return {**values, name: _with_text(inner, values[name], where, rest, text)}
-    with error_context(where):
-        return {**values, name: _from_text(inner, text)}
+    return {**values, name: _with(values[name], rest, value) if rest else value}
+
+
+def type_of(field: str) -> Any:
+    """The type of a field (dotted, "sample.seed"). ConfigError, with the nearest name, if there is no such field."""
+    kind, path = Config, "config"
+    for name in field.split("."):
+        fields = _types(kind) if dataclasses.is_dataclass(kind) else {}
+        if name not in fields:
+            raise ConfigError(f"{path} has no field {shown(name)}{_nearest(name, fields)}")
+        kind, path = fields[name], f"{path}.{name}"
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(f"{path} is a section of fields")
+    return kind
 
 
 def _from_text(kind: Any, text: str) -> Any:
@@ -345,7 +407,7 @@ def _from_text(kind: Any, text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"must be of type {kind.__name__}, got {text!r}") from None
+        raise ValueError(f"must be of type {kind.__name__}, got {shown(text)}") from None
 
 
 def _parse(kind: type, values: Any, path: str) -> Any:
@@ -358,12 +420,12 @@ def _parse(kind: type, values: Any, path: str) -> Any:
 
 def _checked(kind: type, values: Any, path: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: must be a section of fields, got {files.shown(values)}")
+        raise ConfigError(f"{path}: must be a section of fields, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:
         if name not in fields:
-            raise ConfigError(f"{path} has no field {files.shown(name)}{_nearest(str(name), fields)}")
-    annotations = typing.get_type_hints(kind)
+            raise ConfigError(f"{path} has no field {shown(name)}{_nearest(name, fields)}")
+    annotations = _types(kind)
     parsed = {}
     for name, field in fields.items():
         if name not in values:
@@ -380,24 +442,37 @@ def _checked(kind: type, values: Any, path: str) -> dict[str, Any]:
 
 
 def _typed(kind: Any, value: Any) -> Any:
+    """The value as the type that a field has: exactly so, but ints and NumPy's numbers are floats too. ValueError."""
     if isinstance(kind, types.GenericAlias):  # tuple[x, ...]
         if not isinstance(value, (tuple, list)):
-            raise ValueError(f"must be a tuple, got {files.shown(value)}")
+            raise ValueError(f"must be a tuple, got {shown(value)}")
+        if len(value) > ITEMS:
+            raise ValueError(f"must have at most {ITEMS} entries, got {len(value)}")
         return tuple(_typed(typing.get_args(kind)[0], item) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"must be of type {kind.__name__}, got {files.shown(value)}")
-    if kind is str and len(value) > MOST_TEXT:
-        raise ValueError(f"must have at most {MOST_TEXT} characters, got {len(value)}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"must be finite, got {value}")
-    return value
+    value = value.item() if isinstance(value, np.generic) else value
+    if not isinstance(value, (kind, int) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"must be of type {kind.__name__}, got {shown(value)}")
+    if kind is float and not -FLOAT <= value <= FLOAT:
+        raise ValueError(f"must be finite{' in float32' if abs(value) > FLOAT else ''}, got {shown(value)}")
+    if kind is int and not -INT <= value <= SEED:
+        raise ValueError(f"must have at most 32 bits, got {shown(value)}")
+    if kind is str and len(value) > CHARACTERS:
+        raise ValueError(f"must have at most {CHARACTERS} characters, got {len(value)}")
+    return kind(value)
 
 
-def _nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, names, 1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f"; it has {', '.join(names)}"
+def _nearest(name: Any, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name)[:100], names, 1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else f"; it has {', '.join(names) or 'none'}"
+
+
+def field_names(kind: type = Config, path: str = "") -> Iterator[str]:
+    """All fields of the sections of a config, dotted: "name", "data.path"."""
+    for name, inner in _types(kind).items():
+        if dataclasses.is_dataclass(inner):
+            yield from field_names(inner, f"{path}{name}.")
+        else:
+            yield path + name
 
 
 # Where things lie on this machine, and accounts: nothing that the use of a network needs.
@@ -460,7 +535,7 @@ def check_same(config: Config, saved: Config, fields: tuple[str, ...], where: st
         if dataclasses.is_dataclass(ours):
             check_same(config, saved, tuple(f"{field}.{inner.name}" for inner in dataclasses.fields(ours)), where)
         elif ours != theirs:
-            raise ConfigError(f"config.{field} is {ours!r}, but {where} was made with {theirs!r}")
+            raise ConfigError(f"config.{field} is {shown(ours)}, but {where} was made with {shown(theirs)}")
 
 
 def noise_schedule(config: ScheduleConfig) -> Schedule:
@@ -513,10 +588,23 @@ def process(config: SampleConfig, schedule: Schedule) -> Process:
     with error_context("config.sample.tau_offset and tau_end"):
         tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
     transitions = trajectory.descend(schedule, tau, config.tau_end)
-    with error_context("config.sample.eta"):
+    with _named_in_message({"eta": "eta", "steps": "tau" if given else "steps", "tau": "tau"}):
         sampler = registry.build(registry.SAMPLERS[config.sampler], dataclasses.asdict(config))
         sampler.check(transitions)
     return Process(sampler, tau, transitions)
+
+
+@contextlib.contextmanager
+def _named_in_message(fields: Mapping[str, str]) -> Iterator[None]:
+    """`error_context` of the field of config.sample that stands for the first of these words in the error's message; of
+    the sampler itself, if there is none.
+    """
+    try:
+        yield
+    except ValueError as error:
+        word = next((word for word in re.findall(r"\w+", str(error)) if word in fields), None)
+        with error_context(f"config.sample.{fields.get(word, 'sampler')}"):
+            raise
 
 
 def _numbers(text: str) -> list[float]:

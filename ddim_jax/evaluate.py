@@ -6,21 +6,24 @@
     python -m ddim_jax.evaluate --config configs/digits.py --metric bits_per_dim --config.sample.eta=1 [--workdir DIR]
 
 FID, KID, Inception Score, improved precision and recall (config.evaluate.metrics) of the first
-config.evaluate.num_images samples, from one pass through the network that config.evaluate.features names. The real
-images are those of config.data, or in config.evaluate.reference: a folder, an .npz of images, statistics that
---save_reference wrote, or somebody's `mu` and `sigma`.
+config.evaluate.num_images samples, from one pass through the network that config.evaluate.features names. --samples: a
+folder of images, an .npz of them, or the output folder of `ddim_jax.sample`. The real images are those of config.data,
+or in config.evaluate.reference: a folder, an .npz of images, statistics that --save_reference wrote, or `mu` and
+`sigma` of another program.
 
 bits_per_dim is J_sigma, Eq. (11), of the first config.evaluate.num_images real images (all, if there are fewer) of
-config.evaluate.split, with the discretised decoder of DDPM: an upper bound of the bits a value takes under the process
-of config.sample, whose eta must be above 0.
+config.evaluate.reference, or of config.evaluate.split, with the discretised decoder of DDPM: an upper bound of the bits
+a value takes under the process of config.sample, whose eta must be above 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +31,7 @@ from tqdm import tqdm
 
 from ddim_jax import cli, data, files, generate, sharding, weights, yardstick
 from ddim_jax import config as config_lib
+from ddim_jax.config import Config
 from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.evaluation import reference
 from ddim_jax.registry import lookup
@@ -36,28 +40,25 @@ METRICS = {"bits_per_dim": None}
 OPTIONS = {
     "metric": (None, "bits_per_dim: of the network itself. Default: config.evaluate.metrics, of --samples."),
     "workdir": (None, "The run whose latest checkpoint --metric is of."),
-    "samples": (None, "A folder of images, or an .npz of them."),
+    "samples": (None, "A folder of images, an .npz of them, or the output folder of ddim_jax.sample."),
     "save_reference": (None, "Write the statistics of the real images to this .npz, for the next time."),
     "accept": ("", "Fields in which statistics may differ from what belongs to the samples, for example split,crop."),
     "out": (None, "Write the numbers to this file too, as JSON."),
     "overwrite": (False, "Replace --out and --save_reference if they are there."),
 }
+WRITTEN = ("out", "save_reference")
+USED = {  # the options that have an effect beside each of these
+    "metric": ("metric", "workdir", "out", "overwrite"),
+    "samples": ("samples", "save_reference", "accept", "out", "overwrite"),
+    "save_reference": ("save_reference", "overwrite"),
+}
 
 
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
+    check(options)
     if options.metric is not None:
-        with error_context("--metric"):
-            lookup(METRICS, options.metric)
         return bits_per_dim(options)
-    if options.samples is None and options.save_reference is None:
-        raise ConfigError("--samples is missing: a folder of images, or an .npz of them")
-    for name in ("out", "save_reference"):
-        path = getattr(options, name)
-        if path is not None and pathlib.Path(path).exists() and not options.overwrite:
-            raise ConfigError(f"--{name}: {path} is already there; give another, or --overwrite")
-        if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
-            raise ConfigError(f"--{name}: there is no folder {pathlib.Path(path).parent}")
     accepted = yardstick.accepted_fields(options.accept)
     mesh = sharding.data_mesh()
     samples = None if options.samples is None else yardstick.load_samples(options.samples, config)
@@ -65,7 +66,7 @@ def main(options: types.SimpleNamespace) -> None:
     found = yardstick.build(config, network, mesh, samples and samples.image_shape, accepted)
     if options.save_reference is not None:
         if found.reference.about is None:
-            raise ConfigError(f"--save_reference: nobody knows what {config.evaluate.reference} is of")
+            raise ConfigError(f"--save_reference: {config.evaluate.reference} does not say what it is of")
         if sharding.is_first():
             reference.save(pathlib.Path(options.save_reference), found.reference)
             print(options.save_reference)
@@ -86,9 +87,47 @@ def main(options: types.SimpleNamespace) -> None:
             "weights": network.weights,
             "jax": jax.__version__,
         }
-        with files.replacing(pathlib.Path(options.out)) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
-        print(options.out)
+        write(options.out, report)
+
+
+def check(options: types.SimpleNamespace) -> None:
+    """ConfigError for an option without effect, and for a file to write that is there, cannot be written, or is also
+    read.
+    """
+    if options.metric is not None:
+        with error_context("--metric"):
+            lookup(METRICS, options.metric)
+    mode = next((name for name in USED if getattr(options, name) is not None), None)
+    if mode is None:
+        raise ConfigError("--samples is missing: a folder of images, or an .npz of them")
+    for name, (default, _) in OPTIONS.items():
+        if getattr(options, name) != default and name not in USED[mode]:
+            others = " or ".join(f"--{other}" for other in USED if name in USED[other])
+            raise ConfigError(f"--{name}: has no effect with --{mode}, it goes with {others}")
+    written = {name: path for name in WRITTEN if (path := getattr(options, name)) is not None}
+    if options.overwrite and not written:
+        raise ConfigError("--overwrite: has no effect without --out or --save_reference")
+    evaluate, config = options.config.evaluate, options.config
+    paths = written | {
+        "samples": options.samples,
+        "config.evaluate.reference": evaluate.reference,
+        "config.evaluate.weights": evaluate.weights,
+        "config.data.path": config.data.path,
+    }
+    for name, path in written.items():
+        if pathlib.Path(path).exists() and not options.overwrite:
+            raise ConfigError(f"--{name}: {path} is already there; give another, or --overwrite")
+        with error_context(f"--{name}"):
+            files.check_writable(pathlib.Path(path))
+        for other, there in paths.items():
+            if there and other != name and os.path.realpath(there) == os.path.realpath(path):
+                raise ConfigError(f"--{name}: {path} is also {other}; give another")
+
+
+def write(path: str, report: dict[str, Any]) -> None:
+    with files.replacing(pathlib.Path(path)) as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+    print(path)
 
 
 def bits_per_dim(options: types.SimpleNamespace) -> None:
@@ -99,11 +138,10 @@ def bits_per_dim(options: types.SimpleNamespace) -> None:
         raise ConfigError(f"config.sample.eta: must be above 0 for bits_per_dim, got {config.sample.eta}")
     if config.sample.tau_end:
         raise ConfigError(f"config.sample.tau_end: must be 0 for bits_per_dim, got {config.sample.tau_end}")
-    with error_context("config.data"):
-        source = data.load(config.data.name, config.data.path, config.evaluate.split)
+    source, where = real_images(config)
     if source.image_shape != generate.image_shape(config):
         raise ConfigError(
-            f"config.data: the network takes {reference.resolution(generate.image_shape(config))}, the images are "
+            f"{where}: the network takes {reference.resolution(generate.image_shape(config))}, the images are "
             f"{reference.resolution(source.image_shape)}"
         )
     mesh = sharding.data_mesh()
@@ -113,17 +151,51 @@ def bits_per_dim(options: types.SimpleNamespace) -> None:
     bits = []
     for begin in tqdm(range(0, count, size), "bits_per_dim", unit="batch", disable=not sharding.is_first()):
         index = np.arange(begin, begin + size)
-        batch = source[np.minimum(index, count - 1)]
-        own = batch.labels if config.model.num_classes else None
+        with error_context(where):
+            batch = source[np.minimum(index, count - 1)]
+            own = batch.labels if config.model.num_classes else None
+            if own is not None:
+                data.check_labels(own, config.model.num_classes, np.minimum(index, count - 1))
         labels = generate.labels_of(config, index) if own is None else own
         nats = generate.bound(config, process, found.params, mesh, batch.images, index, labels)
         bits.append(nats[: count - begin] / (np.log(2) * np.prod(source.image_shape)))
     bits = np.concatenate(bits)
+    if len(bad := np.flatnonzero(~np.isfinite(bits))):
+        raise ConfigError(f"bits_per_dim of image {bad[0]} is not finite ({found.source})")
+    mean, error, steps = float(bits.mean()), float(bits.std() / np.sqrt(count)), len(process.tau) - 1
     cli.say(
-        f"{count} images ({config.evaluate.split}), {len(process.tau) - 1} steps, eta {config.sample.eta:g}, "
-        f"{found.source}\n{'bits_per_dim':<22} {bits.mean():.6g}\n"
-        f"{'standard error':<22} {bits.std() / np.sqrt(count):.2g}"
+        f"{count} images ({config.evaluate.reference or config.evaluate.split}), {steps} steps, "
+        f"eta {config.sample.eta:g}, {found.source}\n"
+        f"{'bits_per_dim':<22} {mean:.6g}\n{'standard error':<22} {error:.2g}"
     )
+    if options.out is not None and sharding.is_first():
+        report = {
+            "bits_per_dim": mean,
+            "standard_error": error,
+            "images": count,
+            "of": config.evaluate.reference or [config.data.name, config.data.path, config.evaluate.split],
+            "sample": dataclasses.asdict(config.sample) | {"tau": process.tau.tolist()},
+            "weights": found.digest,
+            "jax": jax.__version__,
+        }
+        write(options.out, report)
+
+
+def real_images(config: Config) -> tuple[data.Source, str]:
+    """The images of config.evaluate.reference, else of config.data, and the field that they are from. ConfigError where
+    there are none.
+    """
+    evaluate = config.evaluate
+    if not evaluate.reference:
+        with error_context("config.data"):
+            return data.load(config.data.name, config.data.path, evaluate.split), "config.data"
+    where, path = "config.evaluate.reference", pathlib.Path(evaluate.reference)
+    if path.exists():
+        with error_context(where):
+            statistics = yardstick.holds_statistics(path)
+        if statistics:
+            raise ConfigError(f"{where}: bits_per_dim is of images, {path} holds statistics")
+    return yardstick.load_images(evaluate.reference, where), where
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import reprlib
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -19,8 +20,6 @@ JSON_BYTES = 1 << 26  # no config, index or record is larger
 JSON_DEPTH = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 3
 
 
 @contextlib.contextmanager
@@ -97,6 +96,19 @@ def check_regular(path: pathlib.Path) -> None:
         raise ValueError(f"{printable(str(path))} is neither a regular file nor a folder")
 
 
+def check_writable(path: pathlib.Path) -> None:
+    """ValueError unless a regular file can be written at path. Nothing is left behind."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{printable(str(path))} is there and is not a regular file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {printable(str(path.parent))}")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {printable(str(path.parent))}: {error.strerror}") from error
+
+
 def read_json(path: pathlib.Path) -> Any:
     """The JSON value in a file. ValueError if it is not JSON, too deep, or larger than JSON_BYTES."""
     check_regular(path)
@@ -106,7 +118,11 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """The JSON value of a text of the file `source`. ValueError if it is not JSON, or deeper than JSON_DEPTH."""
+    """The JSON value of a text of the file `source`. ValueError if it is not JSON, deeper than JSON_DEPTH, or longer
+    than JSON_BYTES.
+    """
+    if len(text) > JSON_BYTES:
+        raise ValueError(f"{printable(source)} has {len(text)} bytes, JSON of at most {JSON_BYTES} is read")
     deep = f"{printable(source)} is no JSON: it is too deeply nested"
     try:
         value = json.loads(text)
@@ -131,12 +147,22 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def shown(value: Any) -> str:
-    """The repr of a file's value for a message, shortened: it may be of any size and depth."""
-    try:
-        return _SHORT.repr(value)
-    except ValueError:  # Python does not write integers of more than 4300 digits
-        return "a very large integer"
+def check_memory(needed: int, what: str) -> None:
+    """ValueError if so many bytes are more than this process can get."""
+    if needed > (free := available_memory()):
+        raise ValueError(f"{what} would take {needed / 1e9:.3g} GB of memory, {free / 1e9:.3g} GB are free")
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free on this machine, at most what its container may use."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        found = re.search(r"^MemAvailable: +(\d+) kB$", pathlib.Path("/proc/meminfo").read_text(), re.MULTILINE)
+        free = int(found[1]) * 1024
+        for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+                free = min(free, int(pathlib.Path(limit).read_text()))
+        return free
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_name(name: str) -> None:
@@ -158,3 +184,16 @@ def name_from(text: str) -> str:
 def printable(text: str) -> str:
     """The text with control characters escaped, so that no file can write to a terminal but what it says."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: Any) -> str:
+    """Any value as an error message has it: one line, a few hundred characters at most, control characters escaped."""
+    try:
+        return printable(_short.repr(value))
+    except Exception:  # an int of more digits than Python prints, or whatever a __repr__ raises
+        return f"a value of type {type(value).__name__}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+_short.maxlevel = 3

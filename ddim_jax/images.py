@@ -4,10 +4,13 @@ at all.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import pathlib
+import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -68,34 +71,63 @@ def write_npz(path: pathlib.Path, length: int, parts: Callable[[], Iterable[Mapp
                     member.write(np.ascontiguousarray(part[name]).data)
 
 
-def open_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+def open_npz(path: pathlib.Path, verify: bool = False) -> dict[str, np.ndarray]:
     """The arrays of an .npz by their names. One that is stored uncompressed, as `write_npz` stores it, stays on the
     disk until it is indexed, so it may be larger than the memory.
 
-    Raises zipfile.BadZipFile or ValueError for what is damaged, or is not plain arrays.
+    verify: read these too, to compare their checksums; those of compressed arrays always are. ValueError for what is
+    no regular file, is damaged, is not plain arrays, or unpacks to more than the memory.
     """
-    with zipfile.ZipFile(path) as archive:
-        return {
-            member.filename.removesuffix(".npy"): _open_array(path, archive, member)
-            for member in archive.infolist()
-            if member.filename.endswith(".npy")
-        }
+    with _npz(path) as archive:
+        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("two of its arrays have the same name")
+        packed = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+        files.check_memory(packed, "what is compressed in it")
+        return {member.filename.removesuffix(".npy"): _open_array(path, archive, member, verify) for member in members}
 
 
-def _open_array(path: pathlib.Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+def npz_names(path: pathlib.Path) -> list[str]:
+    """The names of the arrays of an .npz. ValueError if it is none."""
+    with _npz(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+@contextlib.contextmanager
+def _npz(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; whatever zipfile, zlib and NumPy raise for what is wrong with it becomes a ValueError."""
+    files.check_regular(path)
+    try:
+        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path) as archive:  # of headers that are odd
+            yield archive
+    except Exception as error:
+        reason = "it is too deeply nested" if isinstance(error, RecursionError) else str(error) or type(error).__name__
+        raise ValueError(files.printable(f"{path} cannot be read as an .npz: {reason[:200]}")) from error
+
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _open_array(path: pathlib.Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, verify: bool) -> np.ndarray:
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        mapped = member.compress_type == zipfile.ZIP_STORED and version == (1, 0)
-        if mapped:
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            header = file.tell()
-        if not mapped or fortran or dtype.hasobject or 0 in shape:
-            file.seek(0)
-            return np.lib.format.read_array(file, allow_pickle=False)
+        if (version := np.lib.format.read_magic(file)) not in HEADERS:
+            raise ValueError(f"{member.filename} is in version {version} of the format, which plain arrays do not need")
+        shape, fortran, dtype = HEADERS[version](file)
+        header = file.tell()
+        if dtype.hasobject:
+            raise ValueError(f"{member.filename} holds objects, which only allow_pickle reads")
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or header + size != member.file_size:
+            raise ValueError(f"{member.filename} has {member.file_size - header} bytes, not the {size} of its header")
+        if member.compress_type != zipfile.ZIP_STORED or fortran or size == 0:
+            files.check_memory(size, member.filename)
+            return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
+        while verify and file.read(1 << 24):
+            pass
     with open(path, "rb") as file:  # what the file says of the member, where it lies, is as long as two numbers in it
         file.seek(member.header_offset + 26)
         start = file.tell() + 4 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-    if start + header + int(np.prod(shape)) * dtype.itemsize > os.path.getsize(path):
+    if start + header + size > os.path.getsize(path):
         raise ValueError(f"{member.filename} is cut off")
     return np.memmap(path, dtype, "r", start + header, shape)
 

@@ -101,14 +101,10 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     model = dataclasses.asdict(published.model)
     for field in config_lib.FREE_OF_NETWORK:
         del model[field]
-    sample = dict(values["sample"])
-    for group in pretrained.SAMPLED:
-        if sample[group[0]] is None:
-            sample |= {field: published.sample[field] for field in group}
     return {
         **values,
         "name": published.name,
         "model": {**values["model"], **model},
         "schedule": dataclasses.asdict(published.schedule),
-        "sample": sample,
+        "sample": config_lib.decided(values["sample"], published.sample),
     }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from ddim_jax import data, images, sharding
+from ddim_jax import data, files, sharding
 from ddim_jax.config import Config
 from ddim_jax.data import Source
 from ddim_jax.errors import CheckpointError, ConfigError, error_context
@@ -50,7 +50,11 @@ def metrics_of(config: Config) -> list[str]:
 
 
 def open_network(config: Config) -> FeatureNetwork:
-    """The network that judges; ConfigError if it, or its weights, cannot be had."""
+    """The network that extracts features; ConfigError if it, or its weights, cannot be had."""
+    path = pathlib.Path(config.evaluate.weights)
+    if config.evaluate.weights and path.exists():
+        with error_context("config.evaluate.weights"):
+            files.check_regular(path)
     try:
         with error_context("config.evaluate.features"):
             return judge.open_features(config.evaluate.features, config.evaluate.weights)
@@ -115,15 +119,16 @@ def build(
     path = pathlib.Path(evaluate.reference) if evaluate.reference else None
     if path is not None and not path.exists():
         raise ConfigError(f"config.evaluate.reference: there is no file or folder {path}")
-    statistics = path is not None and path.is_file() and not _holds_images(path)
-    if statistics:
-        with error_context("config.evaluate.reference"):
-            found = reference.load(path)
-        if found.about is None:
-            warn(f"{path} does not say what it is of (data, crop, resize, feature network): its origin is unknown")
-    elif stored is not None and stored.exists():
-        found = reference.load(stored)
-    else:
+    with error_context("config.evaluate.reference"):
+        statistics = path is not None and holds_statistics(path)
+        found = reference.load(path) if statistics else None
+    if accepted and not statistics:
+        raise ConfigError("--accept: has no effect where config.evaluate.reference is not a file of statistics")
+    if statistics and found.about is None:
+        warn(f"{path} does not say what it is of (data, crop, resize, feature network): its origin is unknown")
+    if not statistics and stored is not None and stored.exists():
+        found = _stored(stored)
+    if found is None:
         found = _compute(config, path, network, metrics, mesh, shape)
         if stored is not None and sharding.is_first():
             reference.save(stored, found)
@@ -142,12 +147,19 @@ def build(
     return Yardstick(network, metrics, found)
 
 
-def _holds_images(path: pathlib.Path) -> bool:
-    with error_context("config.evaluate.reference"):
-        try:
-            return "mu" not in images.open_npz(path)
-        except Exception as error:  # whatever a file that is no .npz makes zipfile and NumPy say
-            raise ValueError(f"{path} cannot be read as an .npz: {error}") from error
+def holds_statistics(path: pathlib.Path) -> bool:
+    """Whether a reference is statistics; a folder, and an .npz of images, is not. ValueError for anything else."""
+    files.check_regular(path)
+    return path.is_file() and reference.is_there(path)
+
+
+def _stored(path: pathlib.Path) -> Reference | None:
+    """Statistics that an earlier command stored to save time; None, with a warning, if they are damaged."""
+    try:
+        return reference.load(path)
+    except ValueError as error:
+        warn(f"{error}; they are computed again")
+        return None
 
 
 def _compute(

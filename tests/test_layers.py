@@ -41,6 +41,7 @@ ALLOWED = {
     "sharding": (set(), CORE),
     "checkpoint": ({"sharding", "train_state"}, CORE | {"orbax"}),
     "config": ({"registry", "trajectory", "samplers", "schedule", "data", "models"}, CORE),
+    "usage": ({"config"}, set()),
     "pretrained": (
         {"checkpoint", "config", "images", "schedule"},
         CORE | {"flax", "safetensors", "yaml", "huggingface_hub", "torch"},
@@ -64,7 +65,7 @@ ALLOWED = {
         CORE,
     ),
     "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
-    "cli": ({"cache", "config", "checkpoint", "sharding", "weights"}, {"absl", "ml_collections"}),
+    "cli": ({"cache", "config", "checkpoint", "sharding", "usage", "weights"}, {"absl", "ml_collections"}),
 }
 MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
 

@@ -5,7 +5,7 @@ A data set is a random-access source: `len(source)` and `source[indices] -> Batc
 """
 
 from ddim_jax.data.batches import Plan, batches
-from ddim_jax.data.source import Batch, Source, fingerprint
+from ddim_jax.data.source import Batch, Source, check_labels, fingerprint
 from ddim_jax.data.sources import DATASETS, SPLITS, ArraySource, in_memory, load
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Plan",
     "Source",
     "batches",
+    "check_labels",
     "fingerprint",
     "in_memory",
     "load",

@@ -6,17 +6,18 @@ They are looked for in $TFDS_DATA_DIR, else ~/tensorflow_datasets, as tensorflow
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from ddim_jax.data.source import Batch
+from ddim_jax import files
+from ddim_jax.data.source import Batch, check_labels
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # what others call them
 
@@ -57,14 +58,16 @@ class PreparedSource:
     def __init__(self, split: str, cuts: Mapping[str, Cut], how: str | None = None):
         """split: "train" or "test". cuts: names as tensorflow-datasets has them, "cifar10", "lsun/church_outdoor",
         "cifar10:3.0.2", each with what is made of its images; the first that is prepared here is read. how: what
-        prepares it. ValueError if there is none.
+        prepares it. ValueError if there is none, or if it is damaged.
         """
         import tensorflow_datasets as tfds  # half a second, and only those who use it have to have it
 
         name = next((name for name in cuts if _versions(name)), next(iter(cuts)))
         cut = cuts[name]
-        builder = tfds.builder_from_directory(str(_folder(name, how)))
-        features = builder.info.features
+        folder = _folder(name, how)
+        with _reading(folder):
+            builder = tfds.builder_from_directory(str(folder))
+            features = builder.info.features
         keys = lambda kind: [key for key, feature in features.items() if isinstance(feature, kind)]
         images, labels = keys(tfds.features.Image), keys(tfds.features.ClassLabel)
         if not images:
@@ -74,7 +77,8 @@ class PreparedSource:
             raise ValueError(f"data set {name!r} has no {split} split, it has {', '.join(builder.info.splits)}")
         self._name, self._cut = f"{name}, {found}", cut
         self._image, self._label = images[0], labels[0] if labels else None
-        self._records = builder.as_data_source(split=found)
+        with _reading(folder):
+            self._records = builder.as_data_source(split=found)
         self.crop, self.jpegs = cut.words, 0
         self.num_classes = features[self._label].num_classes if labels else 0
         self.image_shape = self[np.array([0])].images.shape[1:]
@@ -86,15 +90,30 @@ class PreparedSource:
         try:
             records = self._records.__getitems__([int(i) for i in indices])
         except Exception as error:  # array_record, the parser of records and the decoder of images each have their own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             bad = _first_bad(self._records, indices)
-            raise ValueError(f"a record of {self._name} cannot be read ({bad}): {reason}") from error
+            raise ValueError(f"a record of {self._name} cannot be read ({bad}): {_reason(error)}") from error
         images = [self._cut.apply(record[self._image]) for record in records]
         for i, image in zip(indices, images, strict=True):
             if image.shape != images[0].shape:
                 raise ValueError(f"image {i} of {self._name} is {_size(image)}, others are {_size(images[0])}")
-        labels = None if self._label is None else np.array([record[self._label] for record in records], np.int32)
-        return Batch(np.stack(images), labels)
+        if self._label is None:
+            return Batch(np.stack(images), None)
+        labels = np.array([record[self._label] for record in records])
+        check_labels(labels, self.num_classes, indices)
+        return Batch(np.stack(images), labels.astype(np.int32))
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    """Whatever tensorflow-datasets, protobuf and array_record raise for a damaged folder becomes a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{folder} cannot be read as a data set: {_reason(error)}; prepare it again") from error
+
+
+def _reason(error: Exception) -> str:
+    return files.printable((str(error).splitlines() or [type(error).__name__])[0][:200])
 
 
 def _first_bad(records, indices: np.ndarray) -> str:
@@ -136,7 +155,10 @@ def _folder(name: str, how: str | None) -> pathlib.Path:
         others = f", only {', '.join(path.name for path in versions.values())}" if versions else ""
         raise ValueError(f"data set {name!r} is not prepared in {root()}{others}: {prepare}")
     path = found[max(found)]
-    kept = json.loads((path / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    info = files.read_json(path / "dataset_info.json")
+    kept = info.get("fileFormat", "tfrecord") if isinstance(info, dict) else "unknown"
     if kept != "array_record":
-        raise ValueError(f"{path} is in the format {kept}, which cannot be read at random: {prepare}")
+        raise ValueError(
+            f"{path} is in the format {files.printable(str(kept)[:100])}, which cannot be read at random: {prepare}"
+        )
     return path

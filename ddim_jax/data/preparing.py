@@ -15,9 +15,11 @@ import numpy as np
 from PIL import Image
 
 from ddim_jax.data import prepared
+from ddim_jax.files import check_regular, printable
 
 Examples = Iterator[tuple[str, dict[str, Any]]]  # key -> features
 
+LARGEST = 1 << 26  # bytes of a file in an archive, and pixels of an image
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -36,7 +38,9 @@ def cifar10(folder: pathlib.Path) -> dict[str, Examples]:
 
     def examples(split: str, files: list[str]) -> Examples:
         with tarfile.open(folder / "cifar-10-binary.tar.gz") as archive:
-            packed = b"".join(archive.extractfile(f"cifar-10-batches-bin/{file}.bin").read() for file in files)
+            members = [archive.getmember(f"cifar-10-batches-bin/{file}.bin") for file in files]
+            _check_size(members[0].name, max(member.size for member in members))
+            packed = b"".join(archive.extractfile(member).read() for member in members)
         rows = np.frombuffer(packed, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
         images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for i, (label, image) in enumerate(zip(rows[:, 0], images, strict=True)):
@@ -54,17 +58,27 @@ def celeba64(folder: pathlib.Path) -> dict[str, Examples]:
     def examples(part: str) -> Examples:
         with zipfile.ZipFile(folder / "img_align_celeba.zip") as archive:
             for name in (name for name, number in lines if number == part):
-                face = _decoded(archive.read(f"img_align_celeba/{name}"), name)
+                member = archive.getinfo(f"img_align_celeba/{name}")
+                _check_size(name, member.file_size)
+                face = _decoded(archive.read(member), name)
                 yield name, {"image": Image.fromarray(prepared.celeba(face))}
 
     return {"train": examples("0"), "validation": examples("1"), "test": examples("2")}
 
 
+def _check_size(name: str, size: int) -> None:
+    """ValueError if a file of an archive is larger than any of those that are published."""
+    if size > LARGEST:
+        raise ValueError(f"{name} has {size} bytes")
+
+
 def _decoded(content: bytes, name: str) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+            if image.width * image.height > LARGEST:
+                raise ValueError(f"it has {image.width}x{image.height} pixels")
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
@@ -128,6 +142,7 @@ def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
     for file in recipe.files:
         if not (folder / file).exists():
             raise ValueError(f"{folder} holds no {file}; {name} is made of {', '.join(recipe.files)} ({recipe.where})")
+        check_regular(folder / file)
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(recipe.version)
@@ -150,6 +165,6 @@ def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
     except Exception as error:  # zipfile, tarfile, gzip and lmdb each have their own
         if isinstance(error, OSError) and error.errno:  # the disk is full
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0][:500])
         raise ValueError(f"the files in {folder} are not those that are published: {reason}") from error
     return pathlib.Path(builder.data_dir)

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+MOST_CLASSES = 1 << 20
+
 
 class Batch(NamedTuple):
     images: np.ndarray  # (B, H, W, C) uint8
@@ -23,6 +25,20 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: np.ndarray) -> Batch: ...
+
+
+def check_labels(labels: np.ndarray, num_classes: int = MOST_CLASSES, numbers: np.ndarray | None = None) -> None:
+    """ValueError, naming the first that is not, unless labels (N,) are whole numbers in 0 .. num_classes - 1. numbers:
+    those of the images that they are of, (N,); default: 0 .. N - 1.
+    """
+    if labels.dtype.kind not in "iuf":
+        raise ValueError(f"labels must be whole numbers, got {labels.dtype}")
+    bad = np.flatnonzero(~((labels >= 0) & (labels < num_classes) & (labels == np.floor(labels))))
+    if len(bad):
+        image = bad[0] if numbers is None else numbers[bad[0]]
+        raise ValueError(
+            f"labels must be whole numbers in 0..{num_classes - 1}, that of image {image} is {labels[bad[0]]}"
+        )
 
 
 def fingerprint(source: Source) -> str:

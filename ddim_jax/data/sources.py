@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
+import os
 import pathlib
 import warnings
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ddim_jax import files
 from ddim_jax.data import prepared
 from ddim_jax.data.prepared import PreparedSource
-from ddim_jax.data.source import Batch, Source
+from ddim_jax.data.source import Batch, Source, check_labels
+from ddim_jax.files import shown
 from ddim_jax.images import open_npz
 
 SPLITS = ("train", "test")
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 IMAGE_SUFFIXES = (".png", *JPEG_SUFFIXES, ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow knows others, and runs other programs for some
+MODES = ("L", "1", "P", "PA", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # eight bits a channel at most
+RECORD, RESULT = "run.json", "samples.npz"  # in the output folder of `ddim_jax.sample`
 
 
 class ArraySource:
-    """Images of an array, in memory or mapped from a file: (N, H, W, C) uint8. labels: (N,) ints from 0, or None."""
+    """Images of an array, in memory or mapped from a file: (N, H, W, C) uint8. labels: (N,) whole numbers from 0, or
+    None. ValueError otherwise.
+    """
 
     crop = "none"
     jpegs = 0
@@ -33,8 +41,12 @@ class ArraySource:
     def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
         if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
             raise ValueError(f"images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}")
-        if labels is not None and labels.shape != images.shape[:1]:
-            raise ValueError(f"{len(images)} images have labels of shape {labels.shape}")
+        if 0 in images.shape:
+            raise ValueError(f"images must have pixels, got {images.shape}")
+        if labels is not None:
+            if labels.shape != images.shape[:1]:
+                raise ValueError(f"{len(images)} images have labels of shape {labels.shape}")
+            check_labels(labels)
         self.images = images
         self.labels = None if labels is None else labels.astype(np.int32)
         self.image_shape = images.shape[1:]
@@ -48,16 +60,18 @@ class ArraySource:
 
 
 class FolderSource:
-    """A folder of image files of one size, in subfolders or not, sorted by path; decoded when asked for. No labels."""
+    """A folder of image files of one size, in subfolders or not, sorted by path; decoded when asked for. No labels.
+    Links to folders are not followed. ValueError where it holds no images, or anything that only looks like one.
+    """
 
     num_classes = 0
     crop = "none"
     instant = False
 
     def __init__(self, folder: pathlib.Path):
-        self.files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        self.files = sorted(_image_files(folder))
         if not self.files:
-            raise ValueError(f"{folder} holds no image file ({', '.join(IMAGE_SUFFIXES)})")
+            raise ValueError(f"{_shown(folder)} holds no image file ({', '.join(IMAGE_SUFFIXES)})")
         self.jpegs = sum(file.suffix.lower() in JPEG_SUFFIXES for file in self.files)
         self.image_shape = _decode(self.files[0], None).shape
 
@@ -68,23 +82,61 @@ class FolderSource:
         return Batch(np.stack([_decode(self.files[i], self.image_shape) for i in indices]), None)
 
 
+def _image_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The files in a folder whose names are those of images. ValueError for a pipe, a device or a broken link with such
+    a name, and for pictures of many images, which a command of ddim_jax wrote.
+    """
+    for where, _, names in os.walk(folder):
+        if RECORD in names:
+            raise ValueError(f"{_shown(where)} is the output folder of a command, not a folder of images")
+        if {"config.json", "metrics.jsonl"} <= {*names}:
+            raise ValueError(f"{_shown(where)} is the workdir of a run, not a folder of images")
+        for name in names:
+            file = pathlib.Path(where, name)
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                if not file.is_file():
+                    raise ValueError(f"{_shown(file)} is no regular file")
+                yield file
+
+
 def _decode(file: pathlib.Path, shape: tuple[int, int, int] | None) -> np.ndarray:
-    """An image as (H, W, 1 or 3); grey stays grey. ValueError, naming the file, if it is broken or not of that
-    shape.
+    """An image as (H, W, 1 or 3); grey stays grey. ValueError, naming the file, if it is broken, too large, of more
+    than eight bits a channel, or not of that shape.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from error
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if shape is not None and pixels.shape != shape:
+            with Image.open(file, formats=FORMATS) as image:
+                height, width = image.height, image.width
+                if image.mode not in MODES:
+                    raise ValueError(f"it has more than eight bits a channel (mode {image.mode})")
+                if shape is None or (height, width) == shape[:2]:  # else it is not worth the memory
+                    pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+                    pixels = pixels.reshape(height, width, -1)
+                    found = pixels.shape
+                else:
+                    found = height, width, len(image.getbands())
+    except UNREADABLE as error:
+        raise ValueError(f"{_shown(file)} cannot be read as an image: {_shown(error)}") from error
+    if shape is not None and found != shape:
         raise ValueError(
-            f"{file} is {'x'.join(map(str, pixels.shape))}, the first image of its folder {'x'.join(map(str, shape))}"
+            f"{_shown(file)} is {'x'.join(map(str, found))}, the first image of its folder {'x'.join(map(str, shape))}"
         )
     return pixels
+
+
+# What Pillow raises for files that are broken, and for pixels beyond its limit.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def _shown(text: Any) -> str:
+    return files.printable(str(text))
 
 
 def digits(path: str, split: str) -> ArraySource:
@@ -101,10 +153,19 @@ def digits(path: str, split: str) -> ArraySource:
 
 
 def folder(path: str, split: str) -> FolderSource:
-    """A folder of images: those in `path/train` or `path/test` where there is such a subfolder, else all of them."""
+    """A folder of images: those in `path/train` or `path/test` where there is such a subfolder, else all of them.
+
+    The output folder of `ddim_jax.sample` stands for its samples.npz, or for the images in its png/.
+    """
     root = pathlib.Path(path)
     if not path or not root.is_dir():
-        raise ValueError(f"data set 'folder' needs a folder in config.data.path, got {path!r}")
+        raise ValueError(f"data set 'folder' needs a folder in config.data.path, got {shown(path)}")
+    if (root / RESULT).is_file():
+        return npz(str(root / RESULT), split)
+    if (root / RECORD).exists():
+        if not (root / "png").is_dir():
+            raise ValueError(f"{_shown(path)} is the output folder of a command, and holds no {RESULT}")
+        root /= "png"
     return FolderSource(root / split if (root / split).is_dir() else root)
 
 
@@ -115,20 +176,19 @@ def npz(path: str, split: str) -> ArraySource:
     Images that are stored uncompressed stay on the disk until they are asked for.
     """
     if not path or not pathlib.Path(path).is_file():
-        raise ValueError(f"data set 'npz' needs a file in config.data.path, got {path!r}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        arrays = open_npz(pathlib.Path(path))
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as an .npz: {error}") from error
+        raise ValueError(f"data set 'npz' needs a file in config.data.path, got {shown(path)}")
+    arrays = open_npz(pathlib.Path(path), verify=True)
     first = lambda names: next((arrays[name] for name in names if name in arrays), None)
     images = first([f"{split}_images", "images", "arr_0"])
     labels = first([f"{split}_labels", "labels", "arr_1"])
     if images is None:
-        raise ValueError(f"{path} holds none of {split}_images, images, arr_0; it holds {', '.join(arrays)}")
-    return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
+        raise ValueError(
+            f"{path} holds none of {split}_images, images, arr_0; it holds {_shown(', '.join(arrays))[:200]}"
+        )
+    try:
+        return ArraySource(images[..., None] if images.ndim == 3 else images, labels)
+    except ValueError as error:
+        raise ValueError(f"{_shown(path)}: {error}") from error
 
 
 def tfds(path: str, split: str) -> PreparedSource:
@@ -176,11 +236,17 @@ def load(name: str, path: str = "", split: str = "train") -> Source:
     """The data set called name. split: "train" or "test". ValueError where there is no such data."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    try:
+        if path and pathlib.Path(path).exists():
+            files.check_regular(pathlib.Path(path))
+    except OSError as error:
+        raise ValueError(f"{shown(path)}: {error.strerror}") from error
     return DATASETS[name](path, split)
 
 
 def in_memory(source: Source, chunk: int = 500) -> ArraySource:
-    """A source, read once and held. By two threads: decoders let others run."""
+    """A source, read once and held. By two threads: decoders let others run. ValueError if the memory is too small."""
+    files.check_memory(len(source) * math.prod(source.image_shape), f"{len(source)} images")
     pieces = [np.arange(begin, min(begin + chunk, len(source))) for begin in range(0, len(source), chunk)]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         read = threads.map(source.__getitem__, pieces)

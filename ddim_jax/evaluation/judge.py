@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 from tqdm import tqdm
 
-from ddim_jax import sharding
+from ddim_jax import files, sharding
 from ddim_jax.data import Source
 from ddim_jax.evaluation import digits_classifier, frechet, inception, metrics
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output
@@ -33,9 +33,10 @@ def open_features(name: str, weights: str = "") -> FeatureNetwork:
     if not function:
         return lookup(FEATURES, name)(weights)
     try:
-        network = getattr(importlib.import_module(module), function)(weights)
-    except (ImportError, AttributeError) as error:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of names that are none
         raise ValueError(f"{name!r} cannot be imported: {error}") from error
+    network = factory(weights) if callable(factory) else factory
     if not isinstance(network, FeatureNetwork):
         raise ValueError(f"{name!r} must return a FeatureNetwork, got {type(network).__name__}")
     return network
@@ -91,6 +92,9 @@ def judge(
                     raise ValueError(f"the {name} of image {done + bad[0]} are not finite ({network.name})")
                 if name in kept:
                     kept[name].append(array)
+            if not done:
+                row = sum(array.nbytes // len(array) for name, array in output._asdict().items() if name in kept)
+                files.check_memory(count * row, f"what is kept of {count} images")
             part = frechet.scatter(output.features)
             total = part if total is None else frechet.merged(total, part)
             done += len(output.features)

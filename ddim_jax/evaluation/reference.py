@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import zipfile
-import zlib
-from collections.abc import Collection
+import typing
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from ddim_jax import files
+from ddim_jax import files, images
 from ddim_jax.data import Source
 from ddim_jax.evaluation.feature_network import FeatureNetwork
 from ddim_jax.evaluation.frechet import Moments
@@ -34,6 +33,9 @@ class About:
     features: str  # its name
     weights: str  # SHA-256 of its parameters
     version: int = VERSION
+
+
+REQUIRED = {field.name for field in dataclasses.fields(About) if field.default is dataclasses.MISSING}
 
 
 class Reference(NamedTuple):
@@ -65,24 +67,58 @@ def save(path: pathlib.Path, reference: Reference) -> None:
         )
 
 
+def is_there(path: pathlib.Path) -> bool:
+    """Whether an .npz holds statistics, and not images. ValueError if it is none."""
+    return bool({"mu", "sigma", "about"} & {*images.npz_names(path)})
+
+
 def load(path: pathlib.Path) -> Reference:
     """What `save` wrote, or `mu` and `sigma` of somebody else's, about which nothing is known. ValueError if it is
-    neither.
+    neither, or is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files if name in ("mu", "sigma", "features", "about")}
-        known = About(**json.loads(str(found["about"]))) if "about" in found else None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as statistics: {error}") from error
-    if not {"mu", "sigma"} <= found.keys():
-        raise ValueError(f"{path} holds no statistics: there is no mu and sigma in it")
-    mu, sigma = (np.asarray(found[name], np.float64) for name in ("mu", "sigma"))
-    if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{path}: mu must be (D,) and sigma (D, D), all finite, got {mu.shape} and {sigma.shape}")
-    features = found.get("features")
-    count = known.count if known else 0
-    return Reference(Judged(count, Moments(mu, sigma), features), known)
+        return _reference(images.open_npz(path, verify=True))
+    except ValueError as error:
+        raise ValueError(
+            f"{files.printable(str(path))} cannot be read as statistics: {error}; --save_reference makes them anew"
+        ) from error
+
+
+def _reference(arrays: Mapping[str, np.ndarray]) -> Reference:
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ValueError("there is no mu and sigma in it")
+    known = _about(arrays["about"]) if "about" in arrays else None
+    mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
+    if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape:
+        raise ValueError(f"mu must be (D,) and sigma (D, D), got {mu.shape} and {sigma.shape}")
+    if features is not None and (features.ndim != 2 or features.shape[1:] != mu.shape):
+        raise ValueError(f"features must be (N, {len(mu)}), got {features.shape}")
+    if features is not None and known is not None and known.count != len(features):
+        raise ValueError(f"it is of {known.count} images and has the features of {len(features)}")
+    files.check_memory(3 * 8 * sigma.size + (0 if features is None else features.nbytes), "what is in it")
+    for name, array in (("mu", mu), ("sigma", sigma), ("features", features)):
+        if array is not None and (array.dtype.kind not in "fiu" or not np.isfinite(array).all()):
+            raise ValueError(f"{name} must be numbers, all finite, got {array.dtype}")
+    mu, sigma = np.array(mu, np.float64), np.array(sigma, np.float64)
+    features = None if features is None else np.array(features)
+    if np.diagonal(sigma).min() < 0 or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-5 * sigma.max()):
+        raise ValueError("sigma must be a covariance: symmetric, and no variance below 0")
+    count = len(features) if features is not None else known.count if known else None
+    return Reference(Judged(count or 0, Moments(mu, sigma), features), known)
+
+
+def _about(array: np.ndarray) -> About:
+    """What the JSON in an array says. ValueError where it is not that."""
+    if array.shape != () or array.dtype.kind != "U":
+        raise ValueError(f"about must be a text, got {array.dtype} {array.shape}")
+    values = files.parse_json(str(array), "about")
+    types = typing.get_type_hints(About)
+    if not isinstance(values, dict) or not {*values} <= {*types} or not REQUIRED <= {*values}:
+        raise ValueError(f"about must have the fields {', '.join(types)}, got {files.shown(values)}")
+    for name, value in values.items():
+        if not isinstance(value, types[name]) or isinstance(value, bool) or (name == "count" and (value or 1) < 1):
+            raise ValueError(f"{name} must be of type {types[name]}, got {files.shown(value)}")
+    return About(**values)
 
 
 def difference(theirs: About, ours: About, accepted: Collection[str] = ()) -> str | None:
@@ -92,5 +128,6 @@ def difference(theirs: About, ours: About, accepted: Collection[str] = ()) -> st
     for field in dataclasses.fields(About):
         a, b = getattr(theirs, field.name), getattr(ours, field.name)
         if a is not None and b is not None and a != b and field.name not in accepted:
-            return f"{field.name} is {a!r} there, {b!r} here (to compare all the same, --accept {field.name})"
+            different = f"{field.name} is {files.shown(a)} there, {files.shown(b)} here"
+            return f"{different} (to compare all the same, --accept {field.name})"
     return None

@@ -26,7 +26,7 @@ class Published(NamedTuple):
 
 
 # What of config.sample goes with a network: two groups, each decided by its first field.
-SAMPLED = (("tau", "tau_offset", "tau_end"), ("clip_x0", "clip_range", "clip_quantile"))
+SAMPLED = tuple((name, *field.beside) for name, field in config_lib.OPEN.items())
 
 
 def describe(
