@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import cli, generate, images, output, registry, samplers, sharding, weights
+from ddim_jax import cli, generate, images, memory, output, registry, samplers, sharding, weights
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config, Process
 from ddim_jax.data.scaling import to_uint8
@@ -46,6 +46,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     mesh = sharding.data_mesh()
+    memory.check_sampling(config, mesh)
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out or default_folder(config, options.workdir))
 

@@ -57,6 +57,7 @@ ALLOWED = {
         CORE,
     ),
     "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
+    "memory": ({"config", "train_state"}, CORE),
     "journal": (
         {"config", "images", "sharding", "update"},
         CORE | {"tensorboardX", "tqdm", "wandb"},
