@@ -25,11 +25,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import cli, data, files, generate, images, memory, output, sharding, weights
+from ddim_jax import cli, data, files, generate, images, output, sharding, weights
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
+from ddim_jax.memory import check_sampling
 
 PAIRS = 20
 
@@ -52,7 +53,7 @@ def main(options: types.SimpleNamespace) -> None:
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     source, total = load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
-    memory.check_sampling(config, mesh)
+    check_sampling(config, mesh)
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out)
     output.claim(out, fingerprint(config, process, found, source, total), WRITTEN, options.overwrite)
