@@ -587,7 +587,8 @@ def process(config: SampleConfig, schedule: Schedule) -> Process:
                 tau = registry.SPACINGS[config.tau](schedule, config.steps)
     with error_context("config.sample.tau_offset and tau_end"):
         tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
-    transitions = trajectory.descend(schedule, tau, config.tau_end)
+    with error_context("config.sample.tau"):
+        transitions = trajectory.descend(schedule, tau, config.tau_end)
     with _named_in_message({"eta": "eta", "steps": "tau" if given else "steps", "tau": "tau"}):
         sampler = registry.build(registry.SAMPLERS[config.sampler], dataclasses.asdict(config))
         sampler.check(transitions)

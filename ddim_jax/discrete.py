@@ -17,10 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from ddim_jax import gaussian, samplers
-from ddim_jax.schedule import Array, Level
+from ddim_jax import checks, gaussian, samplers
+from ddim_jax import trajectory as tau_lib
+from ddim_jax.schedule import Array, Level, precision
 from ddim_jax.trajectory import Transition, Transitions
 
 LogProbsFn = Callable[[Array, Array], Array]  # (x_t (B, ..., K), t () or (B,)) -> log f_theta (B, ..., K)
@@ -56,7 +56,8 @@ def draw(probabilities: Array, noise: Array) -> Array:
 
 
 def initial(keys: Array, shape: tuple[int, ...]) -> Array:
-    """x_T (B, ..., K), every class as likely, of (B,) keys. shape: (..., K)."""
+    """x_T (B, ..., K), every class as likely, of (B,) keys. shape: (..., K). ValueError for fewer than 2 classes."""
+    checks.integer("the number of classes, shape[-1],", shape[-1] if len(shape) else 0, 2)
     return _one_hot(samplers.initial_noise(keys, shape))
 
 
@@ -74,11 +75,8 @@ class DiscreteDDIM(NamedTuple):
         return True
 
     def check(self, transitions: Transitions) -> None:
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in (self.share, *transitions)):
-            return
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"sigma must be in [0, 1] times its limit, got {self.share} times it")
-        if (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
+        checks.real("share", self.share, 0, 1)
+        if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
             raise ValueError("discrete_ddim cannot ascend: a draw cannot be encoded")
 
     def init(self, x: Array) -> tuple:
@@ -90,8 +88,8 @@ class DiscreteDDIM(NamedTuple):
 
 
 def discrete_ddim(share: float = 1.0) -> DiscreteDDIM:
-    """The family over sigma. ValueError for a share outside [0, 1], once it is run."""
-    return DiscreteDDIM(share)
+    """The family over sigma. ValueError for a share outside [0, 1]."""
+    return DiscreteDDIM(checks.real("share", share, 0, 1))
 
 
 def predicted(x_t: Array, said: Array, level: Level) -> Array:
@@ -125,15 +123,18 @@ def j_sigma(log_probs_fn: LogProbsFn, transitions: Transitions, x_0: Array, keys
     """An upper bound of `-log p(x_0)` in nats, (B,), estimated with one draw of every x_t: Eq. (11) for this family.
 
     transitions: `descend` to 0. keys: (B,), one for each x_0. share: of the limit of sigma, see `DiscreteDDIM`.
+    ValueError for what these cannot be.
     """
-    DiscreteDDIM(share).check(transitions)
-    if jax.tree_util.all_leaves([log_probs_fn]):  # a plain function is no pytree yet
-        log_probs_fn = Partial(log_probs_fn)
-    return _bound(log_probs_fn, transitions, jnp.asarray(x_0), keys, share)
+    sampler, log_probs_fn, transitions, x_0, keys = samplers.checked(
+        DiscreteDDIM(share), log_probs_fn, transitions, x_0, keys
+    )
+    tau_lib.check_to_image(transitions)
+    return _bound(log_probs_fn, transitions, x_0, keys, sampler.share)
 
 
 @jax.jit
 def _bound(log_probs_fn, transitions, x_0, keys, share):
+    given, x_0 = x_0.dtype, x_0.astype(precision(x_0.dtype))
     transitions = samplers.rounded(transitions, x_0.dtype)
     top = q_marginal(x_0, jax.tree.map(lambda leaf: leaf[0], transitions.level_t))
     prior = jnp.sum(top * jnp.log(top * x_0.shape[-1]), axis=tuple(range(1, x_0.ndim)))
@@ -142,7 +143,7 @@ def _bound(log_probs_fn, transitions, x_0, keys, share):
         noise = gaussian.noise(keys, transition.t, x_0.shape[1:], x_0.dtype)
         x_t = draw(q_marginal(x_0, transition.level_t), noise)
         # To the image q is x_0 itself, and KL what the network pays for it.
-        said, sigma = log_probs_fn(x_t, transition.t), share * sigma_limit(transition)
+        said, sigma = log_probs_fn(x_t.astype(given), transition.t), share * sigma_limit(transition)
         told = -jnp.sum(x_0 * said, axis=tuple(range(1, x_0.ndim)))
         return total + jnp.where(transition.s > 0, kl(x_t, x_0, said, transition, sigma), told), None
 

@@ -30,6 +30,7 @@ from ddim_jax import config as config_lib
 from ddim_jax.config import Config
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
+from ddim_jax.memory import check_sampling
 
 PAIRS = 20
 
@@ -52,6 +53,7 @@ def main(options: types.SimpleNamespace) -> None:
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     source, total = load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
+    check_sampling(config, mesh)
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out)
     output.claim(out, fingerprint(config, process, found, source, total), WRITTEN, options.overwrite)
@@ -109,14 +111,15 @@ def round_trip(
 
     def encoded(first: int) -> Iterator[dict[str, np.ndarray]]:
         for index in generate.batch_indices(config, mesh, first, total):
-            latents = generate.encode(config, process, params, mesh, *real(index))
+            latents = generate.encode(config, process, params, mesh, *real(index), first=index[0])
             yield {"latents": latents[: total - index[0]]}
 
     def decoded(first: int) -> Iterator[dict[str, np.ndarray]]:
         stored = images.open_npz(latents)["latents"]
         for index in generate.batch_indices(config, mesh, first, total):
             x_0, labels = real(index)
-            again = generate.decode(config, process, params, mesh, stored[np.minimum(index, total - 1)], labels)
+            x_T = stored[np.minimum(index, total - 1)]
+            again = generate.decode(config, process, params, mesh, x_T, labels, first=index[0])
             error = np.square((again - x_0) / 2, dtype=np.float64).mean((1, 2, 3))
             kept = slice(total - index[0])
             yield {"arr_0": to_uint8(again[kept]), "error": error[kept]}

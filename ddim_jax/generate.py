@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from ddim_jax import guidance, inversion, losses, samplers, schedule, sharding
 from ddim_jax.config import Config, Process, network, noise_schedule
 from ddim_jax.data.scaling import to_uint8, to_unit
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.gaussian import EpsFn, clip_x0, threshold_x0
 from ddim_jax.models import adapter
 
-_to_uint8 = jax.jit(to_uint8)
 _image_keys = jax.jit(samplers.image_keys)
 _initial_noise = jax.jit(samplers.initial_noise, static_argnums=1)
 
@@ -49,7 +49,8 @@ def eps_fn(config: Config, params: Any, labels: jax.Array | None = None) -> EpsF
     if not sample.clip_x0:
         return said
     if sample.clip_quantile:
-        return threshold_x0(said, table, sample.clip_quantile, sample.clip_range)
+        with error_context("config.sample.clip_range"):
+            return threshold_x0(said, table, sample.clip_quantile, sample.clip_range)
     return clip_x0(said, table, -sample.clip_range, sample.clip_range)
 
 
@@ -70,11 +71,12 @@ def batch_indices(config: Config, mesh: Mesh, first: int, total: int) -> Iterato
 
 def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: int = 0) -> Iterator[np.ndarray]:
     """Images first .. num_images - 1 of config.sample in batches of uint8 (b, H, W, C) on the host. params:
-    replicated over the mesh. An accelerator is given the next batch before it is waited for this one.
+    replicated over the mesh. An accelerator is given the next batch before it is waited for this one. ConfigError,
+    naming the first, for an image that is not finite.
     """
     total = config.sample.num_images
 
-    def dispatched() -> Iterator[tuple[int, jax.Array]]:
+    def dispatched() -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
         for index in batch_indices(config, mesh, first, total):
             labels = _split(mesh, labels_of(config, index))
             keys, x = start(config, sharding.split_batch(mesh, index))
@@ -85,50 +87,93 @@ def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: in
                 x,
                 keys if process.sampler.stochastic else None,
             )
-            yield index[0], _to_uint8(x)
+            yield index[0], _to_pixels(x)
 
-    for begin, drawn in _delayed(dispatched(), sharding.batches_ahead()):
+    for begin, (drawn, finite) in _delayed(dispatched(), sharding.batches_ahead()):
+        _check_finite("image", sharding.to_host(finite)[: total - begin], begin, params)
         yield sharding.to_host(drawn)[: total - begin]
 
 
+@jax.jit
+def _to_pixels(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint8 (B, H, W, C), and which of the images are finite, (B,): that would not show any more."""
+    return to_uint8(x), jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
+
+
+def _check_finite(name: str, finite: np.ndarray, first: int, params: Any) -> None:
+    """ConfigError where one of the images first, first + 1, ... is not finite."""
+    if finite.all():
+        return
+    broken = not _all_finite(params)
+    look = "the parameters of the network are not" if broken else "look at config.sample: eta, guidance, tau, sampler"
+    raise ConfigError(f"{name} {first + np.flatnonzero(~finite)[0]} is not finite (NaN or infinite): {look}")
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def encode(
-    config: Config, process: Process, params: Any, mesh: Mesh, x_0: np.ndarray, labels: np.ndarray | None
+    config: Config,
+    process: Process,
+    params: Any,
+    mesh: Mesh,
+    x_0: np.ndarray,
+    labels: np.ndarray | None,
+    first: int = 0,
 ) -> np.ndarray:
     """The latents x_T (B, H, W, C), float32 on the host, of images x_0 (B, H, W, C) in [-1, 1]: Eq. (13) up the levels
     of the process's tau, each step solved where config.sample.refine asks for it. B: a multiple of the devices. labels:
-    (B,) ints for a network with classes.
+    (B,) ints for a network with classes. ConfigError where a latent is not finite; first: the index of the first image.
     """
     said, x_0 = eps_fn(config, params, _split(mesh, labels)), sharding.split_batch(mesh, x_0)
     noise = noise_schedule(config.schedule)
     end, refine = config.sample.tau_end, config.sample.refine
     if refine:
-        return sharding.to_host(inversion.invert(said, noise, process.tau, x_0, refine, end).x_T)
-    return sharding.to_host(samplers.invert(said, noise, process.tau, x_0, end=end))
+        x_T = inversion.invert(said, noise, process.tau, x_0, refine, end).x_T
+    else:
+        x_T = samplers.invert(said, noise, process.tau, x_0, end=end)
+    return _finite_on_host("the latent of image", x_T, first, params)
 
 
 def decode(
-    config: Config, process: Process, params: Any, mesh: Mesh, x_T: np.ndarray, labels: np.ndarray | None
+    config: Config,
+    process: Process,
+    params: Any,
+    mesh: Mesh,
+    x_T: np.ndarray,
+    labels: np.ndarray | None,
+    first: int = 0,
 ) -> np.ndarray:
     """What the process makes of latents x_T (B, H, W, C): images in [-1, 1] and a little beyond, float32 on the host.
-    The process must be deterministic.
+    The process must be deterministic. ConfigError where an image is not finite; first: the index of the first.
     """
     said = eps_fn(config, params, _split(mesh, labels))
-    return sharding.to_host(
-        samplers.integrate(process.sampler, said, process.transitions, sharding.split_batch(mesh, x_T))
-    )
+    x_0 = samplers.integrate(process.sampler, said, process.transitions, sharding.split_batch(mesh, x_T))
+    return _finite_on_host("image", x_0, first, params)
+
+
+def _finite_on_host(name: str, x: jax.Array, first: int, params: Any) -> np.ndarray:
+    x = sharding.to_host(x)
+    _check_finite(name, np.isfinite(x).reshape(len(x), -1).all(axis=1), first, params)
+    return x
 
 
 def bound(
     config: Config, process: Process, params: Any, mesh: Mesh, images: np.ndarray, index: np.ndarray, labels: Any
 ) -> np.ndarray:
     """J_sigma of pixels (B, H, W, C) uint8 in nats, (B,): what images index (B,) cost at most under the process's tau
-    and config.sample.eta. The draws of image i depend on (config.sample.seed, i) alone. ValueError for an eta of 0.
+    and config.sample.eta. The draws of image i depend on (config.sample.seed, i) alone. ValueError for an eta of 0,
+    and where a bound is not finite.
     """
     said = eps_fn(config, params, _split(mesh, labels))
     keys = _image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
     x_0 = sharding.split_batch(mesh, to_unit(images))
     nats = losses.j_sigma(said, process.transitions, x_0, keys, config.sample.eta, "pixels")
-    return np.asarray(sharding.to_host(nats), np.float64)
+    nats = np.asarray(sharding.to_host(nats), np.float64)
+    _check_finite("the bound of image", np.isfinite(nats), int(index[0]), params)
+    return nats
 
 
 def _split(mesh: Mesh, labels: np.ndarray | None) -> jax.Array | None:

@@ -6,9 +6,11 @@ Bounds of the predicted x_0, `clip_x0` and `threshold_x0`, are in `gaussian`.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
-from ddim_jax.gaussian import EpsFn, with_x0
+from ddim_jax import checks
+from ddim_jax.gaussian import EpsFn, as_eps_fn, with_x0
 from ddim_jax.schedule import Array, Levels
 
 
@@ -17,9 +19,9 @@ def guided(eps_fn: EpsFn, unguided: EpsFn, scale: Array | float) -> EpsFn:
 
     eps_fn: of a network that is told the class. unguided: of one that is not, or of a weaker network (Karras et al.
     2024). scale: 1 is eps_fn alone, 0 is unguided alone, above 1 goes beyond; Ho and Salimans call `scale - 1` w. Two
-    network calls for one.
+    network calls for one. ValueError for a scale that is not finite.
     """
-    return Partial(_guided, eps_fn, unguided, scale)
+    return Partial(_guided, as_eps_fn(eps_fn), as_eps_fn(unguided, "unguided"), checks.reals("scale", scale))
 
 
 def _guided(eps_fn, unguided, scale, x_t, t):
@@ -33,11 +35,26 @@ def inpainted(eps_fn: EpsFn, table: Levels, known: Array, mask: Array) -> EpsFn:
     Where x_0 is known it is put in the place of the predicted one, so that these pixels follow q_sigma(x_s | x_t, x_0)
     of Eq. (7) itself: each of their x_t has the law (4), and the last step ends at the pixels. The rest is drawn beside
     them, by a network that sees both, and agrees with them better the more noise the sampler draws: eta = 1 rather than
-    0. table: `schedule.levels(...)`. known: (B, ...), x_0 where mask is True. mask:
-    bool, broadcasts against known.
+    0. table: `schedule.levels(...)`. known: (B, ...) of floating point, x_0 where mask is True, finite there. mask:
+    bool, or 0 and 1; broadcasts against known. ValueError otherwise.
     """
-    return with_x0(eps_fn, table, Partial(_known, jnp.asarray(known), jnp.asarray(mask, bool)))
+    known, mask = checks.batch("known", known), _as_mask(mask)
+    checks.broadcasts("mask", mask, known.shape)
+    if not checks.traced(known, mask) and not jnp.isfinite(jnp.where(mask, known, 0)).all():
+        raise ValueError("known must be finite where mask is True")
+    return with_x0(eps_fn, table, Partial(_known, known, mask))
+
+
+def _as_mask(mask):
+    if not isinstance(mask, Array):
+        mask = np.asarray(mask)
+    if mask.dtype != bool:
+        checks.reals("mask", mask, 0, 1)
+        if not checks.traced(mask) and not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("mask must hold nothing but True and False, or 0 and 1")
+    return jnp.asarray(mask, bool)
 
 
 def _known(known, mask, x_0):
+    checks.broadcasts("known", known, x_0.shape)
     return jnp.where(mask, known.astype(x_0.dtype), x_0)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from ddim_jax import gaussian, samplers
+from ddim_jax import checks, gaussian, samplers
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.schedule import Array, Schedule, level_at, levels
+from ddim_jax.schedule import Array, Schedule, level_at, levels, precision
 
 
 def backward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
@@ -20,12 +20,12 @@ def backward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, 
     It is the generative process with x_0 itself in place of the predicted one. x_0: (B, ...). key: one key. ValueError
     for an eta that (7) does not allow.
     """
-    x_0 = jnp.asarray(x_0)
+    x_0 = checks.batch("x_0", x_0)
     keys = samplers.image_keys(key, jnp.arange(len(x_0)))
     top = samplers.initial_noise(keys, x_0.shape[1:], x_0.dtype)
     transitions = tau_lib.descend(noise_schedule, tau)
     table = levels(noise_schedule)
-    x_T = gaussian.q_marginal(x_0, top, level_at(table, transitions.t[0], x_0))
+    x_T = gaussian.q_marginal(x_0, top, level_at(table, transitions.t[0], x_0)).astype(x_0.dtype)
     known = Partial(_known_eps, table, x_0)
     _, path = samplers.trajectory(samplers.ddim(eta), known, transitions, x_T, keys)
     return path.x[:-1]
@@ -39,11 +39,11 @@ def forward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, e
     """The same x, in the same order, drawn from the image up: x at tau[1] by (4), then each by (8) from the one below
     it, which needs x_0 too: it is no Markov chain.
     """
-    x_0 = jnp.asarray(x_0)
+    x_0, key = checks.batch("x_0", x_0), checks.keys("key", key, ())
+    given, x_0 = x_0.dtype, x_0.astype(precision(x_0.dtype))
     transitions = tau_lib.descend(noise_schedule, tau)
-    samplers.ddim(eta).check(transitions)
-    upwards = jax.tree.map(lambda leaf: jnp.asarray(leaf)[::-1], transitions)
-    upwards = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.integer) else a.astype(x_0.dtype), upwards)
+    gaussian.check_eta(eta, transitions)
+    upwards = samplers.rounded(jax.tree.map(lambda leaf: jnp.asarray(leaf)[::-1], transitions), x_0.dtype)
     draw = lambda t: jax.random.normal(gaussian.level_key(key, t), x_0.shape, x_0.dtype)
 
     def body(x_s, transition):
@@ -54,4 +54,4 @@ def forward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, e
     lowest, rest = jax.tree.map(lambda leaf: leaf[0], upwards), jax.tree.map(lambda leaf: leaf[1:], upwards)
     first = gaussian.q_marginal(x_0, draw(lowest.t), lowest.level_t)
     _, above = jax.lax.scan(body, first, rest)
-    return jnp.concatenate([first[None], above])[::-1]
+    return jnp.concatenate([first[None], above])[::-1].astype(given)

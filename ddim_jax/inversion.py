@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_static
 
-from ddim_jax import samplers
+from ddim_jax import checks, samplers
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.multistep import moved, sigma_bars
@@ -39,9 +39,12 @@ def invert(
 
     refine: iterations in each step, one network call each, beside the explicit one that they begin with. Where a step
     has no fixed point nearby, as the first often has not (what decoding removes altogether cannot be encoded), the
-    iterate with the smallest residual is kept. end: the level of x_0 that tau begins with.
+    iterate with the smallest residual is kept. end: the level of x_0 that tau begins with. As in `samplers.integrate`,
+    a plain eps_fn is compiled with the arrays that it holds: parameters that change belong into a
+    `jax.tree_util.Partial`. ValueError for a refine below 1, and as there.
     """
-    x_T, residual = samplers.run(Implicit(refine), eps_fn, tau_lib.ascend(noise_schedule, tau, end), x_0)
+    transitions, x_0 = tau_lib.ascend(noise_schedule, tau, end), checks.batch("x_0", x_0)
+    x_T, residual = samplers.run(Implicit(checks.integer("refine", refine, 1)), eps_fn, transitions, x_0)
     return Inverted(x_T, residual)
 
 
@@ -55,9 +58,8 @@ class Implicit:
     stochastic = False
 
     def check(self, transitions: Transitions) -> None:
-        if self.refine < 1:
-            raise ValueError(f"refine must be at least 1, got {self.refine}")
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in transitions):
+        checks.integer("refine", self.refine, 1)
+        if not checks.traced(*transitions):
             if (np.asarray(transitions.s) < np.asarray(transitions.t)).any():
                 raise ValueError("an implicit step encodes: it must ascend")
 
@@ -79,10 +81,11 @@ class _Iterate(NamedTuple):
 
 def fixed_point(f: Callable[[Array], Array], x: Array, iterations: int) -> tuple[Array, Array]:
     """x with f(x) = x by Anderson's mixing (Walker and Ni 2011), for each image (B, ...) on its own, and the root mean
-    square of f(x) - x, (B,).
+    square of f(x) - x, (B,). iterations: at least 1; ValueError otherwise.
 
     It goes on from the best iterate so far; what the worse ones told is not lost.
     """
+    x, iterations = checks.batch("x", x), checks.integer("iterations", iterations, 1)
     flat = lambda a: a.reshape(*a.shape[: a.ndim - x.ndim + 1], -1)  # (..., B, d)
     size = lambda a: jnp.sqrt(jnp.mean(flat(a) ** 2, axis=-1))  # (B,)
     choose = lambda where, a, b: jnp.where(where.reshape(-1, *[1] * (x.ndim - 1)), a, b)

@@ -7,11 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from ddim_jax import gaussian
+from ddim_jax import checks, gaussian
+from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
-from ddim_jax.schedule import Array, Levels, level_at
+from ddim_jax.schedule import Array, Levels, check_levels, level_at, precision
 from ddim_jax.trajectory import Transitions
 
 # gamma as a function of the level. One network trained with any gamma > 0 serves all sampling processes (Theorem 1).
@@ -27,11 +27,18 @@ def l_gamma(eps_fn: EpsFn, table: Levels, x_0: Array, t: Array, eps: Array, gamm
 
     table: `schedule.levels(...)`. x_0, eps: (B, ...) with eps ~ N(0, I). t: (B,) in [1, T]. gamma: a name in
     GAMMAS. Returns (B,) float32. Divided by the dimension d, as in DDPM's code, so that gradient norms do not
-    depend on the image size; the mean over t uniform in 1..T and over the data is L_gamma / (T d).
+    depend on the image size; the mean over t uniform in 1..T and over the data is L_gamma / (T d). ValueError for
+    arguments of other shapes, dtypes or ranges.
     """
+    x_0 = checks.batch("x_0", x_0)
+    eps, t = checks.floating("eps", eps, x_0.shape), checks.reals("t", t, 1, check_levels(table).num_steps)
+    if np.shape(t) != x_0.shape[:1]:
+        raise ValueError(f"t must have the shape {x_0.shape[:1]}, got {np.shape(t)}")
+    weight = checks.lookup(GAMMAS, gamma, "gamma")
     level = level_at(table, t, x_0)
-    error = eps_fn(gaussian.q_marginal(x_0, eps, level), t) - eps
-    return jnp.mean(GAMMAS[gamma](level) * error**2, axis=tuple(range(1, x_0.ndim)))
+    x_t = gaussian.q_marginal(x_0, eps, level).astype(x_0.dtype)
+    error = gaussian.as_eps_fn(eps_fn)(x_t, t) - eps
+    return jnp.mean(weight(level) * error**2, axis=tuple(range(1, x_0.ndim)))
 
 
 def gamma_exact(transitions: Transitions, sigma2: Array) -> np.ndarray:
@@ -41,21 +48,24 @@ def gamma_exact(transitions: Transitions, sigma2: Array) -> np.ndarray:
     The means of q_sigma(x_s | x_t, x_0) and of the same with the predicted f differ by `c (x_0 - f)`,
     `c = sqrt(ab_s) - sqrt((1 - ab_s - sigma^2) ab_t / (1 - ab_t))`, so that
     `gamma_t = c^2 (1 - ab_t) / (2 sigma^2 ab_t)`. To the image, where x_0 itself is told by N(f, sigma^2), c is 1.
-    transitions: `descend` to 0. sigma2: (S,), above 0; the last is the decoder's variance.
+    transitions: `descend` to 0. sigma2: (S,), above 0; the last is the decoder's variance. ValueError otherwise.
     """
-    t = transitions
+    t = tau_lib.check_transitions(transitions)
+    sigma2 = checks.reals("sigma2", sigma2, 0, open=True)
     room = np.maximum(t.one_minus_alpha_bar_s - sigma2, 0)
     c = np.sqrt(t.alpha_bar_s) - np.sqrt(room * t.alpha_bar_t / t.one_minus_alpha_bar_t)
     return np.where(t.s > 0, c, 1.0) ** 2 * t.one_minus_alpha_bar_t / (2 * sigma2 * t.alpha_bar_t)
 
 
 def gamma_paper(transitions: Transitions, sigma2: Array, dimension: int) -> np.ndarray:
-    """The weights that the paper prints with Theorem 1, `1 / (2 d sigma^2 alpha_bar_t)`, (S,).
+    """The weights that the paper prints with Theorem 1, `1 / (2 d sigma^2 alpha_bar_t)`, (S,). dimension: d.
 
     They leave c, and 1 - alpha_bar_t, out of `gamma_exact`, so J_sigma is not L_gamma with them. The theorem's use does
     not depend on it: where every level has a network of its own, all gamma > 0 have the same optimum.
     """
-    return 1 / (2 * dimension * sigma2 * transitions.alpha_bar_t)
+    sigma2 = checks.reals("sigma2", sigma2, 0, open=True)
+    d = checks.integer("dimension", dimension, 1)
+    return 1 / (2 * d * sigma2 * tau_lib.check_transitions(transitions).alpha_bar_t)
 
 
 def decoder_nats(x_0: Array, mean: Array, sigma2: Array) -> Array:
@@ -84,8 +94,10 @@ DECODERS = {"gaussian": decoder_nats, "pixels": decoder_nats_of_pixels}
 
 def sigma2_of(transitions: Transitions, eta: float) -> np.ndarray:
     """sigma^2 of every step, (S,), on the host: Eq. (16), but `1 - ab_t` to the image, where (16) is 0: beta_1 of
-    DDPM where the step is from level 1.
+    DDPM where the step is from level 1. ValueError for an eta that (16) does not allow.
     """
+    transitions = tau_lib.check_transitions(transitions)
+    gaussian.check_eta(eta, transitions)
     return np.where(transitions.s > 0, gaussian.sigma_squared(eta, transitions), transitions.one_minus_alpha_bar_t)
 
 
@@ -99,20 +111,20 @@ def j_sigma(
     q_sigma(x_s | x_t, f)) - log p(x_0 | x_1)`. transitions: `descend` to 0, on the host. x_0: (B, ...). keys: (B,), one
     for each image, as of `samplers.image_keys`. eta: above 0, for at 0 q_sigma is not a density. decoder: "gaussian",
     or "pixels" for images of 256 values; with these `nats / (d log 2)` are bits per dimension. ValueError for another
-    eta or decoder.
+    eta or decoder, and for what the other arguments cannot be.
     """
-    if not eta > 0:
-        raise ValueError(f"eta must be above 0: J_sigma is infinite at 0, got {eta}")
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
-    sigma2 = sigma2_of(transitions, eta)
-    if jax.tree_util.all_leaves([eps_fn]):  # a plain function is no pytree yet
-        eps_fn = Partial(eps_fn)
-    return _bound(eps_fn, (transitions, sigma2, gamma_exact(transitions, sigma2)), jnp.asarray(x_0), keys, decoder)
+    checks.lookup(DECODERS, decoder, "decoder")
+    checks.real("eta", eta, 0, open=True)  # at 0 J_sigma is infinite
+    transitions, x_0 = tau_lib.check_transitions(transitions), checks.batch("x_0", x_0)
+    tau_lib.check_to_image(transitions)
+    keys, sigma2 = checks.keys("keys", keys, x_0.shape[:1]), sigma2_of(transitions, eta)
+    steps = transitions, sigma2, gamma_exact(transitions, sigma2)
+    return _bound(gaussian.as_eps_fn(eps_fn), steps, x_0, keys, decoder)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def _bound(eps_fn, steps, x_0, keys, decoder):
+    given, x_0 = x_0.dtype, x_0.astype(precision(x_0.dtype))
     floats = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x_0.dtype)
     steps = jax.tree.map(lambda leaf: floats(jnp.asarray(leaf)), steps)
     axes = tuple(range(1, x_0.ndim))
@@ -123,7 +135,7 @@ def _bound(eps_fn, steps, x_0, keys, decoder):
         transition, sigma2, gamma = step
         eps = gaussian.noise(keys, transition.t, x_0.shape[1:], x_0.dtype)
         x_t = gaussian.q_marginal(x_0, eps, transition.level_t)
-        said = eps_fn(x_t, transition.t)
+        said = eps_fn(x_t.astype(given), transition.t)
         kl = gamma * jnp.sum((said - eps) ** 2, axis=axes)
         told = DECODERS[decoder](x_0, gaussian.predict_x0(x_t, said, transition.level_t), sigma2)
         return total + jnp.where(transition.s > 0, kl, told), None

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_static
 
-from ddim_jax import gaussian
+from ddim_jax import checks, gaussian
 from ddim_jax.schedule import Array
 from ddim_jax.trajectory import Transition, Transitions
 
@@ -71,14 +71,20 @@ def _times(powers: list[Array], offset: Array) -> list[Array]:
 
 
 def _in_sequence(name: str, least: int, transitions: Transitions) -> None:
-    """ValueError for fewer steps than that, and for steps that ascend or do not begin where the last one ended."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in transitions):
+    """ValueError for fewer steps than that, for steps that ascend or do not begin where the last one ended, and for
+    levels that float32 cannot tell apart: what a step remembers is divided by their distance.
+    """
+    if checks.traced(*transitions):
         return
     t, s = np.asarray(transitions.t), np.asarray(transitions.s)
     if len(t) < least:
         raise ValueError(f"{name} needs at least {least} steps, got {len(t)}")
     if (s > t).any() or (s[:-1] != t[1:]).any():
         raise ValueError(f"{name} descends from level to level: no step may ascend, or leave a level out")
+    sigma_bar, _ = sigma_bars(Transition(*(np.asarray(leaf, np.float32) for leaf in transitions)))
+    for at in (sigma_bar, np.asarray(transitions.lambda_t, np.float32)) if least > 1 else ():
+        if len(same := np.flatnonzero(np.diff(at) == 0)):
+            raise ValueError(f"{name} cannot tell the levels {t[same[0]]} and {t[same[0] + 1]} apart in float32")
 
 
 def sigma_bars(transition: Transition) -> tuple[Array, Array]:
@@ -246,9 +252,13 @@ class DPMSolverPP:
 
 
 def dpm_solver_pp(order: int = 2) -> DPMSolverPP:
-    """DPM-Solver++(2M) or (3M): one network call a step. ValueError for another order."""
-    if order not in (2, 3):
-        raise ValueError(f"dpm_solver_pp has orders 2, 3, got {order}")
+    """DPM-Solver++(2M) or (3M): one network call a step. ValueError for another order.
+
+    (3M) is of third order. diffusers' is not: it converges with order 2.2, and after 20 steps it differs from this one
+    by 1.9e-2.
+    """
+    if checks.integer("order", order) not in (2, 3):
+        raise ValueError(f"order must be one that dpm_solver_pp has, 2 or 3, got {order}")
     return DPMSolverPP(order)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_static
 
-from ddim_jax import samplers
+from ddim_jax import checks, samplers
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.multistep import moved, sigma_bars
@@ -46,7 +46,7 @@ class FlowEuler(NamedTuple):
     stochastic = False
 
     def check(self, transitions: Transitions) -> None:
-        if not isinstance(transitions.t, jax.core.Tracer) and (np.asarray(transitions.t) == 0).any():
+        if not checks.traced(transitions.t) and (np.asarray(transitions.t) == 0).any():
             raise ValueError("Eq. (15) has no step from level 0")
 
     def init(self, x: Array) -> tuple:
@@ -68,7 +68,7 @@ def log_likelihood(
     key: none for the exact trace, which takes d derivatives a step; with one key, or (B,) keys, Hutchinson's estimate,
     `v^T J v` with v ~ N(0, I), drawn anew in each step. x_0: (B, ...).
     """
-    transitions = tau_lib.ascend(noise_schedule, tau)
+    transitions, x_0 = tau_lib.ascend(noise_schedule, tau), checks.batch("x_0", x_0)
     x_T, grown = samplers.run(_Likelihood(exact=key is None), eps_fn, transitions, x_0, key)
     density = -(x_T**2) / 2 - np.log(2 * np.pi) / 2 + np.log(transitions.alpha_bar_s[-1]) / 2
     return jnp.sum(density.reshape(len(x_T), -1), axis=1) + grown

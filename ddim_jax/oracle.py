@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from ddim_jax import checks
 from ddim_jax.gaussian import EpsFn
-from ddim_jax.schedule import Array, Schedule, level_at, levels
+from ddim_jax.schedule import Array, Schedule, level_at, levels, precision
 
 
 def gaussian(noise_schedule: Schedule, mean: Array = 0.0, std: Array = 1.0) -> EpsFn:
@@ -21,10 +22,12 @@ def gaussian(noise_schedule: Schedule, mean: Array = 0.0, std: Array = 1.0) -> E
 
     `eps(x, t) = sqrt(1 - ab_t) (x - sqrt(ab_t) mean) / (ab_t std^2 + 1 - ab_t)`.
     """
-    return Partial(_gaussian_eps, levels(noise_schedule), np.asarray(mean), np.asarray(std))
+    mean, std = np.asarray(checks.reals("mean", mean)), np.asarray(checks.reals("std", std, 0))
+    return Partial(_gaussian_eps, levels(noise_schedule), mean, std)
 
 
 def _gaussian_eps(table, mean, std, x, t):
+    x = x.astype(precision(x.dtype))
     level = level_at(table, t, x)
     mean, std = (jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape[1:])[None] for value in (mean, std))
     centred = x - jnp.sqrt(level.alpha_bar) * mean
@@ -38,13 +41,19 @@ def mixture(noise_schedule: Schedule, means: Array, stds: Array, weights: Array 
     equal. `eps(x, t) = sqrt(1 - ab_t) sum_k r_k (x - sqrt(ab_t) m_k) / v_k`, `v_k = ab_t s_k^2 + 1 - ab_t`, with
     the responsibilities `r_k = softmax_k(log w_k - d/2 log v_k - |x - sqrt(ab_t) m_k|^2 / (2 v_k))`.
     """
-    means, stds = np.asarray(means), np.asarray(stds)
-    weights = np.full(len(means), 1 / len(means)) if weights is None else np.asarray(weights) / np.sum(weights)
+    means, stds = np.asarray(checks.reals("means", means)), np.asarray(checks.reals("stds", stds, 0))
+    if not means.ndim or not means.size:
+        raise ValueError(f"means must be (K, ...), K at least 1, got shape {means.shape}")
+    weights = np.ones(len(means)) if weights is None else np.asarray(checks.reals("weights", weights, 0))
+    if not weights.sum() > 0:
+        raise ValueError("weights must not all be 0")
+    weights = weights / weights.sum()
     if not stds.shape == weights.shape == means.shape[:1]:
         raise ValueError(
             f"means {means.shape}, stds {stds.shape} and weights {weights.shape} must agree in their first axis"
         )
-    return Partial(_mixture_eps, levels(noise_schedule), means, stds, np.log(weights))
+    with np.errstate(divide="ignore"):  # a component of weight 0 is never drawn
+        return Partial(_mixture_eps, levels(noise_schedule), means, stds, np.log(weights))
 
 
 def finite(noise_schedule: Schedule, data: Array) -> EpsFn:
@@ -55,11 +64,7 @@ def finite(noise_schedule: Schedule, data: Array) -> EpsFn:
 
 
 def _mixture_eps(table, means, stds, log_weights, x, t):
-    if (
-        len(x) == 1
-    ):  # XLA drops an axis of length 1 and then adds up in another order: a second row keeps the bits of larger batches
-        twice = jax.lax.optimization_barrier(jnp.concatenate([x, x]))
-        return jax.lax.optimization_barrier(_mixture_eps(table, means, stds, log_weights, twice, t))[:1]
+    x = x.astype(precision(x.dtype))
     means, stds, log_weights = (jnp.asarray(value, x.dtype) for value in (means, stds, log_weights))
     flat, centres = x.reshape(len(x), 1, -1), means.reshape(1, len(means), -1)  # (B, 1, d), (1, K, d)
     stds, log_weights = stds[None, :, None], log_weights[None, :, None]  # (1, K, 1)

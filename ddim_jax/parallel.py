@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import gaussian, samplers
+from ddim_jax import checks, gaussian, samplers
 from ddim_jax.gaussian import EpsFn
 from ddim_jax.samplers import Sampler
-from ddim_jax.schedule import Array
+from ddim_jax.schedule import Array, precision
 from ddim_jax.trajectory import Transition, Transitions
 
 
@@ -44,15 +44,17 @@ def integrate(
 
     window: steps at once; 0 for all. Memory is that of so many network calls. tolerance: by how much, root mean square
     of an image's x_t, a point may still move when it counts as found; at 0 the result is that of the steps one by one.
-    sharding: where the window's points (window, B, ...) live, to divide them over devices; default: as x is. ValueError
-    for a sampler that remembers, for a window below 0, and as in `samplers.integrate`.
+    sharding: where the window's points (window, B, ...) live, to divide them over devices; default: as x is. As in
+    `samplers.integrate`, a plain eps_fn is compiled with the arrays that it holds: parameters that change belong into a
+    `jax.tree_util.Partial`. ValueError for a sampler that remembers, for a window or a tolerance below 0, and as there.
     """
-    eps_fn, x, keys = samplers.checked(sampler, eps_fn, transitions, x, key)
+    sampler, eps_fn, transitions, x, keys = samplers.checked(sampler, eps_fn, transitions, x, key)
     check_memory(sampler)
     steps = len(transitions.t)
-    if window < 0 or tolerance < 0:
-        raise ValueError(f"window and tolerance must be at least 0, got {window} and {tolerance}")
-    window = min(window or steps, steps)
+    window = min(checks.integer("window", window, 0) or steps, steps)
+    checks.real("tolerance", tolerance, 0)
+    if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
+        raise ValueError(f"sharding must be a jax.sharding.Sharding, got {checks.shown(sharding)}")
     # The window may stand beyond the last step; what it does there is not used.
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], window, 0)]), transitions)
     return _rounds(sampler, eps_fn, padded, x, keys, tolerance, window=window, steps=steps, sharding=sharding)
@@ -72,20 +74,16 @@ class _Window(NamedTuple):
 
 @jax.jit(static_argnames=("window", "steps", "sharding"))
 def _rounds(sampler, eps_fn, transitions, x, keys, tolerance, *, window, steps, sharding):
-    transitions = samplers.rounded(transitions, x.dtype)
+    given, wide = x.dtype, precision(x.dtype)
+    transitions, x = samplers.rounded(transitions, wide), x.astype(wide)
     scale = lambda alpha_bar: jnp.sqrt(alpha_bar).reshape(-1, *[1] * x.ndim)
-    noise_of = lambda t: None if keys is None else gaussian.noise(keys, t, x.shape[1:], x.dtype)
+    noise_of = lambda t: None if keys is None else gaussian.noise(keys, t, x.shape[1:], wide)
 
     def take(x_t: Array, transition: Transition, eps_fn: EpsFn) -> tuple[Array, Array]:
-        """(x_s, what the network said of x_t)."""
-        said = []
-
-        def heard(x, t):
-            said.append(eps_fn(x, t))
-            return said[-1]
-
-        x_s, _ = sampler.step(x_t, (), transition, heard, noise_of(transition.t))
-        return x_s.astype(x.dtype), said[0]
+        """(x_s, output of the network at x_t)."""
+        recorded, outputs = samplers.recording(eps_fn, given)
+        x_s, _ = sampler.step(x_t, (), transition, recorded, noise_of(transition.t))
+        return x_s.astype(wide), outputs[0]
 
     def onwards(x_t: Array, eps: Array, ahead: Transitions) -> Array:
         """(window, B, ...): the next points, if the network went on to say eps."""
@@ -105,7 +103,7 @@ def _rounds(sampler, eps_fn, transitions, x, keys, tolerance, *, window, steps, 
         ends, said = jax.vmap(lambda x_t, transition: take(x_t, transition, eps_fn))(starts, now)
         added = ends / scale(now.alpha_bar_s) - starts / scale(now.alpha_bar_t)
         first = state.x[:1] / scale(now.alpha_bar_t[:1])
-        found = ((first + jnp.cumsum(added, axis=0)) * scale(now.alpha_bar_s)).astype(x.dtype)
+        found = (first + jnp.cumsum(added, axis=0)) * scale(now.alpha_bar_s)
         found = found.at[0].set(ends[0])  # exact: it began at an exact point
 
         moved = jnp.sqrt(jnp.mean(jnp.square(found - state.x[1:]).reshape(*found.shape[:2], -1), axis=-1)).max(axis=1)
@@ -119,4 +117,4 @@ def _rounds(sampler, eps_fn, transitions, x, keys, tolerance, *, window, steps, 
     guesses = onwards(x, x, at(zero))  # x_T is nearly all eps
     state = _Window(zero, jnp.concatenate([x[None], guesses]), zero)
     state = jax.lax.while_loop(lambda state: state.begin < steps, round_, state)
-    return Parallel(state.x[0], state.rounds)
+    return Parallel(state.x[0].astype(given), state.rounds)

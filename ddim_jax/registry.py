@@ -4,13 +4,13 @@ tests run over these.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ddim_jax import gaussian, losses, multistep, samplers, schedule, trajectory
+from ddim_jax.checks import lookup as lookup
 
 SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule or ContinuousSchedule
     "linear": schedule.linear,
@@ -56,15 +56,6 @@ SAMPLERS = {  # (what the signature names) -> Sampler
 
 PREDICTIONS = gaussian.PREDICTIONS
 GAMMAS = losses.GAMMAS
-
-
-def lookup(table: Mapping[str, Any], name: str) -> Any:
-    """The entry called name, or a ValueError with the names there are and the nearest of them."""
-    if name not in table:
-        nearest = difflib.get_close_matches(str(name), table, 1, cutoff=0.5)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise ValueError(f"{name!r} is not one of {', '.join(table)}{hint}")
-    return table[name]
 
 
 def accepts(factory: Callable) -> set[str]:

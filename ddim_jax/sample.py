@@ -22,6 +22,7 @@ from ddim_jax import cli, generate, images, output, registry, samplers, sharding
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config, Process
 from ddim_jax.data.scaling import to_uint8
+from ddim_jax.memory import check_sampling
 
 GRID_IMAGES = 100
 FILM_IMAGES = 8
@@ -46,6 +47,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     mesh = sharding.data_mesh()
+    check_sampling(config, mesh)
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out or default_folder(config, options.workdir))
 

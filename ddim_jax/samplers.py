@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from ddim_jax import gaussian
+from ddim_jax import checks, gaussian
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import EpsFn
-from ddim_jax.schedule import Array, Level, Schedule
+from ddim_jax.gaussian import max_eta as max_eta
+from ddim_jax.schedule import Array, Level, Schedule, precision
 from ddim_jax.trajectory import Transition, Transitions
 
 
@@ -50,22 +50,10 @@ class DDIM(NamedTuple):
 
     @property
     def stochastic(self) -> bool:
-        return _traced(self.eta) or bool(self.eta != 0)
+        return checks.traced(self.eta) or bool(self.eta != 0)
 
     def check(self, transitions: Transitions) -> None:
-        if _traced(self.eta, *transitions):
-            return
-        if not self.eta >= 0:
-            raise ValueError(f"eta must be at least 0, got {self.eta}")
-        ascending = np.asarray(transitions.s) > np.asarray(transitions.t)
-        if self.eta > 0 and ascending.any():
-            raise ValueError(f"eta must be 0 where a step ascends (encoding is deterministic), got {self.eta}")
-        limit = max_eta(transitions)
-        if self.eta > limit:
-            raise ValueError(
-                f"eta must be in [0, {limit:.6g}] for this tau: beyond, sigma^2 of Eq. (16) exceeds "
-                f"1 - alpha_bar_s; got {self.eta}"
-            )
+        gaussian.check_eta(self.eta, transitions)
 
     def init(self, x: Array) -> tuple:
         return ()
@@ -73,9 +61,9 @@ class DDIM(NamedTuple):
     def step(self, x_t, state, transition, eps_fn, noise):
         eps = eps_fn(x_t, transition.t)
         x_0 = gaussian.predict_x0(x_t, eps, transition.level_t)  # (9)
-        sigma2 = gaussian.sigma_squared(self.eta, transition)  # (16)
-        x_s = jnp.sqrt(transition.alpha_bar_s) * x_0 + jnp.sqrt(transition.one_minus_alpha_bar_s - sigma2) * eps  # (12)
-        return x_s if noise is None else x_s + jnp.sqrt(sigma2) * noise, state
+        kept = gaussian.direction_variance(transition, gaussian.sigma_squared(self.eta, transition))
+        x_s = jnp.sqrt(transition.alpha_bar_s) * x_0 + gaussian.root(kept) * eps  # (12)
+        return x_s if noise is None else x_s + gaussian.sigma(self.eta, transition) * noise, state  # (16)
 
 
 class DDPMHat(NamedTuple):
@@ -90,7 +78,7 @@ class DDPMHat(NamedTuple):
         return True
 
     def check(self, transitions: Transitions) -> None:
-        if not _traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
+        if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
             raise ValueError("ddpm_hat cannot ascend: encoding is deterministic")
 
     def init(self, x: Array) -> tuple:
@@ -103,10 +91,11 @@ class DDPMHat(NamedTuple):
 
 
 def ddim(eta: float = 0.0) -> DDIM:
-    """The family of Eq. (12) and (16): eta = 0 is deterministic DDIM, eta = 1 is DDPM. ValueError if eta < 0."""
-    if not _traced(eta) and not eta >= 0:
-        raise ValueError(f"eta must be at least 0, got {eta}")
-    return DDIM(eta)
+    """The family of Eq. (12) and (16): eta = 0 is deterministic DDIM, eta = 1 is DDPM. ValueError unless eta is a
+    finite number of at least 0, and, once it is run, of at most `max_eta`. A run can be differentiated and mapped over
+    a traced eta.
+    """
+    return DDIM(checks.real("eta", eta, 0))
 
 
 def ddpm() -> DDIM:
@@ -119,13 +108,6 @@ def ddpm_hat() -> DDPMHat:
     return DDPMHat()
 
 
-def max_eta(transitions: Transitions) -> float:
-    """The largest eta with `sigma(eta)^2 <= 1 - alpha_bar_s` in every step: at least 1, infinite for a single step."""
-    bound, unit = np.asarray(transitions.one_minus_alpha_bar_s), np.asarray(transitions.posterior_variance)
-    ratio = np.divide(bound, unit, out=np.full(bound.shape, np.inf), where=unit > 0)
-    return float(np.sqrt(ratio.min()))
-
-
 class Trajectory(NamedTuple):
     """All that a run went through, for S steps."""
 
@@ -136,12 +118,15 @@ class Trajectory(NamedTuple):
 def integrate(sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None) -> Array:
     """Runs a sampler over all transitions and returns the last x: x_0 for `descend`, x_T for `ascend`.
 
-    sampler: see `Sampler`. eps_fn: (x_t, t) -> eps; to change parameters without compiling again, a
-    `jax.tree_util.Partial` that holds them; a plain function is compiled once per function. transitions: leaves
-    (S,). x: (B, ...). key: one key, from which image i of the batch gets `fold_in(key, i)`, or (B,) keys, see
-    `image_keys`. The noise of an image depends on its own key and on the level alone. Without a key nothing is
-    drawn: ValueError if the sampler is stochastic. Memory does not grow with S, and a new S is the only thing
-    that compiles again.
+    sampler: see `Sampler`. eps_fn: (x_t, t) -> eps, of the shape of x_t. A plain function is compiled once, with the
+    arrays that it holds as constants: parameters that change belong into a `jax.tree_util.Partial(function,
+    parameters)`, which also compiles nothing again; in a plain function only an array that was replaced is noticed, see
+    `checks.function`. transitions: leaves (S,). x: (B, ...), of floating point: the network is given its dtype, and
+    what is around the network is computed in float32 at least. key: one key, from which image i of the batch gets
+    `fold_in(key, i)`, or (B,) keys, see `image_keys`. The noise of an image depends on its own key and on the level
+    alone, and is the same bits in every batch; images are the same to rounding. Without a key nothing is drawn:
+    ValueError if the sampler is stochastic, and for every other argument that cannot be. Memory does not grow with S,
+    and a new S is the only thing that compiles again.
     """
     return run(sampler, eps_fn, transitions, x, key)[0]
 
@@ -161,12 +146,16 @@ def trajectory(
     key: Array | None = None,
     predict: Callable[[Array, Array, Level], Array] = gaussian.predict_x0,
 ) -> tuple[Array, Trajectory]:
-    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S.
+    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S. As there, a
+    plain eps_fn is compiled with the arrays that it holds: parameters that change belong into a
+    `jax.tree_util.Partial`.
 
-    predict: (x_t, what the network says of it, level) -> x_0: Eq. (9), where it says eps.
+    predict: (x_t, output of the network, level) -> x_0: Eq. (9), where the output is eps.
     """
+    if not callable(predict):
+        raise ValueError(f"predict must be a function (x_t, eps, level) -> x_0, got {checks.shown(predict)}")
     (last, _), (states, x_0) = _run(sampler, eps_fn, transitions, x, key, predict)
-    return last, Trajectory(jnp.concatenate([jnp.asarray(x)[None], states]), x_0)
+    return last, Trajectory(jnp.concatenate([jnp.asarray(x, last.dtype)[None], states]), x_0)
 
 
 def invert(
@@ -181,83 +170,91 @@ def invert(
     (B, ...).
 
     Deterministic, one network call a step; not the noising process (4). `integrate(ddim(0.), ...)` over `descend`
-    of the same tau decodes, with an error that falls like 1/S. evaluate_at: the level that the network is told in
+    of the same tau decodes, with an error that falls like 1/S. evaluate_at: the timestep passed to the network in
     the step t -> s, s > t: "current", t, the level that x is at (explicit Euler), or "next", s, as in other
-    implementations. end: the level of x_0 that tau begins with.
+    implementations. end: the level of x_0 that tau begins with. As in `integrate`, a plain eps_fn is compiled with the
+    arrays that it holds: parameters that change belong into a `jax.tree_util.Partial`.
     """
     transitions = tau_lib.ascend(noise_schedule, tau, end)
-    told = {"current": transitions.t, "next": transitions.s}
-    if evaluate_at not in told:
-        raise ValueError(f"evaluate_at must be one of {', '.join(told)}, got {evaluate_at!r}")
-    return integrate(ddim(0.0), eps_fn, transitions._replace(t=told[evaluate_at]), x_0)
+    times = checks.lookup({"current": transitions.t, "next": transitions.s}, evaluate_at, "evaluate_at")
+    return integrate(ddim(0.0), eps_fn, transitions._replace(t=times), checks.batch("x_0", x_0))
 
 
 def image_keys(key: Array, index: Array) -> Array:
     """One key per image: `fold_in(key, i)` for i in index (B,). Image i then depends on (seed, i) and nothing else."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(_typed(key), jnp.asarray(index))
+    index = jnp.asarray(index)
+    if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
+        raise ValueError(f"index must be integers (B,), got shape {index.shape} and dtype {index.dtype}")
+    return jax.vmap(jax.random.fold_in, (None, 0))(checks.keys("key", key, ()), index)
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """x_T ~ N(0, I), (B, *shape), from (B,) keys. It is the noise of level 0, a level that no step leaves."""
-    return gaussian.noise(keys, 0, shape, dtype)
+    return gaussian.noise(checks.keys("keys", keys, (None,)), 0, shape, dtype)
 
 
 def _run(sampler, eps_fn, transitions, x, key, predict=None):
-    eps_fn, x, keys = checked(sampler, eps_fn, transitions, x, key)
-    return _scan(sampler, eps_fn, transitions, x, keys, predict=predict)
+    return _scan(*checked(sampler, eps_fn, transitions, x, key), predict=predict)
 
 
 def checked(
     sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None
-) -> tuple[Partial, Array, Array | None]:
-    """What a loop over a sampler's steps begins with: eps_fn as a pytree, x as an array, and (B,) keys, or None.
-    ValueError, see `integrate`.
+) -> tuple[Sampler, EpsFn, Transitions, Array, Array | None]:
+    """The arguments of a loop over a sampler's steps, as it takes them: eps_fn a pytree, transitions and x arrays, key
+    (B,) keys or None. ValueError, naming the argument, for what they cannot be.
     """
+    _check_sampler(sampler)
+    transitions = tau_lib.check_transitions(transitions)
     sampler.check(transitions)
-    x = jnp.asarray(x)
+    x = checks.batch("x", x)
     if key is None and sampler.stochastic:
-        raise ValueError(f"{sampler} is stochastic and needs a key")
+        raise ValueError(f"key must be given: {sampler} is stochastic and needs a key")
     if key is not None:
-        key = _typed(key)
+        key = checks.keys("key", key, (), x.shape[:1])
         key = key if key.ndim else image_keys(key, jnp.arange(x.shape[0]))
-        if key.shape != x.shape[:1]:
-            raise ValueError(f"key must be one key or one for each of the {x.shape[0]} images, got shape {key.shape}")
-    if jax.tree_util.all_leaves([eps_fn]):  # a plain function is no pytree yet
-        eps_fn = Partial(eps_fn)
-    return eps_fn, x, key
+    return sampler, gaussian.as_eps_fn(eps_fn), transitions, x, key
+
+
+def _check_sampler(sampler: Sampler) -> None:
+    if isinstance(sampler, type) or not all(hasattr(sampler, name) for name in ("stochastic", "check", "init", "step")):
+        raise ValueError(f"sampler must have the methods of samplers.Sampler, got {checks.shown(sampler)}")
+    if jax.tree_util.all_leaves([sampler]):
+        raise ValueError(f"sampler must be a pytree, such as a NamedTuple, got {checks.shown(sampler)}")
 
 
 def rounded(transitions: Transitions, dtype: jnp.dtype) -> Transitions:
-    """The transitions in the precision of x; levels that are ints stay so."""
+    """The transitions in a precision; levels that are ints stay so."""
     return jax.tree.map(
         lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype), transitions
     )
 
 
+def recording(eps_fn: EpsFn, dtype: jnp.dtype) -> tuple[EpsFn, list[Array]]:
+    """eps_fn as a step of a sampler calls it, for a network that is given x in this dtype; and its outputs so far in
+    the step, of which the first is at x_t.
+    """
+    outputs = []
+
+    def recorded(x, t):
+        outputs.append(eps_fn(x.astype(dtype), t))
+        return outputs[-1]
+
+    return recorded, outputs
+
+
 @jax.jit(static_argnames="predict")
 def _scan(sampler, eps_fn, transitions, x, keys, *, predict):
-    transitions = rounded(transitions, x.dtype)
+    wide = precision(x.dtype)
+    transitions = rounded(transitions, wide)
 
     def body(carry, transition):
         x_t, state = carry
-        said = []  # what the network said in this step; the first word is about x_t
+        recorded, outputs = recording(eps_fn, x.dtype)
+        noise = None if keys is None else gaussian.noise(keys, transition.t, x.shape[1:], wide)
+        x_s, state = sampler.step(x_t, state, transition, recorded, noise)
+        kept = None if predict is None else (x_s, predict(x_t, outputs[0], transition.level_t))
+        return (x_s.astype(wide), state), jax.tree.map(lambda leaf: leaf.astype(x.dtype), kept)
 
-        def heard(x, t):
-            said.append(eps_fn(x, t))
-            return said[-1]
-
-        noise = None if keys is None else gaussian.noise(keys, transition.t, x.shape[1:], x.dtype)
-        x_s, state = sampler.step(x_t, state, transition, heard, noise)
-        kept = None if predict is None else (x_s, predict(x_t, said[0], transition.level_t))
-        return (x_s.astype(x.dtype), state), kept
-
-    return jax.lax.scan(body, (x, sampler.init(x)), transitions)
-
-
-def _typed(key):
-    """A typed key, also from the raw (2,) uint32 of `jax.random.PRNGKey`."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-
-
-def _traced(*values) -> bool:
-    return any(isinstance(value, jax.core.Tracer) for value in values)
+    start = x.astype(wide)
+    (last, state), kept = jax.lax.scan(body, (start, sampler.init(start)), transitions)
+    return (last.astype(x.dtype), state), kept

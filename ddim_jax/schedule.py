@@ -29,7 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_static
 
+from ddim_jax import checks
+
 Array = jax.Array | np.ndarray
+SMALLEST = float(np.finfo(np.float32).tiny)  # what is below counts as 0 in float32
 
 
 class Level(NamedTuple):
@@ -54,8 +57,8 @@ class NoiseSchedule(NamedTuple):
         return self.alpha_bar.shape[0] - 1
 
     def level(self, t: np.ndarray) -> Level:
-        """Levels t, ints or reals in [0, T], in float64 on the host."""
-        table = self.levels()
+        """Levels t, ints or reals in [0, T], in float64 on the host. ValueError for another t."""
+        table, t = self.levels(), checks.reals("t", t, 0, self.num_steps)
         if np.issubdtype(np.asarray(t).dtype, np.integer):
             return Level(table.alpha_bar[t], table.one_minus_alpha_bar[t])
         return _from_log(np.interp(t, np.arange(self.num_steps + 1), table.log_alpha_bar), np)
@@ -86,8 +89,8 @@ class ContinuousSchedule:
         return self.level(np.arange(self.num_steps + 1)).alpha_bar
 
     def level(self, t: np.ndarray) -> Level:
-        """Levels t, in [0, T], in float64 on the host."""
-        t = np.asarray(t, np.float64)
+        """Levels t, in [0, T], in float64 on the host. ValueError for another t."""
+        t = np.asarray(checks.reals("t", t, 0, self.num_steps), np.float64)
         with np.errstate(all="ignore"):  # at 0, where the formula is not asked
             return _from_log(np.where(t > 0, self.log_alpha_bar(t), 0.0), np)
 
@@ -140,19 +143,58 @@ class LevelTable(NamedTuple):
 
 
 def levels(noise_schedule: Schedule) -> Levels:
-    """All levels of a schedule: a table in float64 on the host, or a formula."""
-    return noise_schedule.levels()
+    """All levels of a schedule: a table in float64 on the host, or a formula. ValueError for what is no schedule, see
+    `check`.
+    """
+    return check(noise_schedule).levels()
+
+
+def check(noise_schedule: Schedule) -> Schedule:
+    """The schedule itself. ValueError unless alpha_bar begins with 1, falls strictly, and stays above what is 0 in
+    float32; of a formula, at up to 1000 levels.
+    """
+    if isinstance(noise_schedule, NoiseSchedule):
+        alpha_bar = np.asarray(checks.reals("noise_schedule.alpha_bar", noise_schedule.alpha_bar, 0, 1), np.float64)
+        if alpha_bar.ndim != 1 or len(alpha_bar) < 2:
+            raise ValueError(f"noise_schedule.alpha_bar must be (T+1,), T at least 1, got shape {alpha_bar.shape}")
+        noise = 1 - alpha_bar
+    elif isinstance(noise_schedule, ContinuousSchedule):
+        T = checks.integer("noise_schedule.num_steps", noise_schedule.num_steps, 1)
+        alpha_bar, noise = noise_schedule.level(np.linspace(0, T, min(T, 1000) + 1))
+    else:
+        raise ValueError(
+            f"noise_schedule must be a NoiseSchedule or a ContinuousSchedule, got {checks.shown(noise_schedule)}"
+        )
+    if alpha_bar.min() < SMALLEST:
+        raise ValueError(f"noise_schedule falls to alpha_bar = {alpha_bar.min():.3g}, which is 0 in float32")
+    if alpha_bar[0] != 1 or not ((np.diff(alpha_bar) < 0) | (np.diff(noise) > 0)).all():
+        raise ValueError("noise_schedule must begin with alpha_bar = 1 and fall strictly")
+    return noise_schedule
+
+
+def check_levels(table: Levels) -> Levels:
+    """The table itself. ValueError unless it is what `levels` returns."""
+    if not callable(getattr(table, "at", None)):
+        raise ValueError(f"table must be what schedule.levels returns, got {checks.shown(table)}")
+    return table
+
+
+def precision(dtype: jnp.dtype) -> jnp.dtype:
+    """What is computed in for an x of this dtype: at least float32, because alpha_bar may be 0 in float16."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def level_at(table: Levels, t: Array, x: Array) -> Level:
     """Level t, shaped to broadcast against a batch.
 
     table: `levels(...)`. t: ints or reals in [0, T], () or (B,). x: (B, ...), gives dtype and rank. Returns leaves ()
-    or (B, 1, ..., 1), in the dtype of x.
+    or (B, 1, ..., 1), in the dtype of x, at least float32. ValueError for another t, as far as it is known.
     """
-    t = jnp.asarray(t)
+    t = jnp.asarray(checks.reals("t", t, 0, table.num_steps))
+    if t.ndim and t.shape != x.shape[:1]:
+        raise ValueError(f"t must have the shape () or {x.shape[:1]}, got {t.shape}")
     shape = t.shape + (1,) * (x.ndim - 1 if t.ndim else 0)
-    return jax.tree.map(lambda leaf: leaf.reshape(shape), table.at(t, x.dtype))
+    return jax.tree.map(lambda leaf: leaf.reshape(shape), table.at(t, precision(x.dtype)))
 
 
 def from_betas(betas) -> NoiseSchedule:
@@ -160,21 +202,22 @@ def from_betas(betas) -> NoiseSchedule:
 
     betas: (T,), each in (0, 1). Raises ValueError otherwise, and where the product falls below what float32 can hold.
     """
-    betas = np.asarray(betas, np.float64)
+    betas = np.asarray(checks.reals("betas", betas), np.float64)
     if betas.ndim != 1 or not betas.size:
         raise ValueError(f"betas must be a list of at least one number, got shape {betas.shape}")
     outside = np.flatnonzero(~((betas > 0) & (betas < 1)))
     if outside.size:
         raise ValueError(f"betas must lie in (0, 1), got beta[{outside[0] + 1}] = {betas[outside[0]]}")
     alpha_bar = np.concatenate([[1.0], np.cumprod(1 - betas)])
-    if alpha_bar[-1] < np.finfo(np.float32).tiny:
+    if alpha_bar[-1] < SMALLEST:
         raise ValueError(f"alpha_bar[T] = {alpha_bar[-1]:.3g} is 0 in float32: too many or too large betas")
-    return NoiseSchedule(alpha_bar)
+    return check(NoiseSchedule(alpha_bar))
 
 
 def _check_range(num_steps: int, beta_start: float, beta_end: float) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    checks.integer("num_steps", num_steps, 1, checks.MAX_STEPS)
+    checks.real("beta_start", beta_start)
+    checks.real("beta_end", beta_end)
     if not 0 < beta_start <= beta_end < 1:
         raise ValueError(
             f"beta_start and beta_end must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}"
@@ -202,8 +245,9 @@ def sigmoid(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
     """alpha_bar a squared cosine in t, each beta at most max_beta (Nichol and Dhariwal 2021, Eq. 17)."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    checks.integer("num_steps", num_steps, 1, checks.MAX_STEPS)
+    checks.real("offset", offset, 0)
+    checks.real("max_beta", max_beta, 0, 1, open=True)
     u = np.arange(num_steps + 1) / num_steps
     curve = np.cos((u + offset) / (1 + offset) * np.pi / 2) ** 2
     return from_betas(np.minimum(1 - curve[1:] / curve[:-1], max_beta))
@@ -225,7 +269,7 @@ def vp(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) 
     It is `linear` as its steps become small; in the time t / T its rates are T beta_start and T beta_end, 0.1 and 20.
     """
     _check_range(num_steps, beta_start, beta_end)
-    return VP(num_steps, beta_start, beta_end)
+    return check(VP(num_steps, beta_start, beta_end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +287,9 @@ def log_snr(num_steps: int = 1000, log_snr_max: float = 13.3, log_snr_min: float
     """log(alpha_bar / (1 - alpha_bar)) linear in t (Kingma et al. 2021, appendix F, which learned such a range). The
     image itself, t = 0, is beyond the line.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    checks.integer("num_steps", num_steps, 1, checks.MAX_STEPS)
+    checks.real("log_snr_max", log_snr_max)
+    checks.real("log_snr_min", log_snr_min)
     if not -80 <= log_snr_min < log_snr_max <= 80:
         raise ValueError(f"-80 <= log_snr_min < log_snr_max <= 80 must hold, got {log_snr_min} and {log_snr_max}")
     return LogSNR(num_steps, log_snr_max, log_snr_min)

@@ -36,6 +36,7 @@ from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.config import Config, Process
 from ddim_jax.errors import CheckpointError, ConfigError, DamagedError, error_context
 from ddim_jax.journal import Log, steps_in
+from ddim_jax.memory import check_training
 from ddim_jax.train_state import TrainState
 from ddim_jax.yardstick import Yardstick
 
@@ -59,6 +60,7 @@ def main(options: types.SimpleNamespace) -> None:
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     with error_context("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
+    check_training(config, mesh)
     source = load_data(config, mesh)
     workdir = cli.writable_folder(options.workdir)
     yard = quick_yardstick(config, mesh) if config.train.evaluate_every else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,6 +26,12 @@ def init_params(model: nn.Module, key: Array) -> Any:
     images = jnp.zeros((1, model.image_size, model.image_size, model.image_channels))
     labels = jnp.zeros(1, jnp.int32) if model.num_classes else None
     return model.init(key, images, jnp.zeros(1, jnp.int32), labels)["params"]
+
+
+@functools.lru_cache(maxsize=16)
+def param_shapes(model: nn.Module) -> Any:
+    """Shapes and dtypes of the parameters of a network, without making any."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
 
 
 def init(model: nn.Module, optimizer: optax.GradientTransformation, key: Array) -> TrainState:

@@ -7,12 +7,15 @@ The paper's levels are ints. Time is real too: levels between them are legal, an
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ddim_jax.schedule import Array, Level, Schedule
+from ddim_jax import checks
+from ddim_jax import schedule as schedule_lib
+from ddim_jax.schedule import SMALLEST, Array, Level, Schedule
 
 
 class Transition(NamedTuple):
@@ -42,27 +45,77 @@ Transitions = Transition
 
 
 def transitions(noise_schedule: Schedule, t: Sequence[float], s: Sequence[float]) -> Transitions:
-    """The steps t[i] -> s[i], (S,) ints or reals each, in [0, T], t[i] != s[i]; ValueError otherwise. Leaves (S,), on
-    the host.
+    """The steps t[i] -> s[i], (S,) ints or reals each, in [0, T], t[i] != s[i]; ValueError otherwise, and for a level
+    above 0 that is 0 in float32. Leaves (S,), on the host, read-only.
 
     A step need not begin where the one before it ended, so the habits of other samplers can be followed: diffusers
     steps from t to t - T // S whatever level comes next.
     """
-    T = noise_schedule.num_steps
-    t, s = np.asarray(t), np.asarray(s)
+    T = schedule_lib.check(noise_schedule).num_steps
+    t, s = (np.array(checks.reals(name, levels)) for name, levels in (("t", t), ("s", s)))
     for name, levels in (("t", t), ("s", s)):
-        if levels.ndim != 1 or not np.issubdtype(levels.dtype, np.number):
-            raise ValueError(f"{name} must be a list of numbers, got {levels.tolist()}")
-        if levels.size and not 0 <= levels.min() <= levels.max() <= T:
+        if levels.ndim != 1 or not levels.size:
+            raise ValueError(f"{name} must be a list of at least one number, got shape {levels.shape}")
+        if not 0 <= levels.min() <= levels.max() <= T:
             raise ValueError(f"{name} must stay within 0..{T}, got {levels.min()}..{levels.max()}")
     if t.shape != s.shape or (t == s).any():
-        raise ValueError(f"t and s must be of one length and differ in every step, got {t.tolist()} and {s.tolist()}")
+        where = f"{t.size} and {s.size} levels" if t.shape != s.shape else f"{t[t == s][0]} -> {t[t == s][0]}"
+        raise ValueError(f"t and s must be of one length and differ in every step, got {where}")
     (ab_t, rest_t), (ab_s, rest_s) = noise_schedule.level(t), noise_schedule.level(s)
+    for name, levels, rest in (("t", t, rest_t), ("s", s, rest_s)):
+        if (small := levels[(levels > 0) & (rest < SMALLEST)]).size:
+            raise ValueError(f"{name} must be 0, or have a noise that is not 0 in float32, got {small[0]}")
     beta = np.maximum(1 - ab_t / ab_s, 0)
     posterior_variance = np.divide(rest_s * beta, rest_t, out=np.zeros_like(beta), where=t > s)
     lambda_t, lambda_s = _lambda(ab_t, rest_t), _lambda(ab_s, rest_s)
     step = lambda_s - lambda_t
-    return Transition(t, s, ab_t, ab_s, rest_t, rest_s, beta, posterior_variance, lambda_t, step)
+    made = Transition(t, s, ab_t, ab_s, rest_t, rest_s, beta, posterior_variance, lambda_t, step)
+    for leaf in made:
+        leaf.flags.writeable = False
+    return made
+
+
+def check_transitions(transitions: Transitions) -> Transitions:
+    """The transitions, every leaf an array. ValueError unless they are `Transitions` whose leaves are (S,), S at least
+    1, with values that a schedule can have; of traced leaves only the shape and the dtype are known.
+    """
+    global _known
+    if not isinstance(transitions, Transition):
+        raise ValueError(f"transitions must be what trajectory.descend returns, got {checks.shown(transitions)}")
+    if all(map(operator.is_, transitions, _known)):
+        return transitions
+    leaves = []
+    for name, leaf in transitions._asdict().items():
+        infinite = name.startswith("lambda")
+        bounds = () if infinite else (0, np.inf) if name in "ts" else (0, 1)
+        leaf = checks.reals(f"transitions.{name}", leaf, *bounds, infinite=infinite)
+        if leaf.ndim != 1 or not leaf.size or leaf.shape != np.shape(transitions.t):
+            raise ValueError(f"transitions.{name} must have the shape (S,) of all leaves, got {leaf.shape}")
+        leaves.append(leaf)
+    checked = Transition(*leaves)
+    if checks.traced(*leaves):
+        return checked
+    for level in "ts":
+        alpha_bar, rest = (np.asarray(getattr(checked, f"{of}alpha_bar_{level}")) for of in ("", "one_minus_"))
+        if alpha_bar.min() < SMALLEST:
+            raise ValueError(f"transitions.alpha_bar_{level} must be in (0, 1], got {alpha_bar.min()}")
+        if np.abs(alpha_bar + rest - 1).max() > 1e-3:
+            raise ValueError(f"transitions.one_minus_alpha_bar_{level} must be 1 - alpha_bar_{level}")
+    if not any(isinstance(leaf, np.ndarray) and leaf.flags.writeable for leaf in leaves):
+        _known = checked
+    return checked
+
+
+def check_to_image(transitions: Transitions) -> None:
+    """ValueError unless the steps descend to level 0, one from where the last one ended: a bound is a sum over all."""
+    if checks.traced(*transitions):
+        return
+    t, s = np.asarray(transitions.t), np.asarray(transitions.s)
+    if s[-1] != 0 or (s > t).any() or (s[:-1] != t[1:]).any():
+        raise ValueError("transitions must descend from level to level down to 0")
+
+
+_known: tuple = (None,)  # the last that were found right, and that cannot change: those of a run batch by batch
 
 
 def _lambda(alpha_bar: np.ndarray, one_minus_alpha_bar: np.ndarray) -> np.ndarray:
@@ -89,30 +142,29 @@ def ascend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0) -> Tran
 
 def check(num_train_steps: int, tau: Sequence[float], end: int = 0) -> np.ndarray:
     """tau as an array, of ints where all are whole, else of float64; or ValueError: at least one step, numbers from 0
-    to T, first `end`, strictly ascending.
+    to T, first `end`, strictly ascending in float32, in which networks and noise know them.
     """
-    given = np.asarray(tau)
+    checks.integer("num_train_steps", num_train_steps, 1)
+    checks.real("end", end, 0, num_train_steps)
+    given = np.asarray(checks.reals("tau", tau))
     if given.ndim != 1 or given.size < 2:
-        raise ValueError(f"tau needs at least one step, got {given.tolist()}")
-    if not np.isfinite(given).all():
-        raise ValueError(f"tau must hold numbers, got {given[~np.isfinite(given)][0]}")
+        raise ValueError(f"tau needs at least one step, got {checks.shown(tau)}")
     whole = (given == np.round(given)).all() and (np.abs(given) < 2**31).all()
     tau = given.astype(np.int32 if whole else np.float64)
     if tau[0] != end:
         raise ValueError(f"tau must begin with {end}{', the image itself' if end == 0 else ''}, got {tau[0]}")
-    falls = np.flatnonzero(np.diff(tau) <= 0)
+    if tau.max() > num_train_steps:
+        raise ValueError(f"tau must stay within 1..{num_train_steps}, got {tau.max()}")
+    falls = np.flatnonzero(np.diff(tau if whole else tau.astype(np.float32)) < SMALLEST)
     if falls.size:
         raise ValueError(f"tau must ascend strictly, got {tau[falls[0]]} and then {tau[falls[0] + 1]}")
-    if tau[-1] > num_train_steps:
-        raise ValueError(f"tau must stay within 1..{num_train_steps}, got {tau[-1]}")
     return tau
 
 
 def _counter(num_train_steps: int, num_steps: int) -> np.ndarray:
     """1..S, for a checked S."""
-    if not 1 <= num_steps <= num_train_steps:
-        raise ValueError(f"the number of steps must be in 1..{num_train_steps}, got {num_steps}")
-    return np.arange(1, num_steps + 1)
+    checks.integer("num_train_steps", num_train_steps, 1, checks.MAX_STEPS)
+    return np.arange(1, checks.integer("num_steps", num_steps, 1, num_train_steps) + 1)
 
 
 def _from_zero(num_train_steps: int, steps: np.ndarray) -> np.ndarray:
@@ -183,12 +235,12 @@ def official_quadratic(num_train_steps: int, num_steps: int) -> np.ndarray:
     return _from_zero(num_train_steps, 1 + np.unique(steps))
 
 
-def explicit(num_train_steps: int, steps: Sequence[float]) -> np.ndarray:
+def explicit(num_train_steps: int, tau: Sequence[float]) -> np.ndarray:
     """A tau of your own: the levels in ascending order, each above 0 and at most T; a 0 in front is optional. (S+1,)
     numbers.
     """
-    steps = list(steps)
-    return check(num_train_steps, steps if steps[:1] == [0] else [0, *steps])
+    tau = np.asarray(checks.reals("tau", tau))
+    return check(num_train_steps, tau if tau.ndim != 1 or tau[:1].tolist() == [0] else np.concatenate([[0], tau]))
 
 
 def moved(num_train_steps: int, tau: Sequence[float], offset: int = 0, end: int = 0) -> np.ndarray:
@@ -197,15 +249,16 @@ def moved(num_train_steps: int, tau: Sequence[float], offset: int = 0, end: int 
 
     A step from a level to itself moves nothing; those that `end` would make are left out.
     """
-    levels = np.asarray(tau)[1:] + offset
+    checks.integer("offset", offset)
+    checks.real("end", end, 0)
+    levels = np.atleast_1d(checks.reals("tau", tau))[1:] + offset
     return check(num_train_steps, [end, *levels[levels > end].tolist()], end)
 
 
 def time(noise_schedule: Schedule, num_steps: int) -> np.ndarray:
     """Real levels evenly spaced in t: `tau_i = i T / S`, for any S at least 1. (S+1,) numbers."""
-    return check(
-        noise_schedule.num_steps, np.arange(_at_least_one(num_steps) + 1) * noise_schedule.num_steps / num_steps
-    )
+    T, S = schedule_lib.check(noise_schedule).num_steps, _at_least_one(num_steps)
+    return check(T, np.arange(S + 1) * T / S)
 
 
 def log_snr(noise_schedule: Schedule, num_steps: int) -> np.ndarray:
@@ -230,14 +283,12 @@ def karras(noise_schedule: Schedule, num_steps: int) -> np.ndarray:
 
 
 def _at_least_one(num_steps: int) -> int:
-    if num_steps < 1:
-        raise ValueError(f"the number of steps must be at least 1, got {num_steps}")
-    return num_steps
+    return checks.integer("num_steps", num_steps, 1, checks.MAX_STEPS)
 
 
 def _spaced(noise_schedule, num_steps, to, back):
     """0, then levels from 1 to T whose `to(sigma_bar)` are evenly spaced; a single step is from T."""
-    T = noise_schedule.num_steps
+    T = schedule_lib.check(noise_schedule).num_steps
     low, high = (to(_sigma_bar(noise_schedule, t)) for t in (1.0, float(T)))
     wanted = back(np.linspace(low, high, _at_least_one(num_steps))[1:-1])
     inner = [_time_of(noise_schedule, wanted), [float(T)]] if num_steps > 1 else [[float(T)]]

@@ -67,8 +67,7 @@ def show_note(published: Published) -> None:
 
 def params_like(config: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters of config.model, replicated over the mesh."""
-    model = config_lib.network(config)
-    like = jax.eval_shape(lambda key: train_state.init_params(model, key), jax.random.key(0))
+    like = train_state.param_shapes(config_lib.network(config))
     placed = sharding.replicated(mesh)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), like)
 

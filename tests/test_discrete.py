@@ -152,7 +152,7 @@ def test_the_objective_by_enumeration(share):
 @pytest.mark.parametrize("share", [-0.1, 1.01, float("nan")])
 def test_sigma_beyond_its_limit_is_refused(share):
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
-    with pytest.raises(ValueError, match=rf"sigma must be in \[0, 1\] times its limit, got {share} times it"):
+    with pytest.raises(ValueError, match=rf"share must be in \[0, 1\], got {share}"):
         samplers.integrate(
             discrete.discrete_ddim(share), exact(LINEAR), transitions, jnp.ones((1, 3)), jax.random.key(0)
         )

@@ -14,6 +14,7 @@ from test_generate import make, params_of
 from configs import digits_conditional
 from ddim_jax import config as config_lib
 from ddim_jax import data, gaussian, generate, guidance, oracle, samplers, schedule, trajectory, weights
+from ddim_jax.data.scaling import to_uint8
 from ddim_jax.evaluation import judge
 from ddim_jax.models.unet import UNet
 
@@ -116,7 +117,7 @@ def test_images_are_guided_as_the_config_says():
     one, none = (generate.eps_fn(plain, params, jnp.array(labels)) for labels in ([0, 1, 2], [3, 3, 3]))
     eps_fn = lambda x, t: 2.5 * one(x, t) - 1.5 * none(x, t)
     x_0 = samplers.integrate(process.sampler, eps_fn, process.transitions, x)
-    assert np.abs(np.asarray(generate._to_uint8(x_0)).astype(int) - drawn).max() <= 1
+    assert np.abs(np.asarray(to_uint8(x_0)).astype(int) - drawn).max() <= 1
     assert np.abs(np.concatenate(list(generate.batches(plain, process, params, mesh))).astype(int) - drawn).max() > 5
 
 

@@ -55,7 +55,7 @@ def test_lines_and_grids_hold_their_ends():
     for corner, (row, column) in zip(NOISE, [(0, 0), (0, -1), (-1, 0), (-1, -1)], strict=True):
         np.testing.assert_allclose(grid[row, column], corner, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(grid[0], latent.line(NOISE[0], NOISE[1], 4), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="at least 2 points, got 1"):
+    with pytest.raises(ValueError, match="count must be at least 2, got 1"):
         latent.line(NOISE[0], NOISE[1], 1)
     with pytest.raises(ValueError, match="4 latents, got 3"):
         latent.grid(NOISE[:3], 2, 2)

@@ -9,12 +9,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # module or package of ddim_jax -> (modules of ddim_jax that it may import, third-party packages that it may import)
 CORE = {"jax", "numpy"}
-BASE = {"errors", "files"}  # for all but the mathematics
+BASE = {"errors", "files"}  # for all but the mathematics, which have
+CHECKS = {"checks"}
 MATHEMATICS = {"schedule", "gaussian", "trajectory", "losses", "samplers", "multistep", "ode", "inference", "inversion"}
-MATHEMATICS |= {"parallel", "guidance", "discrete", "latent", "oracle", "registry"}
+MATHEMATICS |= {"checks", "parallel", "guidance", "discrete", "latent", "oracle", "registry"}
 ALLOWED = {
     "errors": (set(), set()),
     "files": (set(), set()),
+    "checks": (set(), CORE),
     "schedule": (set(), CORE),
     "gaussian": ({"schedule"}, CORE),
     "trajectory": ({"schedule", "gaussian"}, CORE),
@@ -30,7 +32,7 @@ ALLOWED = {
     "latent": ({"schedule"}, CORE),
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers", "multistep"}, CORE),
-    "models": ({"schedule", "gaussian", "discrete"}, CORE | {"flax"}),
+    "models": ({"checks", "schedule", "gaussian", "discrete"}, CORE | {"flax"}),
     "images": (set(), {"numpy", "PIL"}),
     "data": ({"images"}, {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl", "lmdb"}),
     "train_state": ({"schedule"}, CORE | {"flax", "optax"}),
@@ -56,6 +58,7 @@ ALLOWED = {
         CORE,
     ),
     "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
+    "memory": ({"config", "train_state"}, CORE),
     "journal": (
         {"config", "images", "sharding", "update"},
         CORE | {"tensorboardX", "tqdm", "wandb"},
@@ -109,7 +112,7 @@ def test_imports_follow_the_arrows(name, file):
         assert not ours & MAINS
         return
     modules, packages = ALLOWED[name]
-    assert ours <= modules | {name} | (set() if name in MATHEMATICS else BASE)
+    assert ours <= modules | {name} | (CHECKS if name in MATHEMATICS else BASE)
     assert others <= packages
 
 
@@ -134,7 +137,7 @@ class Refuse:
         if name.split(".")[0] in REFUSED:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-from ddim_jax import discrete, gaussian, guidance, inference, inversion, latent, losses, multistep, ode, oracle
+from ddim_jax import checks, discrete, gaussian, guidance, inference, inversion, latent, losses, multistep, ode, oracle
 from ddim_jax import parallel, registry, samplers, schedule, trajectory
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

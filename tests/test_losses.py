@@ -149,7 +149,7 @@ def test_a_bin_has_the_density_times_its_width():
 
 def test_mistakes_of_j_sigma():
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
-    with pytest.raises(ValueError, match="eta must be above 0: J_sigma is infinite at 0, got 0"):
+    with pytest.raises(ValueError, match="eta must be finite and above 0, got 0"):
         losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY[None], eta=0.0)
     with pytest.raises(ValueError, match="decoder must be one of gaussian, pixels, got 'laplace'"):
         losses.j_sigma(lambda x, t: x, transitions, jnp.ones((1, 2)), KEY[None], decoder="laplace")

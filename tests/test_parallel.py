@@ -78,7 +78,7 @@ def test_mistakes():
     five, x = trajectory.descend(LINEAR, trajectory.uniform(1000, 5)), jnp.ones((1, 2))
     with pytest.raises(ValueError, match="PLMS remembers its last steps and cannot take them at once"):
         parallel.integrate(registry.SAMPLERS["plms"](), EPS_FN, five, x)
-    with pytest.raises(ValueError, match="window and tolerance must be at least 0, got -1 and 0.001"):
+    with pytest.raises(ValueError, match="window must be at least 0, got -1"):
         parallel.integrate(samplers.ddim(), EPS_FN, five, x, window=-1)
     with pytest.raises(ValueError, match="needs a key"):
         parallel.integrate(samplers.ddim(1.0), EPS_FN, five, x)

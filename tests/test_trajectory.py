@@ -82,8 +82,8 @@ def test_a_number_of_steps_outside_1_to_T_is_refused(name, S):
         ([-1, 4], "0 and then -1"),
         ([2.5, 2.5], "2.5 and then 2.5"),
         ([1000.5], "1000.5"),
-        ([float("nan")], "must hold numbers, got nan"),
-        ([float("inf")], "must hold numbers, got inf"),
+        ([float("nan")], "tau must be finite, got nan"),
+        ([float("inf")], "tau must be finite, got inf"),
         ([0], "at least one"),
     ],
 )
@@ -157,7 +157,7 @@ def test_any_pairs_are_steps():
         ([5, 4], [3], "of one length"),
         ([1001], [5], r"t must stay within 0\.\.1000, got 1001"),
         ([5], [-1], r"s must stay within 0\.\.1000, got -1"),
-        (["5"], ["1"], "t must be a list of numbers"),
+        (["5"], ["1"], "t must hold numbers"),
         ([5.0], [-0.5], r"s must stay within 0\.\.1000, got -0.5"),
     ],
 )

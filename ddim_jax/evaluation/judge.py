@@ -158,7 +158,15 @@ def kept_of_reference(names: Iterable[str]) -> set[str]:
 
 
 def _fid(samples: Judged, reference: Judged) -> dict[str, float]:
-    return {"fid": frechet.distance(samples.moments, reference.moments)}
+    return {"fid": frechet.distance(*(_with_factor(judged) for judged in (samples, reference)))}
+
+
+def _with_factor(judged: Judged) -> Moments:
+    """Its moments, with their factor where the features are there to take it from."""
+    moments, features = judged.moments, judged.features
+    if moments.factor is None and features is not None and len(features) <= features.shape[1]:
+        moments = moments._replace(factor=frechet.moments(features).factor)
+    return moments
 
 
 def _kid(samples: Judged, reference: Judged) -> dict[str, float]:

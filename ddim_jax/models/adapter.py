@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from ddim_jax import checks
 from ddim_jax.discrete import LogProbsFn
 from ddim_jax.gaussian import PREDICTIONS, EpsFn
-from ddim_jax.schedule import Array, Levels, level_at
+from ddim_jax.schedule import Array, Levels, check_levels, level_at, precision
 
 
 def eps_fn(
@@ -30,9 +31,11 @@ def eps_fn(
     The network is told `time = t - 1`, 0..T-1; level 0, where encoding starts, is told as level 1, the lowest it
     was trained on. table: `schedule.levels(...)`. prediction: a name in `gaussian.PREDICTIONS`. labels: (B,) ints
     for a class-conditional network. dropout_key: given in training only, where dropout acts. The result is a
-    pytree: other params, labels or tables of the same shapes compile nothing.
+    pytree: other params, labels or tables of the same shapes compile nothing. ValueError for labels that are not
+    integers (B,), and for an unknown prediction.
     """
-    return Partial(_Network(model, prediction), params, table, labels, dropout_key)
+    checks.lookup(PREDICTIONS, prediction, "prediction")
+    return Partial(_Network(model, prediction), params, check_levels(table), labels, dropout_key)
 
 
 def log_probs_fn(
@@ -66,7 +69,11 @@ class _Classes:
 
 
 def _said(model, params, labels, dropout_key, x_t, t):
+    if labels is not None and not (jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == x_t.shape[:1]):
+        raise ValueError(
+            f"labels must be integers of the shape {x_t.shape[:1]}, got shape {labels.shape} and dtype {labels.dtype}"
+        )
     time = jnp.broadcast_to(t - 1, x_t.shape[:1])
     train = dropout_key is not None
     rngs = {"dropout": dropout_key} if train else None
-    return model.apply({"params": params}, x_t, time, labels, train=train, rngs=rngs).astype(x_t.dtype)
+    return model.apply({"params": params}, x_t, time, labels, train=train, rngs=rngs).astype(precision(x_t.dtype))
