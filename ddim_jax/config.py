@@ -363,6 +363,35 @@ def _nearest(name: str, names) -> str:
     return f" (did you mean {close[0]!r}?)" if close else f"; it has {', '.join(names)}"
 
 
+# Where things lie on this machine, and accounts: nothing that the use of a network needs.
+PRIVATE = (
+    "pretrained",
+    "data.path",
+    "train.wandb",
+    "evaluate.features",  # a module of the user's, where it is none of ours
+    "evaluate.weights",
+    "evaluate.reference",
+)
+
+
+def public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config's nested values to give to others: the fields of PRIVATE hold what they hold by default.
+
+    Sections and fields that are not there stay away, so it takes any part of a config.
+    """
+    for field in PRIVATE:
+        values = _without(values, BEFORE, field.split("."))
+    return dict(values)
+
+
+def _without(values: Any, defaults: Any, names: list[str]) -> Any:
+    name, *rest = names
+    if not isinstance(values, Mapping) or name not in values:
+        return values
+    default = defaults.get(name, {} if rest else "")
+    return {**values, name: _without(values[name], default, rest) if rest else default}
+
+
 # What a run that continues must not change, and what a network must be sampled with as it was trained.
 RESUMED_WITH = (
     "pretrained",
