@@ -10,6 +10,11 @@ official code, a .safetensors file.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import pathlib
 import types

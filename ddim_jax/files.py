@@ -13,6 +13,8 @@ import stat
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from ddim_jax.interrupts import unfinished
+
 JSON_BYTES = 1 << 26  # no config, index or record is larger
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -25,6 +27,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     the folder never write to the same file. OSError where it cannot be written; nothing is left behind then.
     """
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    unfinished.add(temporary)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -34,6 +37,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        unfinished.discard(temporary)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
@@ -90,3 +94,9 @@ def name_from(text: str) -> str:
 def printable(text: str) -> str:
     """The text with control characters escaped, so that no file can write to a terminal but what it says."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def human_size(count: int) -> str:
+    """A number of bytes, for people."""
+    power = min(max(count.bit_length() - 1, 0) // 10, 6)
+    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"

@@ -9,12 +9,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # module or package of ddim_jax -> (modules of ddim_jax that it may import, third-party packages that it may import)
 CORE = {"jax", "numpy"}
-BASE = {"errors", "files"}  # for all but the mathematics
+BASE = {"errors", "files", "interrupts"}  # for all but the mathematics
 MATHEMATICS = {"schedule", "gaussian", "trajectory", "losses", "samplers", "multistep", "ode", "inference", "inversion"}
 MATHEMATICS |= {"parallel", "guidance", "discrete", "latent", "oracle", "registry"}
 ALLOWED = {
     "errors": (set(), set()),
-    "files": (set(), set()),
+    "interrupts": (set(), set()),
+    "files": ({"interrupts"}, set()),
     "schedule": (set(), CORE),
     "gaussian": ({"schedule"}, CORE),
     "trajectory": ({"schedule", "gaussian"}, CORE),
@@ -64,7 +65,7 @@ ALLOWED = {
         CORE,
     ),
     "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
-    "cli": ({"cache", "config", "checkpoint", "sharding", "weights"}, {"absl", "ml_collections"}),
+    "cli": ({"cache", "config", "checkpoint", "sharding", "weights"}, {"absl", "jax", "ml_collections"}),
 }
 MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
 
