@@ -9,6 +9,11 @@ traceback, or an error that is not one clear line), or in silence (a wrong resul
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import collections
 import pathlib
 import sys

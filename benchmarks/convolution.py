@@ -8,6 +8,11 @@ Milliseconds of the result, and of it with both gradients: the backend's own con
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import statistics
 import types
 

@@ -10,6 +10,11 @@ one core (Linux alone).
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import io
 import itertools
 import os

@@ -9,6 +9,11 @@ the memory is read from /proc.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import json
 import pathlib

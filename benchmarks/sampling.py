@@ -8,6 +8,11 @@ cache is not used.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import platform
 import statistics

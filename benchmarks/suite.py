@@ -22,6 +22,11 @@ config.model.dtype=bfloat16 is for both. What stands beside diffusers needs pip 
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import os
 import pathlib

@@ -9,6 +9,11 @@ what is computed twice to save memory counts once.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import pathlib
 import platform

@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
 import pathlib
 import platform
 import urllib.request
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -59,7 +62,8 @@ def fetch(url: str, sha256: str, what: str) -> pathlib.Path:
 def keep_programs() -> None:
     """JAX keeps the programs that it compiles, for the next process, unless the environment tells it where or whether
     to (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE), or the folder cannot be written to. Before anything is
-    compiled. They are machine code: for one kind of processor, and from a folder that nobody else can write to.
+    compiled. They are machine code: for one kind of processor, from a folder that nobody else can write to, and each
+    with its SHA-256.
     """
     if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
@@ -73,6 +77,43 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(programs))
         jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        with contextlib.suppress(ImportError, AttributeError):  # a JAX that does it in another way
+            from jax._src import compilation_cache
+
+            compilation_cache.get_file_cache = _verified(compilation_cache.get_file_cache)
+
+
+def _verified(get_file_cache: Callable[[str], tuple[Any, str] | None]) -> Callable[[str], tuple[Any, str] | None]:
+    """JAX's function that opens its cache, with `VerifiedPrograms` around the result."""
+
+    def verified(path):
+        found = get_file_cache(path)
+        return found and (VerifiedPrograms(found[0], pathlib.Path(path)), found[1])
+
+    return verified
+
+
+class VerifiedPrograms:
+    """JAX's cache of compiled programs, with a SHA-256 before each. What is damaged is removed, so that it is compiled
+    once more and not at every start: JAX itself never replaces a program.
+    """
+
+    def __init__(self, cache: Any, folder: pathlib.Path):
+        """cache: its `get(key)` returns bytes or None, and `put(key, value)` keeps them in KEY-cache and KEY-atime."""
+        self._cache, self._path = cache, folder
+
+    def get(self, key: str) -> bytes | None:
+        value = self._cache.get(key)
+        if value is None or hashlib.sha256(value[32:]).digest() == value[:32]:
+            return value and value[32:]
+        (self._path / f"{key}-cache").unlink(missing_ok=True)
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        for program in self._path.glob("*-cache"):  # one alone is what JAX stumbles over
+            if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                program.unlink(missing_ok=True)
+        self._cache.put(key, hashlib.sha256(value).digest() + value)
 
 
 def processor() -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import logging as logging_of_python
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -15,10 +15,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ddim_jax import cache, files, sharding, usage, weights
+from ddim_jax import cache, files, interrupts, sharding, usage, weights
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
 from ddim_jax.errors import CheckpointError, ConfigError, error_context
@@ -36,14 +37,15 @@ def start(
     config: bool = True,
     several: bool = False,
 ) -> NoReturn:
-    """Runs main(options) and ends the process: exit code 0 if all went well, 2 for a mistake of the user's, 130
-    for Ctrl-C.
+    """Runs main(options) and ends the process: exit code 0 if all of it was done, 2 for a mistake of the user's or
+    where the machine cannot do it, and as `interrupts` says for signals.
 
     options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text, a
     list one that may be given again and again. With config there is --config too, and main finds the checked Config in
     `options.config`, and the values that it was made of in `options.values`. several: whether it may be one of several
     processes.
     """
+    interrupts.install()
     options = {**options, **COMMON, **(SEVERAL if several else {})}
     for name, (default, text) in options.items():
         kinds = {bool: flags.DEFINE_bool, list: flags.DEFINE_multi_string}
@@ -56,6 +58,7 @@ def start(
     for name in [*options, *(["config"] if config else [])]:
         FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])  # what --help lists
     sys.unraisablehook, threading.excepthook = _unraisable, _in_a_thread
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
     logging_of_python.getLogger("asyncio").setLevel(logging_of_python.CRITICAL)  # the same, by another way
 
     def guarded(argv):
@@ -67,6 +70,9 @@ def start(
             if config:
                 sharding.a_device_per_core(*_batch_and_width())
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
+            for name, (default, _) in options.items():
+                if FLAGS[name].value == "" != default:  # an empty path would be the current folder
+                    raise ConfigError(f"--{name} is empty")
             if given.compilation_cache:
                 cache.keep_programs()
             if several and given.distributed:
@@ -76,34 +82,67 @@ def start(
                 given.config = _config()
                 given.values = FLAGS.config.to_dict()
             main(given)
+            sys.stdout.flush()
         except (ConfigError, CheckpointError) as error:
             fail(str(error))
         except OSError as error:
-            if error.filename is None and error.errno != errno.ENOSPC:
+            fail(_reason(error))
+        except MemoryError as error:
+            fail(f"not enough memory: {error}")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            fail(f"{error.filename}: {error.strerror}" if error.filename else "the disk is full")
+            fail(f"not enough memory: {str(error).splitlines()[0]}")
         except KeyboardInterrupt:
-            fail("interrupted; the same command goes on from what is done", code=130)
+            fail(f"{interrupts.REASONS[signal.SIGINT]}; {interrupts.ADVICE}", interrupts.CODES[signal.SIGINT])
+        if _unwritten:  # by a thread, and nobody asked for it
+            fail(_reason(_unwritten[0]))
 
-    app.run(guarded, flags_parser=_parse_flags)
+    try:
+        app.run(guarded, flags_parser=_parse_flags)
+    except SystemExit as end:
+        interrupts.done(_flushed(end.code or 0))
+        raise
+
+
+_unwritten: list[OSError] = []  # what threads and destructors could not write
+
+
+def _reason(error: OSError) -> str:
+    """What is wrong, in one line that names the file where it is known."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _flushed(code: int) -> int:
+    """The exit code, now that all is printed: what cannot be is dropped, so that Python does not fail on it again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def _unraisable(event: Any) -> None:
     """Python's own, but for what the other reads of a damaged checkpoint say, hundreds of times, when one failed."""
-    if not str(event.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
+    if isinstance(event.exc_value, OSError):
+        _unwritten.append(event.exc_value)
+    elif not str(event.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
         sys.__unraisablehook__(event)
 
 
 def _in_a_thread(event: Any) -> None:
-    """Python's own, but for a full disk, which the command itself meets and tells in one line."""
-    if getattr(event.exc_value, "errno", None) != errno.ENOSPC:
+    """Python's own, but for files that cannot be written, which the command tells in one line."""
+    if isinstance(event.exc_value, OSError):
+        _unwritten.append(event.exc_value)
+    else:
         threading.__excepthook__(event)
 
 
-def say(*words: Any) -> None:
-    """Prints, if this is the first process."""
+def say(text: str) -> None:
+    """Prints, if this is the first process. Control characters, which may come from files, are escaped."""
     if sharding.is_first():
-        print(*words, flush=True)
+        print("\n".join(map(files.printable, text.split("\n"))), flush=True)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

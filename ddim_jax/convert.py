@@ -11,6 +11,11 @@ where its data lie nor other paths and names of accounts, unless --paths is give
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import pathlib
 import types

@@ -13,6 +13,11 @@ Encoding is deterministic, so eta must be 0, and nothing is clipped: what is cli
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import hashlib
 import json

@@ -18,6 +18,11 @@ a value takes under the process of config.sample, whose eta must be above 0.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import json
 import os

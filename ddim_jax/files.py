@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
+from ddim_jax.interrupts import unfinished
+
 JSON_BYTES = 1 << 26  # no config, index or record is larger
 JSON_DEPTH = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -30,6 +32,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     the folder never write to the same file. OSError where it cannot be written; nothing is left behind then.
     """
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    unfinished.add(temporary)
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -39,6 +42,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        unfinished.discard(temporary)
 
 
 @contextlib.contextmanager
@@ -197,3 +201,9 @@ def shown(value: Any) -> str:
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 100
 _short.maxlevel = 3
+
+
+def human_size(count: int) -> str:
+    """A number of bytes, for people."""
+    power = min(max(count.bit_length() - 1, 0) // 10, 6)
+    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"

@@ -6,21 +6,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import pathlib
+import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary as summaries
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from ddim_jax import files, sharding, update
-from ddim_jax.config import Config
-from ddim_jax.errors import ConfigError
+from ddim_jax.config import Config, public
+from ddim_jax.errors import ConfigError, error_context
+
+FLUSH_SECONDS = 10  # between writes of TensorBoard's file to the disk
+LINE_BYTES = 1 << 20  # no line of a log is longer
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what is wrong with more than one file
+# What it gets beside the config's public part and the numbers: no paths, no host, no commands, nothing printed.
+WANDB_PRIVACY = {
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,
+    "console": "off",
+    "host": "-",
+}
 
 
 class Writer(Protocol):
@@ -32,17 +51,39 @@ class Writer(Protocol):
 
 
 class TensorBoard:
+    """An event file, opened for its first event. It is written by this thread: tensorboardX's own waits for ever where
+    the file cannot be written.
+    """
+
+    _file: RecordWriter | None = None
+    _flushed = 0.0
+
     def __init__(self, workdir: pathlib.Path, begin: int):
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=begin + 1)
+        self._folder, self._begin = workdir / "tensorboard", begin
 
     def write(self, step, numbers, pictures):
+        if self._file is None:
+            self._folder.mkdir(exist_ok=True)
+            name = f"events.out.tfevents.{time.time():.0f}.{uuid.uuid4().hex[:8]}"
+            self._file = RecordWriter(str(self._folder / name))
+            # What an earlier process wrote of later steps does not count.
+            self._event(self._begin + 1, file_version="brain.Event:2")
+            self._event(self._begin + 1, session_log=SessionLog(status=SessionLog.START))
         for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+            self._event(step, summary=summaries.scalar(name, value))
         for name, picture in pictures.items():
-            self._board.add_image(name, picture, step, dataformats="HWC" if picture.ndim == 3 else "HW")
+            layout = "HWC" if picture.ndim == 3 else "HW"
+            self._event(step, summary=summaries.image(name, picture, dataformats=layout))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def _event(self, step, **content):
+        self._file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
     def close(self):
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class WeightsAndBiases:
@@ -53,22 +94,18 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ConfigError("config.train.wandb: Weights & Biases: pip install 'ddim-jax[wandb]'") from error
-        known = workdir / "wandb_id"
-        if not known.exists():
-            with files.replacing(known) as file:
-                file.write(uuid.uuid4().hex.encode())
         self._image = wandb.Image
         try:
             self._run = wandb.init(
                 project=project,
-                name=workdir.name,
+                name=files.name_from(config.name),
                 dir=workdir,
-                id=known.read_text(),
+                id=wandb_id(workdir),
                 resume="allow",
-                config=dataclasses.asdict(config),
-                settings=wandb.Settings(silent=True),
+                config=public(dataclasses.asdict(config)),
+                settings=wandb.Settings(silent=True, **WANDB_PRIVACY),
             )
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, ValueError) as error:  # ValueError: it has no such setting
             raise ConfigError(f"config.train.wandb: {error}") from error
         self._run.define_metric("*", step_metric="step")  # a step that is done again is not later than the last
 
@@ -91,8 +128,9 @@ class Log:
         self._workdir = workdir
         self._writers: list[Writer] = []
         if sharding.is_first():
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
-                keep_until(begin, workdir / name)
+            with error_context(str(workdir)):
+                for name in ("metrics.jsonl", "evaluations.jsonl"):
+                    keep_until(begin, workdir / name)
             self._writers.append(TensorBoard(workdir, begin))
             if train.wandb:
                 self._writers.append(WeightsAndBiases(workdir, train.wandb, config))
@@ -126,7 +164,7 @@ class Log:
         """What else is known of a step: the numbers of an evaluation, pictures. The time since the last step does not
         count as training.
         """
-        if numbers and self._writers:
+        if numbers and sharding.is_first():
             self._bar.write(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in numbers.items()))
         self._write("evaluations.jsonl", step, numbers or {}, pictures)
         if self._since is not None:
@@ -139,29 +177,94 @@ class Log:
         numbers: Mapping[str, float | None],
         pictures: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        if numbers and self._writers:
+        if not sharding.is_first():
+            return
+        if numbers:
             with open(self._workdir / file, "a") as lines:
                 lines.write(json.dumps({"step": step, **numbers}) + "\n")
         known = {name: value for name, value in numbers.items() if value is not None}
-        for writer in self._writers:
-            writer.write(step, known, pictures or {})
+        self._each(lambda writer: writer.write(step, known, pictures or {}))
+
+    def _each(self, call: Callable[[Writer], None]) -> None:
+        """The call on every writer. One that fails is dropped with a warning: metrics.jsonl holds it all."""
+        for writer in list(self._writers):
+            try:
+                call(writer)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in FULL:
+                    raise
+                self._writers.remove(writer)
+                with contextlib.suppress(Exception):
+                    writer.close()
+                warn(f"training goes on without {type(writer).__name__}: {error}")
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
-        for writer in self._writers:
-            with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():  # the first word counts
-                writer.close()
+        with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():  # the first error counts
+            self._each(lambda writer: writer.close())
+
+
+def warn(message: str) -> None:
+    print(f"\nwarning: {files.printable(message)}", file=sys.stderr, flush=True)
+
+
+def wandb_id(workdir: pathlib.Path) -> str:
+    """The name of the run at Weights & Biases: that of the file wandb_id, or a new one."""
+    known = workdir / "wandb_id"
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        files.check_regular(known)
+        with open(known, "rb") as file:
+            name = file.read(200).decode()
+        files.check_name(name)
+        return name
+    with files.replacing(known) as file:
+        file.write(uuid.uuid4().hex.encode())
+    return wandb_id(workdir)
 
 
 def keep_until(step: int, file: pathlib.Path) -> None:
-    """Removes lines of later steps, which will be written again."""
-    if file.exists():
-        lines = file.read_text().splitlines()
-        with files.replacing(file) as kept:
-            kept.writelines(f"{line}\n".encode() for line in lines if _step_of(line) <= step)
+    """Removes lines of later steps, which will be written again, and damaged ones. If there are any of these, FILE is
+    kept as FILE.damaged. ValueError if it is a pipe or a device.
+    """
+    if all(found is not None and found <= step and line.endswith(b"\n") for line, found in lines(file)):
+        return
+    damaged = 0
+    with files.replacing(file) as kept:
+        for line, found in lines(file):
+            if found is None:  # the last may be half a line, of a process that was killed while it wrote
+                damaged += line.endswith(b"\n") or len(line) == LINE_BYTES
+            elif found <= step:
+                kept.write(line.removesuffix(b"\n") + b"\n")
+        if damaged:
+            os.replace(file, file.with_name(f"{file.name}.damaged"))
+    if damaged:
+        warn(f"{file} has damaged lines and is now {file.name}.damaged; the others are kept")
+
+
+def lines(file: pathlib.Path) -> Iterator[tuple[bytes, int | None]]:
+    """The lines of a log, none if there is no file, and the step of each; None for one that is damaged. What is longer
+    than LINE_BYTES comes in pieces.
+    """
+    if not file.exists():
+        return
+    files.check_regular(file)
+    with open(file, "rb") as stream:
+        begins = True
+        while line := stream.readline(LINE_BYTES):
+            ends = line.endswith(b"\n")
+            yield line, step_of(line) if begins and (ends or len(line) < LINE_BYTES) else None
+            begins = ends
+
+
+def step_of(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and step >= 0 else None
 
 
 def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | None]:
@@ -180,13 +283,6 @@ def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | N
     return said
 
 
-def steps_in(file: pathlib.Path) -> set[float]:
+def steps_in(file: pathlib.Path) -> set[int]:
     """The steps that a file has lines of."""
-    return {_step_of(line) for line in file.read_text().splitlines()} if file.exists() else set()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):  # half a line, of a run that was killed while it wrote
-        return float("inf")
+    return {step for _, step in lines(file) if step is not None}

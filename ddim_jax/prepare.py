@@ -12,6 +12,11 @@ It is written to $TFDS_DATA_DIR, else ~/tensorflow_datasets. No TensorFlow is ne
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import pathlib
 import types
 

@@ -8,6 +8,11 @@ on where it was when the same command is given again.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import pathlib
 import types

@@ -4,7 +4,10 @@ mesh of one.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -103,6 +106,28 @@ def fully_sharded(mesh: Mesh, shapes: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * longest, "fsdp"))
 
     return jax.tree.map(place, shapes)
+
+
+def bytes_on_a_device(placement: Any, shapes: Any) -> int:
+    """The most that a device holds of a tree: of arrays or their shapes, with a sharding for each."""
+    size = lambda place, leaf: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, placement, shapes)))
+
+
+def device_memory() -> int | None:
+    """Bytes of memory of one device, None where it is not known. Virtual CPU devices have equal parts of the machine's,
+    or of what its control group allows.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            limits.append(int(pathlib.Path(file).read_text()))
+    return min(limits) // jax.local_device_count() if limits else None
 
 
 def put_batch(mesh: Mesh, local: Any) -> Any:

@@ -6,19 +6,26 @@ Writes into the workdir: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensor
 `evaluations.jsonl` where config.train.evaluate_every asks for it. The same command goes on from the last checkpoint, to
 the same parameters as a run that was never interrupted.
 
-SIGTERM saves a checkpoint and ends with exit code 75: run me again. With --distributed it is one of several processes,
-each started with the same command.
+SIGTERM saves a checkpoint and ends with exit code 75: run me again. Ctrl-C ends after the step, the second one at
+once. With --distributed it is one of several processes, each started with the same command.
 """
 
 from __future__ import annotations
+
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
 
 import collections
 import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import pathlib
 import shlex
+import shutil
 import signal
 import sys
 import types
@@ -27,16 +34,29 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddim_jax import cli, data, files, generate, images, schedule, sharding, train_state, update, weights, yardstick
+from ddim_jax import (
+    cli,
+    data,
+    files,
+    generate,
+    images,
+    memory,
+    schedule,
+    sharding,
+    train_state,
+    update,
+    weights,
+    yardstick,
+)
 from ddim_jax import config as config_lib
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.config import Config, Process
 from ddim_jax.errors import CheckpointError, ConfigError, DamagedError, error_context
 from ddim_jax.journal import Log, steps_in
-from ddim_jax.memory import check_training
 from ddim_jax.train_state import TrainState
 from ddim_jax.yardstick import Yardstick
 
@@ -60,15 +80,15 @@ def main(options: types.SimpleNamespace) -> None:
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     with error_context("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
-    check_training(config, mesh)
+    check_memory(config, mesh)
     source = load_data(config, mesh)
-    workdir = cli.writable_folder(options.workdir)
     yard = quick_yardstick(config, mesh) if config.train.evaluate_every else None
+    workdir = cli.writable_folder(options.workdir)
     show = partial(show_samples, workdir, config, process, mesh, yard)
     run(config, noise_prediction, source, workdir, mesh, show, options.skip_damaged)
     cli.say(
         f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
-        f"sample it: python -m ddim_jax.sample {shlex.join(arg for arg in sys.argv[1:] if not _is_ours(arg))}"
+        f"sample it: python -m ddim_jax.sample {shlex.join(sampling_arguments(config, workdir))}"
     )
 
 
@@ -87,47 +107,57 @@ def run(
     """
     with error_context("config.data"):
         fingerprint = data.fingerprint(source)
-    with (
-        only_one(workdir),
-        Preemption() as preemption,
-        Checkpoints(workdir, config.train.keep, config.train.keep_every) as checkpoints,
-    ):
+    train = config.train
+    with only_one(workdir), Checkpoints(workdir, train.keep, train.keep_every) as checkpoints:
         optimizer, state, step_key = first_state(config, mesh)
         state, begin = resumed(state, config, workdir, fingerprint, checkpoints, skip_damaged, mesh)
         record = dataclasses.asdict(config)
-        if sharding.is_first():
-            with files.replacing(workdir / "config.json") as file:
-                file.write(json.dumps(record, indent=1).encode())
+        if begin < train.num_steps:
+            check_disk(train, workdir, state, begin, len(checkpoints.steps()))
+            if sharding.is_first():
+                with files.replacing(workdir / "config.json") as file:
+                    file.write(json.dumps(record, indent=1).encode())
 
         in_flight = collections.deque()
         with Log(workdir, begin, config) as log:
-            if begin < config.train.num_steps:
+            if begin < train.num_steps:
                 shape = source.image_shape
                 update_step, log.flops = compiled_update(config, optimizer, mesh, state, step_key, objective_of, shape)
             if begin:
                 show(log, begin, state.ema_params, again=True)
-            for step, batch in enumerate(training_batches(config, source, mesh, begin), begin + 1):
-                state, metrics = update_step(state, batch.images, batch.labels, step_key)
-                in_flight.append((step, metrics))
-                log.add(step, metrics)
-                last = step == config.train.num_steps
-                while len(in_flight) > (0 if last else sharding.steps_in_flight()):
-                    check_finite(config, *in_flight.popleft())
-                stop = sharding.all_stop(step, preemption.asked)
-                if last or stop or step % config.train.checkpoint_every == 0:
-                    checkpoints.save(state, record, fingerprint)
-                if stop and not last:
-                    checkpoints.wait()
-                    print(f"\nstopped at step {step}, which is saved; the same command goes on", file=sys.stderr)
-                    sys.exit(RUN_ME_AGAIN)
-                show(log, step, state.ema_params)
-        checkpoints.wait()
+            with interrupts.postponed() as signal_that_came:
+                for step, batch in enumerate(training_batches(config, source, mesh, begin), begin + 1):
+                    state, metrics = update_step(state, batch.images, batch.labels, step_key)
+                    in_flight.append((step, metrics))
+                    log.add(step, metrics)
+                    last = step == train.num_steps
+                    while len(in_flight) > (0 if last else sharding.steps_in_flight()):
+                        check_finite(config, *in_flight.popleft())
+                    stop = sharding.all_stop(step, signal_that_came() == signal.SIGTERM)
+                    # Not while updates are left out: it would take the place of one from before.
+                    due = step % train.checkpoint_every == 0 and not metrics.skipped
+                    if last or stop or due:
+                        check_state(state)
+                        checkpoints.save(state, record, fingerprint)
+                    if stop and not last:
+                        checkpoints.wait()
+                        print(f"\nstopped at step {step}, which is saved; the same command goes on", file=sys.stderr)
+                        sys.exit(RUN_ME_AGAIN)
+                    if signal_that_came() == signal.SIGINT:
+                        raise KeyboardInterrupt
+                    show(log, step, state.ema_params)
+                checkpoints.wait()
     return state.ema_params
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    """The optimizer that the config describes."""
+    return update.adam(config.train.learning_rate, config.train.warmup, config.train.clip_norm)
 
 
 def first_state(config: Config, mesh: jax.sharding.Mesh) -> tuple[optax.GradientTransformation, TrainState, jax.Array]:
     """The optimizer, the state before the first update, where the mesh wants it, and the key of all updates."""
-    optimizer = update.adam(config.train.learning_rate, config.train.warmup, config.train.clip_norm)
+    optimizer = optimizer_of(config)
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
     init = partial(train_state.init, config_lib.network(config.model), optimizer)
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, init_key))
@@ -153,6 +183,10 @@ def resumed(
             checkpoints.check_network(step, state.params)
             saved = config_lib.parse_saved(checkpoints.config(step))
             config_lib.check_same(config, saved, config_lib.RESUMED_WITH, f"the run in {workdir}")
+            if step > config.train.num_steps:
+                raise ConfigError(
+                    f"config.train.num_steps is {config.train.num_steps}, but {workdir} is at step {step}"
+                )
             if checkpoints.data(step) not in ("", fingerprint):
                 raise ConfigError(f"config.data: the run in {workdir} was trained on other images")
             state = checkpoints.restore(step, jax.tree.map(placed, state))
@@ -166,7 +200,7 @@ def resumed(
     if latest == 0 or config.pretrained:  # parameters without an optimizer: converted into a run, or published
         found = weights.find(config, str(workdir) if latest == 0 else None, mesh)
         params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), found.params, state.params)
-        state = state._replace(params=params, ema_params=jax.tree.map(jax.numpy.copy, params))
+        state = state._replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
         cli.say(f"starts from {found.source}")
     return state, 0
 
@@ -226,25 +260,59 @@ def check_finite(config: Config, step: int, metrics: update.Metrics) -> None:
     skipped = int(metrics.skipped)
     if skipped >= config.train.max_skipped:
         raise ConfigError(
-            f"the loss or its gradient was not finite in {skipped} updates in a row, steps {step - skipped + 1} to "
-            f"{step}; none of them was made, and the checkpoints are from before"
+            f"the loss, its gradient or the parameters were not finite in {skipped} updates in a row, steps "
+            f"{step - skipped + 1} to {step}; none of them was made, and the checkpoints are from before"
         )
 
 
-class Preemption:
-    """Remembers that SIGTERM came, instead of dying of it."""
+def check_state(state: TrainState) -> None:
+    """CheckpointError if a state is not finite: it must not take the place of a good checkpoint."""
+    if not all(np.isfinite(sharding.to_host(leaf)).all() for leaf in jax.tree.leaves(state)):
+        raise CheckpointError(
+            f"the parameters or the optimizer of step {state.step} are not finite; they are not saved"
+        )
 
-    asked = False
 
-    def __enter__(self) -> Preemption:
-        self._before = signal.signal(signal.SIGTERM, self._remember)
-        return self
+def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
+    """ConfigError if training cannot fit into the memory of a device: a lower bound of what it takes is compared,
+    unless the environment variable memory.SWITCH is 1.
+    """
+    limit = sharding.device_memory()
+    if limit is None or memory.is_off():
+        return
+    model, train = config.model, config.train
+    init = partial(train_state.init, config_lib.network(model), optimizer_of(config))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    placed_ = sharding.fully_sharded(mesh, (shapes, shapes.params))  # the second is the gradient
+    kept = sharding.bytes_on_a_device(placed_, (shapes, shapes.params))
+    images_ = -(-train.batch_size // (train.accumulate * mesh.size))
+    # Of a pixel: x_0, eps and x_t; of a position: what the way up is joined with.
+    wide = (model.num_res_blocks + 1) * model.channels * jnp.dtype(config_lib.DTYPES[model.dtype]).itemsize
+    pixels = model.image_size**2
+    batch = images_ * (pixels * 3 * 4 * model.image_channels + pixels // model.patch_size**2 * wide)
+    if kept + batch > limit:
+        raise ConfigError(
+            f"config.model and config.train.batch_size: a device has {files.human_size(limit)}, and training takes at "
+            f"least {files.human_size(kept)} for parameters, moving average, optimizer and gradient and "
+            f"{files.human_size(batch)} for {images_} images; {memory.SWITCH}=1 tries it"
+        )
 
-    def __exit__(self, *exception) -> None:
-        signal.signal(signal.SIGTERM, self._before)
 
-    def _remember(self, number: int, frame: Any) -> None:
-        self.asked = True
+def check_disk(train: config_lib.TrainConfig, workdir: pathlib.Path, state: TrainState, begin: int, there: int) -> None:
+    """ConfigError if the checkpoints that will be kept, and the one being written, do not fit on the disk beside those
+    that are there.
+    """
+    every, for_ever = train.checkpoint_every, math.lcm(train.checkpoint_every, train.keep_every)
+    saves = -(-train.num_steps // every) - begin // every
+    long_kept = max(0, (train.num_steps - train.keep * every) // for_ever - begin // for_ever) if for_ever else 0
+    count = min(saves, max(train.keep + 1 - there, 1) + long_kept)
+    needed = count * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    if not sharding.agreed(needed <= free):
+        raise ConfigError(
+            f"config.train.keep is {train.keep} and keep_every {train.keep_every}: {count} checkpoints more need "
+            f"{files.human_size(needed)} on the disk of {workdir}, which has {files.human_size(free)} left"
+        )
 
 
 def training_batches(config: Config, source: data.Source, mesh: jax.sharding.Mesh, begin: int) -> Iterator[data.Batch]:
@@ -352,9 +420,12 @@ def only_one(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _is_ours(arg: str) -> bool:
-    """Whether it is a switch that sampling does not have."""
-    return arg.lstrip("-").removeprefix("no").partition("=")[0] == "skip_damaged"
+def sampling_arguments(config: Config, workdir: pathlib.Path) -> list[str]:
+    """The options with which ddim_jax.sample samples the run. A network that began as config.pretrained is read, as it
+    was then, from the checkpoint's own files: the run is now that checkpoint.
+    """
+    given = [arg for arg in cli.config_arguments() if not arg.startswith("--config.pretrained=")]
+    return [*given, f"--config.pretrained={workdir}" if config.pretrained else f"--workdir={workdir}"]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,11 @@ over d log 2, which no Gaussian process can be compared with: it is the probabil
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import types

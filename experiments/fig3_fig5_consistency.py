@@ -9,6 +9,11 @@ other. Distances are root mean squares over pixels in [0, 1].
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import functools
 import pathlib
 import types

@@ -8,6 +8,11 @@ the medians by least squares; R^2 says how straight it is. Nothing else should r
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import platform

@@ -10,6 +10,11 @@ of a line, `ends` the mean distance of its ends, both root mean squares over pix
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import functools
 import pathlib
 import shutil

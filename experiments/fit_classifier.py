@@ -7,6 +7,11 @@ python -m ddim_jax.evaluate --config ... --config.evaluate.weights=FILE.safetens
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import pathlib
 import types
 

@@ -10,6 +10,11 @@ with --minutes=0 it trains no further, otherwise for as long again.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import contextlib
 import json
 import pathlib

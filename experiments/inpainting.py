@@ -9,6 +9,11 @@ that were given, and `table.png` has the images, what was given, and what became
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import functools
 import pathlib
 import types

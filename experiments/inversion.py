@@ -9,6 +9,11 @@ encoding alone: S for explicit steps, S (1 + refine) for solved ones.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import pathlib

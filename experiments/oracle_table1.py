@@ -16,6 +16,11 @@ paper used quadratic tau for CIFAR-10.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import pathlib

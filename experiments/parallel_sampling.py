@@ -9,6 +9,11 @@ than the sequential ones where a device has room for `window` times the batch.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import pathlib

@@ -14,6 +14,11 @@ after it a blurred image that becomes sharp. A trained network's eps has an erro
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import pathlib

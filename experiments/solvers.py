@@ -9,6 +9,11 @@ the error is the root of the mean square over 256 points. The order is the slope
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import functools
 import pathlib
 import types

@@ -13,6 +13,11 @@ images are removed once they are measured, unless --keep_samples is given; its f
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import pathlib

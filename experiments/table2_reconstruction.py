@@ -10,6 +10,11 @@ above what became of them, errors.png the error over S.
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 import dataclasses
 import functools
 import pathlib

@@ -7,6 +7,11 @@
 
 from __future__ import annotations
 
+from ddim_jax import interrupts
+
+if __name__ == "__main__":
+    interrupts.install()
+
 from ddim_jax import cli
 from experiments import table1_fid
 

@@ -9,13 +9,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # module or package of ddim_jax -> (modules of ddim_jax that it may import, third-party packages that it may import)
 CORE = {"jax", "numpy"}
-BASE = {"errors", "files"}  # for all but the mathematics, which have
+BASE = {"errors", "files", "interrupts"}  # for all but the mathematics, which have
 CHECKS = {"checks"}
 MATHEMATICS = {"schedule", "gaussian", "trajectory", "losses", "samplers", "multistep", "ode", "inference", "inversion"}
 MATHEMATICS |= {"checks", "parallel", "guidance", "discrete", "latent", "oracle", "registry"}
 ALLOWED = {
     "errors": (set(), set()),
-    "files": (set(), set()),
+    "interrupts": (set(), set()),
+    "files": ({"interrupts"}, set()),
     "checks": (set(), CORE),
     "schedule": (set(), CORE),
     "gaussian": ({"schedule"}, CORE),
@@ -58,7 +59,7 @@ ALLOWED = {
         CORE,
     ),
     "weights": ({"config", "pretrained", "sharding", "train_state", "checkpoint"}, CORE),
-    "memory": ({"config", "train_state"}, CORE),
+    "memory": ({"config", "sharding", "train_state"}, CORE),
     "journal": (
         {"config", "images", "sharding", "update"},
         CORE | {"tensorboardX", "tqdm", "wandb"},
@@ -68,7 +69,10 @@ ALLOWED = {
         CORE,
     ),
     "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
-    "cli": ({"cache", "config", "checkpoint", "sharding", "usage", "weights"}, {"absl", "ml_collections"}),
+    "cli": (
+        {"cache", "config", "checkpoint", "sharding", "usage", "weights"},
+        {"absl", "jax", "ml_collections"},
+    ),
 }
 MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
 
