@@ -10,19 +10,24 @@ import pathlib
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 JSON_BYTES = 1 << 26  # no config, index or record is larger
+TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+def replacing(
+    path: pathlib.Path, completed: Callable[[pathlib.Path], None] = lambda temporary: None
+) -> Iterator[BinaryIO]:
     """A binary file to write to, which replaces `path` once it is complete and on the disk.
 
     Until then it has a random name in the same folder, created anew: it follows no link, and two machines that share
     the folder never write to the same file. OSError where it cannot be written; nothing is left behind then.
+    completed: called with the complete file, before it replaces `path`.
     """
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
@@ -30,6 +35,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        completed(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -44,6 +50,40 @@ def _sync_folder(folder: pathlib.Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_temporary(path: pathlib.Path) -> bool:
+    """Whether `replacing` named it: left behind where a process was killed."""
+    return TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_temporaries(folder: pathlib.Path, name: str = "*") -> None:
+    """Removes what `replacing` left in a folder, of files of this name, when a process was killed. No other process may
+    be writing them.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
+
+
+def check_writable_folder(folder: pathlib.Path) -> pathlib.Path:
+    """ValueError if files cannot be written into the folder, or if it is not there and cannot be made. Makes nothing.
+    Returns what is there already: the folder, or the nearest one above it.
+    """
+    try:
+        there = _nearest(pathlib.Path(os.path.abspath(folder)))
+        with tempfile.TemporaryFile(dir=there):
+            return there
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {printable(str(folder))}: {error.strerror}") from error
+
+
+def _nearest(path: pathlib.Path) -> pathlib.Path:
+    try:
+        os.lstat(path)  # which a name that is too long, or below a file, cannot pass
+    except FileNotFoundError:
+        return _nearest(path.parent)
+    return path
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -71,6 +111,11 @@ def read_json(path: pathlib.Path) -> Any:
         raise ValueError(f"{printable(str(path))} is no JSON: {reason}") from error
 
 
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value: of one text that all equal values have."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def check_name(name: str) -> None:
     """ValueError unless a name can be part of a path and of a page: letters, digits, '.', '_' and '-', at most 100,
     the first a letter or a digit.
@@ -90,3 +135,9 @@ def name_from(text: str) -> str:
 def printable(text: str) -> str:
     """The text with control characters escaped, so that no file can write to a terminal but what it says."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def human_size(count: int) -> str:
+    """A number of bytes, for people."""
+    power = min(max(count.bit_length() - 1, 0) // 10, 6)
+    return f"{count / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB', 'EiB')[power]}"

@@ -23,6 +23,7 @@ from ddim_jax.pretrained import Published, tensors
 class Weights(NamedTuple):
     params: Any  # replicated over the mesh
     source: str  # for people: where they came from
+    step: int | None = None  # how many updates made them, where that is known
 
     @property
     def digest(self) -> str:
@@ -52,7 +53,7 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
             f"{', '.join(pretrained.shipped_names())}); give --config.pretrained, or --workdir of a trained run"
         )
     config_lib.check_same(config, published, config_lib.SAMPLED_WITH, published.source)
-    return Weights(published.read(params_like(config.model, mesh), config.sample.ema), published.source)
+    return Weights(published.read(params_like(config.model, mesh), config.sample.ema), published.source, published.step)
 
 
 def params_like(config: ModelConfig, mesh: Mesh) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 import time
 import types
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cli, generate, parallel, samplers, sharding, weights
+from ddim_jax import generate, output, parallel, samplers, sharding, weights
 from ddim_jax.config import Process
 from ddim_jax.errors import ConfigError, error_context
 from experiments import common, grid
@@ -67,7 +66,7 @@ def main(options: types.SimpleNamespace) -> None:
     def keys_of(process: Process) -> jax.Array | None:
         return keys if process.sampler.stochastic else None
 
-    def measure(S: int, window: int, tolerance: float, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(S: int, window: int, tolerance: float, folder: output.Folder) -> dict[str, Any]:
         process = processes[S]
         (x_0, rounds), seconds = timed(
             lambda: parallel.integrate(
@@ -94,7 +93,7 @@ def main(options: types.SimpleNamespace) -> None:
         [
             Cell(
                 {"tolerance": f"{tolerance:g}", "window": window, "S": S},
-                {},
+                grid.depends_on(cells[S], processes[S]),
                 cost=S * (window + 10),
                 measure=functools.partial(measure, S, window, tolerance),
             )
@@ -145,4 +144,4 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)
