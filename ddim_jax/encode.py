@@ -3,9 +3,9 @@
     python -m ddim_jax.encode --config configs/digits.py [--images DIR_OR_NPZ] [--workdir DIR] --out DIR
 
 Without --images it takes the test split of the config's data set. Writes `latents.npz` (x_T as float32 `latents`),
-`reconstructions.npz` (uint8 `arr_0`, and `error`), `report.json` and `pairs.png`, images above what became of them.
-The error is that of table 2: the mean square over pixels in [0, 1]. A run that was interrupted goes on where it was
-when the same command is given again.
+`reconstructions.npz` (uint8 `arr_0`, and `error`), `report.json`, `pairs.png`, images above their reconstructions, and
+`run.json`, the record of what they are made from. The error is that of table 2: the mean square over pixels in [0, 1].
+A run that was interrupted resumes when the same command is given again.
 
 config.sample.refine solves each step, so that decoding returns the image itself.
 Encoding is deterministic, so eta must be 0, and nothing is clipped: what is clipped cannot be taken back.
@@ -32,12 +32,14 @@ from jax.sharding import Mesh
 
 from ddim_jax import cli, data, files, generate, images, output, sharding, weights
 from ddim_jax import config as config_lib
+from ddim_jax import fingerprint as fingerprint_lib
 from ddim_jax.config import Config
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.memory import check_sampling
 
 PAIRS = 20
+CHUNK = 500  # images that are read at a time
 
 WRITTEN = ("latents.npz", "reconstructions.npz", "report.json", "pairs.png", "latents.parts", "reconstructions.parts")
 
@@ -55,13 +57,15 @@ def main(options: types.SimpleNamespace) -> None:
     if not options.out:
         raise ConfigError("--out is missing: the folder of the results")
     config = deterministic(config)
+    config_lib.network(config.model)  # mistakes show before anything is read or written
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    output.check_writable(options.out)
     source, total = load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
     check_sampling(config, mesh)
     found = weights.find(config, options.workdir, mesh)
-    out = cli.writable_folder(options.out)
-    output.claim(out, fingerprint(config, process, found, source, total), WRITTEN, options.overwrite)
+    made_from = fingerprint(config, process, found, source, total)
+    out = output.open_folder(options.out, made_from, WRITTEN, options.overwrite)
     cli.say(f"{total} images, {len(process.tau) - 1} steps up and as many down, {found.source}")
 
     latents, reconstructions = round_trip(out, config, process, found.params, mesh, source, total)
@@ -73,12 +77,13 @@ def main(options: types.SimpleNamespace) -> None:
     shown = np.arange(min(PAIRS, total))
     again = images.open_npz(reconstructions)["arr_0"][shown]
     images.write_png(out / "pairs.png", images.grid(np.concatenate([source[shown].images, again]), len(shown)))
-    print(
+    out.record("report.json", "pairs.png")
+    cli.say(
         f"error {report['error_mean']:.3g} per pixel and image, mean square in [0, 1] (largest "
         f"{report['error_max']:.3g}); latents have mean {report['latent_mean']:.3g}, std {report['latent_std']:.3g}"
     )
     for name in ("latents.npz", "reconstructions.npz", "report.json", "pairs.png"):
-        print(out / name)
+        cli.say(str(out / name))
 
 
 def deterministic(config: Config) -> Config:
@@ -93,7 +98,7 @@ def deterministic(config: Config) -> Config:
 
 
 def round_trip(
-    out: pathlib.Path,
+    out: output.Folder,
     config: Config,
     process: config_lib.Process,
     params: Any,
@@ -102,8 +107,13 @@ def round_trip(
     total: int,
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """The first `total` images of the source up into `out/latents.npz`, and down again into
-    `out/reconstructions.npz`. What is there already is not made again.
+    `out/reconstructions.npz`. What is there already is verified, and not made again.
     """
+    shape = generate.image_shape(config)
+    results = {
+        "latents.npz": output.Arrays(total, "--count", {"latents": (shape, "float32")}),
+        "reconstructions.npz": output.Arrays(total, "--count", {"arr_0": (shape, "uint8"), "error": ((), "float64")}),
+    }
 
     def real(index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Images in [-1, 1], and their classes for a network with classes: those of the data, where it has them.
@@ -129,8 +139,11 @@ def round_trip(
             kept = slice(total - index[0])
             yield {"arr_0": to_uint8(again[kept]), "error": error[kept]}
 
-    latents = output.gather(out / "latents.npz", encoded, total, "encoding")
-    return latents, output.gather(out / "reconstructions.npz", decoded, total, "decoding")
+    output.check_room(out, results)
+    computed_with = fingerprint_lib.computed_with(config, mesh, total)
+    gather = lambda name, batches, doing: output.gather(out, name, results[name], batches, doing, computed_with)
+    latents = gather("latents.npz", encoded, "encoding")
+    return latents, gather("reconstructions.npz", decoded, "decoding")
 
 
 def load_images(path: str | None, count: str | None, config: Config) -> tuple[data.Source, int]:
@@ -151,29 +164,43 @@ def load_images(path: str | None, count: str | None, config: Config) -> tuple[da
         )
     if count is None:
         return source, len(source)
-    if not count.isdigit() or not 1 <= int(count) <= len(source):
+    number = int(count) if count.isascii() and count.isdigit() and len(count) < 20 else 0
+    if not 1 <= number <= len(source):
         raise ConfigError(f"--count must be in 1..{len(source)}, the number of images, got {count}")
-    return source, int(count)
+    return source, number
 
 
 def fingerprint(
     config: Config, process: config_lib.Process, found: weights.Weights, source: data.Source, total: int
 ) -> dict[str, Any]:
-    """All that the latents depend on; of many images, those at 1000 places."""
-    digest = hashlib.sha256()
-    for i in np.unique(np.linspace(0, total - 1, 1000).astype(int)):
-        with error_context("--images"):
-            digest.update(source[np.array([i])].images.tobytes())
+    """All that the latents depend on."""
+    made_from = fingerprint_lib.of_images(config, process)
+    sample = made_from.pop("sample")
     return {
-        "images": digest.hexdigest(),
+        **digests_of(source, total, bool(config.model.num_classes)),
         "count": total,
-        "tau": process.tau.tolist(),
-        "label": config.sample.label,
-        "schedule": dataclasses.asdict(config.schedule),
-        "model": dataclasses.asdict(config.model),
+        **{name: sample[name] for name in ("tau", "tau_end", "label", "guidance") if name in sample},
+        **made_from,
         "weights": found.digest,
         **({"refine": config.sample.refine} if config.sample.refine else {}),
     }
+
+
+def digests_of(source: data.Source, total: int, with_labels: bool) -> dict[str, str]:
+    """SHA-256 of the first `total` images of a source: of all, with their classes, and of those at 1000 places, which
+    earlier versions recorded.
+    """
+    every, some = hashlib.sha256(), hashlib.sha256()
+    chosen = np.unique(np.linspace(0, total - 1, 1000).astype(int))
+    with error_context("--images"):
+        for begin in range(0, total, CHUNK):
+            index = np.arange(begin, min(begin + CHUNK, total))
+            batch = source[index]
+            every.update(np.ascontiguousarray(batch.images).data)
+            if with_labels and batch.labels is not None:
+                every.update(np.ascontiguousarray(batch.labels).data)
+            some.update(batch.images[np.isin(index, chosen)].tobytes())
+    return {"images": some.hexdigest(), "all_images": every.hexdigest()}
 
 
 def make_report(latents: pathlib.Path, reconstructions: pathlib.Path, steps: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from ddim_jax.interrupts import unfinished
@@ -25,11 +25,14 @@ TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp")
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+def replacing(
+    path: pathlib.Path, completed: Callable[[pathlib.Path], None] = lambda temporary: None
+) -> Iterator[BinaryIO]:
     """A binary file to write to, which replaces `path` once it is complete and on the disk.
 
     Until then it has a random name in the same folder, created anew: it follows no link, and two machines that share
     the folder never write to the same file. OSError where it cannot be written; nothing is left behind then.
+    completed: called with the complete file, before it replaces `path`.
     """
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     unfinished.add(temporary)
@@ -38,6 +41,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        completed(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
@@ -85,6 +89,35 @@ def _sync_folder(folder: pathlib.Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def remove_temporaries(folder: pathlib.Path, name: str = "*") -> None:
+    """Removes what `replacing` left in a folder, of files of this name, when a process was killed. No other process may
+    be writing them.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        if is_temporary(path):
+            path.unlink(missing_ok=True)
+
+
+def check_writable_folder(folder: pathlib.Path) -> pathlib.Path:
+    """ValueError if files cannot be written into the folder, or if it is not there and cannot be made. Makes nothing.
+    Returns what is there already: the folder, or the nearest one above it.
+    """
+    try:
+        there = _nearest(pathlib.Path(os.path.abspath(folder)))
+        with tempfile.TemporaryFile(dir=there):
+            return there
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {printable(str(folder))}: {error.strerror}") from error
+
+
+def _nearest(path: pathlib.Path) -> pathlib.Path:
+    try:
+        os.lstat(path)  # which a name that is too long, or below a file, cannot pass
+    except FileNotFoundError:
+        return _nearest(path.parent)
+    return path
 
 
 def sha256(path: pathlib.Path) -> str:

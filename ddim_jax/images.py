@@ -11,6 +11,7 @@ import pathlib
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -54,21 +55,35 @@ def write_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: in
         )
 
 
-def write_npz(path: pathlib.Path, length: int, parts: Callable[[], Iterable[Mapping[str, np.ndarray]]]) -> None:
+Pieces = Callable[[], Iterable[Mapping[str, np.ndarray]]]
+
+
+def write_npz(path: pathlib.Path, length: int, parts: Pieces) -> None:
     """Arrays (N, ...) by their names, N = length. Images as uint8 `arr_0` with labels as `arr_1` are the layout that
     the ADM evaluation suite reads.
 
     parts: gives consecutive pieces of all arrays, anew for each array, so that none is ever whole in memory.
+    ValueError if they do not make up the length.
     """
-    first = next(iter(parts()))
-    with files.replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, piece in first.items():
+    with files.replacing(path) as file:
+        save_npz(file, length, parts)
+
+
+def save_npz(file: BinaryIO, length: int, parts: Pieces, comment: bytes = b"") -> None:
+    """`write_npz` into an open file. comment: of the zip file, at most 65,535 bytes; readers of arrays ignore it."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.comment = comment
+        for name, piece in next(iter(parts())).items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 descr = np.lib.format.dtype_to_descr(piece.dtype)
                 header = {"descr": descr, "fortran_order": False, "shape": (length, *piece.shape[1:])}
                 np.lib.format.write_array_header_1_0(member, header)
+                written = 0
                 for part in parts():
                     member.write(np.ascontiguousarray(part[name]).data)
+                    written += len(part[name])
+            if written != length:
+                raise ValueError(f"{name}: the parts hold {written} items, not {length}")
 
 
 def open_npz(path: pathlib.Path, verify: bool = False) -> dict[str, np.ndarray]:

@@ -1,13 +1,26 @@
-"""The output folder of a command: whose it is, and arrays that are made batch by batch and never made twice."""
+"""The output folder of a command: whose it is, what is in it, and arrays that are made batch by batch and never twice.
+
+A folder's record, run.json, says what its results are made from (`made_from`), and of every file its SHA-256, for
+arrays their shapes and dtypes, and what they were computed with, which is not compared. A file is recorded before it
+gets its name. So whenever a process is killed, a result that is there and not recorded is not of this run, and one that
+is recorded and not there is made again. Results are verified before they are used: what does not fit is named, never
+taken, and never replaced without being asked to.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import json
+import math
+import os
 import pathlib
 import shutil
+import weakref
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,99 +31,445 @@ from ddim_jax.errors import ConfigError
 RECORD = "run.json"
 
 
-def claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overwrite: bool | None = None) -> None:
-    """Makes the folder this run's own, or raises ConfigError because another run's results, or foreign files, are
-    in it.
+class Arrays(NamedTuple):
+    """What an .npz of results holds."""
 
-    ours: all that the results depend on, JSON can hold it. written: the names of all files and folders that the
-    command may write; these alone are removed to overwrite. overwrite: None for a command that never does.
+    length: int
+    counted_by: str  # the field or option that says how many, for people
+    items: Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape of one of `length` items, dtype)
+
+    def described(self, length: int | None = None) -> dict[str, Any]:
+        """As the record has it; length: of a part."""
+        length = self.length if length is None else length
+        return {name: {"shape": [length, *shape], "dtype": dtype} for name, (shape, dtype) in self.items.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.items.values())
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """ConfigError if nothing can be written to a folder, or if it cannot be made. Makes nothing."""
+    try:
+        files.check_writable_folder(pathlib.Path(path))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def check_room(folder: Folder, results: Mapping[str, Arrays]) -> None:
+    """ConfigError if the disk has no room for the results that are missing in a folder. They are made one after the
+    other, and for a moment each is there twice: in parts, and whole.
     """
+    missing = {name: arrays for name, arrays in results.items() if not folder.has(name)}
+    if not missing or not sharding.is_first():
+        return
+    sizes = [arrays.nbytes for arrays in missing.values()]
+    present = [path for name in missing for path in (folder / name, *_parts_of(folder, name).glob("*.npz"))]
+    needed = sum(sizes) + max(sizes) - sum(path.lstat().st_size for path in present if os.path.lexists(path))
+    with _one_line(folder.path):
+        there = files.check_writable_folder(folder.path)
+        free = shutil.disk_usage(there).free
+    if needed > free:
+        arrays = next(iter(missing.values()))
+        raise ConfigError(
+            f"{arrays.counted_by}: {arrays.length} images need {files.human_size(needed)}, in parts and then in one "
+            f"file, and the disk of {there} has {files.human_size(free)} left; ask for fewer, or give an --out on "
+            f"another disk"
+        )
+
+
+def _parts_of(folder: Folder, name: str) -> pathlib.Path:
+    return (folder / name).with_suffix(".parts")
+
+
+def open_folder(
+    path: str | os.PathLike,
+    made_from: Mapping[str, Any] | None,
+    written: Sequence[str],
+    overwrite: bool | None = None,
+    inside: Folder | None = None,
+) -> Folder:
+    """The output folder of a run. ConfigError if it cannot be written to, if another run's results, or files that no
+    run recorded, are in it, if its record is damaged, or if another process is writing to it. It becomes this run's own
+    when it is first written to: until then nothing is changed.
+
+    made_from: all that the results depend on, JSON can hold it; None: whatever the record says. written: the names of
+    all files and folders that the command may write; these alone are removed to overwrite. overwrite: None for a
+    command that never does. inside: the output folder that this one is part of.
+    """
+    folder = Folder(pathlib.Path(path), made_from, written, overwrite, inside)
     if sharding.is_first():
-        _claim(out, ours, written, overwrite)
-    sharding.all_here("claim")
+        if inside is None:
+            check_writable(path)
+        folder.open()
+    sharding.all_here("output folder")
+    return folder
 
 
-def _claim(out: pathlib.Path, ours: dict[str, Any], written: Sequence[str], overwrite: bool | None) -> None:
-    ours = json.loads(json.dumps(ours))  # tuples become lists, as in what is read
-    record = out / RECORD
-    present = [name for name in (RECORD, *written) if (out / name).exists()]
-    if record.exists():
-        try:
-            theirs = json.loads(record.read_text())
-        except json.JSONDecodeError:
-            theirs = {}
-        difference = next(_differences("", theirs, ours), None)
-        if difference is None:
+class Folder:
+    """An output folder and its record; `folder / name` is a path in it. Of several processes the first alone writes."""
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        made_from: Mapping[str, Any] | None,
+        written: Sequence[str],
+        overwrite: bool | None,
+        inside: Folder | None,
+    ):
+        self.path, self._names, self._overwrite, self._inside = path, (RECORD, *written), overwrite, inside
+        self.made_from = json.loads(json.dumps(made_from))  # tuples become lists, as in what is read
+        self._recorded: dict[str, dict[str, Any]] = {}
+        self._replaced: list[str] = []  # names to be removed at the first write
+        self._state: Any = None  # of the record on the disk, as this process knows it
+        self._own, self._lock = False, None
+
+    def __truediv__(self, name: str | os.PathLike) -> pathlib.Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> None:
+        """Reads the record; see `open_folder`."""
+        with _one_line(self.path):
+            if self.path.is_dir():
+                self._hold()
+            present = [name for name in self._names if os.path.lexists(self / name)]
+            reason, before = f"{self} already holds {present[0]}" if present else None, False
+            if RECORD in present:
+                self._state = self._state_now()
+                try:
+                    saved, self._recorded, before = _read(self / RECORD)
+                    self.made_from = saved if self.made_from is None else self.made_from
+                    difference = next(_differences("", saved, self.made_from, before), None)
+                    reason = difference and f"{self} holds what another run made ({difference})"
+                except ValueError as error:
+                    reason = f"{self / RECORD} is damaged: {error}"
+            if reason and not self._overwrite:
+                raise ConfigError(f"{reason}; {self._advice()}")
+            if reason:
+                self._recorded, self._replaced = {}, present
+            elif before:
+                self._adopt()
+
+    def claim(self) -> None:
+        """Makes the folder, and makes it this run's own. ConfigError if another process did so meanwhile."""
+        if self._own or not sharding.is_first():
             return
-        reason = f"{out} holds what another run made ({difference})"
-    elif present:
-        reason = f"{out} already holds {present[0]}"
-    else:
-        reason = None
-    if reason and not overwrite:
-        raise ConfigError(f"{reason}; give another --out" + ", or --overwrite to replace it" * (overwrite is not None))
-    for name in present:
-        _remove(out / name)
-    with files.replacing(record) as file:
-        file.write(json.dumps(ours, indent=1).encode())
+        if self._inside is not None:
+            self._inside.claim()
+        with _one_line(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            self._check_state()
+            for name in self._names if self._inside is None else "*":
+                files.remove_temporaries(self.path, name)
+            for name in self._replaced:
+                remove(self / name)
+            self._state, self._replaced, self._own = self._state_now(), [], True
+            self._write()
+
+    def _hold(self) -> None:
+        """Holds the folder against a second process on this machine, until this object is gone."""
+        if self._lock is not None or self._inside is not None:
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self._lock = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock()
+            raise ConfigError(f"another process is writing to {self}; wait for it, or give another --out") from None
+        except OSError:  # a file system without locks: what another process writes is noticed by `_check_state`
+            pass
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of that name which is not to be overwritten."""
+        return name not in self._replaced and os.path.lexists(self / name)
+
+    def find(self, name: str, arrays: Arrays | None = None) -> pathlib.Path | None:
+        """The path of a result, verified; None if it is not there. ConfigError if it is not what this run recorded, or
+        does not hold these arrays.
+        """
+        if not self.has(name):
+            return None
+        path, recorded, reason = self / name, self._recorded.get(name, {}), None
+        with _one_line(path):
+            files.check_regular(path)
+            if not recorded:
+                reason = f"{RECORD} does not list it"
+            elif files.sha256(path) != recorded["sha256"]:
+                reason = f"its SHA-256 is not the one in {RECORD}"
+            elif arrays is not None and recorded.get("arrays") != arrays.described():
+                reason = f"it holds {_shown(recorded.get('arrays'))}, not {_shown(arrays.described())}"
+        return self.refuse(path, reason) if reason else path
+
+    def find_all(self) -> bool:
+        """Whether everything that is recorded is there; ConfigError as for `find`."""
+        return all([self.find(name) is not None for name in self._recorded])
+
+    def refuse(self, path: pathlib.Path, reason: str) -> None:
+        """ConfigError because a file is not what this run wrote; to overwrite, removes it."""
+        if not self._overwrite:
+            raise ConfigError(f"{path} is not what this run wrote: {reason}; remove it, {self._advice('or ')}")
+        remove(path)
+
+    @contextlib.contextmanager
+    def writing(self, name: str, also: Sequence[str] = (), **about: Any) -> Iterator[BinaryIO]:
+        """A binary file to write a result to; it is recorded, with its SHA-256 and what `about` says, before it has its
+        name. also: files that are there, recorded at the same moment.
+        """
+        self.claim()
+
+        def complete(temporary: pathlib.Path) -> None:
+            self._record({name: {"sha256": files.sha256(temporary), **about}}, also)
+
+        with files.replacing(self / name, complete) as file:
+            yield file
+
+    def record(self, *names: str) -> None:
+        """Records files that every command writes anew."""
+        if sharding.is_first():
+            self.claim()
+            self._record({}, names)
+
+    def forget(self, *names: str) -> None:
+        """Removes files, or folders of numbered files, and what is recorded of them."""
+        if any(name in self._recorded for name in names):
+            self._recorded = {name: about for name, about in self._recorded.items() if name not in names}
+            self._write()
+        for name in names:
+            remove(self / name)
+
+    def _advice(self, conjunction: str = "") -> str:
+        if self._overwrite is None:
+            return f"{conjunction}give another --out"
+        return "give another --out, or --overwrite to replace it"
+
+    def _adopt(self) -> None:
+        """Records the results of an earlier version, which recorded none, as they are. They must be readable, arrays by
+        the CRC of each. Parts of results, of which nothing can be known, are removed, to be made again.
+        """
+        for name in self._names[1:]:
+            path = self / name
+            if name.endswith(".parts"):
+                remove(path)
+            elif path.suffix in (".npz", ".json") and os.path.lexists(path):
+                try:
+                    about = {"arrays": _checked_arrays(path)} if path.suffix == ".npz" else {}
+                    if not about:
+                        files.read_json(path)
+                except Exception as error:  # whatever a damaged file makes zipfile and NumPy say
+                    self.refuse(path, str(error) or type(error).__name__)
+                    continue
+                self._recorded[name] = {"sha256": files.sha256(path), **about}
+        self.claim()
+
+    def _record(self, entries: Mapping[str, dict[str, Any]], names: Sequence[str]) -> None:
+        self._recorded |= entries | {name: {"sha256": files.sha256(self / name)} for name in names}
+        self._write()
+
+    def _write(self) -> None:
+        self._check_state()
+        content = json.dumps({"made_from": self.made_from, "files": self._recorded}, indent=1).encode()
+        with files.replacing(self / RECORD) as file:
+            file.write(content)
+        self._state = self._state_now()
+
+    def _state_now(self) -> Any:
+        """Whoever writes the record makes another file of it."""
+        with contextlib.suppress(FileNotFoundError):
+            found = os.lstat(self / RECORD)
+            return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _check_state(self) -> None:
+        if self._state_now() != self._state:
+            raise ConfigError(f"another process has written to {self}; give another --out")
 
 
-def _remove(path: pathlib.Path) -> None:
-    """A file, or a folder of files whose names are numbers; whatever else somebody put into that folder stays."""
-    if not path.is_dir():
-        path.unlink()
+def _read(record: pathlib.Path) -> tuple[Any, dict[str, dict[str, Any]], bool]:
+    """What the results are made from, the files, and whether an earlier version wrote it, which had no files in it.
+    ValueError if it is no record.
+    """
+    values = files.read_json(record)
+    if isinstance(values, dict) and not {"made_from", "files"} & values.keys():
+        return values, {}, True
+    try:
+        made_from, recorded = values["made_from"], values["files"]
+        for name, about in recorded.items():
+            files.check_name(name)
+            _shown(about.get("arrays"))
+            if not isinstance(about["sha256"], str):
+                raise TypeError
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("it is no record of a run") from None
+    return made_from, recorded, False
+
+
+def _differences(path: str, saved: Any, current: Any, before: bool) -> Iterator[str]:
+    """Where the values differ, in words. before: whether saved is of an earlier version: only what both have is
+    compared.
+    """
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for name in [*current, *saved]:
+            if not before or (name in saved and name in current):
+                inner = f"{path}.{name}" if path else name
+                yield from _differences(inner, saved.get(name), current.get(name), before)
+    elif saved != current:
+        yield files.printable(f"{path} is {str(saved)[:40]} there, {str(current)[:40]} here")
+
+
+def _checked_arrays(path: pathlib.Path) -> dict[str, Any]:
+    """The arrays of an .npz as a record has them. ValueError if one cannot be read."""
+    files.check_regular(path)
+    with zipfile.ZipFile(path) as archive:
+        _check_stored(archive)
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+    return _described(images.open_npz(path))
+
+
+def _check_stored(archive: zipfile.ZipFile) -> None:
+    """ValueError unless the arrays are as large as the file: results never are compressed."""
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise ValueError("it is compressed")
+
+
+def _described(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
+
+
+def _shown(described: Any) -> str:
+    items = described.items() if isinstance(described, dict) else ()
+    return ", ".join(f"{name} {about['dtype']} {tuple(about['shape'])}" for name, about in items) or "no arrays"
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+    """Errors of a file system, and of what is no regular file, as a ConfigError that names the path."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used: {getattr(error, 'strerror', None) or error}") from error
+
+
+def remove(path: pathlib.Path) -> None:
+    """A file or a link, or a folder of files whose names are numbers; whatever else is in that folder stays."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
         return
     for file in path.iterdir():
-        if file.stem.isdigit():
+        if file.stem.isdigit() and not file.is_dir():
             file.unlink()
+    files.remove_temporaries(path)
     with contextlib.suppress(OSError):
         path.rmdir()
 
 
-def _differences(path: str, theirs: Any, ours: Any):
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for name in [*ours, *theirs]:
-            yield from _differences(f"{path}.{name}" if path else name, theirs.get(name), ours.get(name))
-    elif theirs != ours:
-        yield f"{path} is {str(theirs)[:40]} there, {str(ours)[:40]} here"
-
-
 def gather(
-    npz: pathlib.Path, batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]], total: int, doing: str
+    folder: Folder,
+    name: str,
+    arrays: Arrays,
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    doing: str,
+    computed_with: Mapping[str, Any],
 ) -> pathlib.Path:
-    """The .npz of `total` items, arrays (total, ...) by their names.
+    """The .npz of that name in the folder, of these arrays. What is there of it already is verified, and not made
+    again; ConfigError where it is not what this run wrote.
 
-    batches: (number of the first item) -> dicts of arrays (b, ...), the items from there on. Finished batches wait in
-    a folder beside the file, NAME.parts, so that a run that was interrupted makes none twice. doing: for the bar. Of
-    several processes all make their part of a batch, and the first writes it.
+    batches: (number of the first item) -> dicts of arrays (b, ...), the items from there on. Finished batches wait in a
+    folder beside the file, NAME.parts, for the others. doing: for the bar. computed_with: what decides how floats are
+    rounded, recorded for the items that it made. Of several processes all make their part of a batch, and the first
+    writes it.
     """
-    parts, first = npz.with_suffix(".parts"), sharding.is_first()
-    done = sharding.agreed(total if npz.exists() else _count(parts))
+    first, total = sharding.is_first(), arrays.length
+    whole, parts = folder.find(name, arrays) if first else None, _Parts(folder, name, arrays)
+    done = sharding.agreed((total if whole else parts.find()) if first else 0)
     with tqdm(total=total, initial=done, desc=doing, unit="image", disable=not first) as bar:
         for batch in batches(done) if done < total else ():
             if first:
-                parts.mkdir(exist_ok=True)
-                with files.replacing(parts / f"{done:08d}.npz") as file:
-                    np.savez(file, **batch)
+                parts.write(done, batch, computed_with)
             size = len(next(iter(batch.values())))
             done += size
             bar.update(size)
-    if first and not npz.exists():
-        images.write_npz(npz, total, lambda: map(_load, sorted(parts.glob("*.npz"))))
+    if first and whole is None:
+        with folder.writing(name, arrays=arrays.described(), computed_with=parts.computed_with()) as file:
+            images.save_npz(file, total, parts.read)
     if first:
-        shutil.rmtree(parts, ignore_errors=True)  # also of a run that was killed after its last word
-    sharding.all_here(npz.name)
-    return npz
+        remove(parts.home)  # also of a run that was killed after its last word
+    sharding.all_here(name)
+    return folder / name
 
 
-def _count(parts: pathlib.Path) -> int:
-    """How many items are done."""
-    done = 0
-    while (part := parts / f"{done:08d}.npz").exists():
-        done += len(next(iter(_load(part).values())))
-    return done
+class _Parts:
+    """Consecutive pieces of a result, each an .npz named by the number of its first item.
 
+    A part is sealed: the comment of the file holds a SHA-256 of its arrays, their place, and what the run is made from.
+    So it needs no record: it is whole, and of this run, or it is not.
+    """
 
-def _load(part: pathlib.Path) -> dict[str, np.ndarray]:
-    with np.load(part, allow_pickle=False) as file:
-        return dict(file)
+    def __init__(self, folder: Folder, name: str, arrays: Arrays):
+        self.home = _parts_of(folder, name)
+        self._folder, self._arrays = folder, arrays
+        self._run = files.json_digest([folder.made_from, name])
+        self._made: list[tuple[int, Mapping[str, Any]]] = []  # the first item, and what it was computed with
+
+    def find(self) -> int:
+        """How many items are done. ConfigError for a part that is not of this run."""
+        done = 0
+        if not self._folder.has(self.home.name):
+            return done
+        if self.home.is_symlink() or not self.home.is_dir():
+            self._folder.refuse(self.home, "it is no folder")
+        while os.path.lexists(path := self._path(done)):
+            try:
+                count, computed_with = self._verified(path, done)
+            except Exception as error:  # whatever a file that is no part makes zipfile, NumPy and JSON say
+                reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+                self._folder.refuse(path, reason)
+                break
+            self._made.append((done, computed_with))
+            done += count
+        return done
+
+    def write(self, begin: int, batch: Mapping[str, np.ndarray], computed_with: Mapping[str, Any]) -> None:
+        self._folder.claim()
+        self.home.mkdir(exist_ok=True)
+        seal = {"sha256": self._seal(begin, batch, computed_with), "computed_with": computed_with}
+        with files.replacing(self._path(begin)) as file:
+            images.save_npz(file, len(next(iter(batch.values()))), lambda: [batch], json.dumps(seal).encode())
+        self._made.append((begin, computed_with))
+
+    def read(self) -> Iterator[dict[str, np.ndarray]]:
+        return (images.open_npz(self._path(begin)) for begin, _ in self._made)
+
+    def computed_with(self) -> list[dict[str, Any]]:
+        """What the items were computed with, from which item on."""
+        changes = [self._made[i] for i in range(len(self._made)) if not i or self._made[i][1] != self._made[i - 1][1]]
+        return [{"from": begin, **computed_with} for begin, computed_with in changes]
+
+    def _path(self, begin: int) -> pathlib.Path:
+        return self.home / f"{begin:08d}.npz"
+
+    def _verified(self, path: pathlib.Path, begin: int) -> tuple[int, Mapping[str, Any]]:
+        """The number of items of a part, and what they were computed with."""
+        files.check_regular(path)
+        with zipfile.ZipFile(path) as archive:
+            _check_stored(archive)
+            seal = json.loads(archive.comment or b"{}")
+        found = images.open_npz(path)
+        count = max((len(array) for array in found.values()), default=0)
+        if not 1 <= count <= self._arrays.length - begin or _described(found) != self._arrays.described(count):
+            raise ValueError(f"it holds {_shown(_described(found))}, not some of {_shown(self._arrays.described())}")
+        if not seal or seal["sha256"] != self._seal(begin, found, seal["computed_with"]):
+            raise ValueError("its SHA-256 is not the one that was written with it")
+        return count, seal["computed_with"]
+
+    def _seal(self, begin: int, batch: Mapping[str, np.ndarray], computed_with: Mapping[str, Any]) -> str:
+        total = hashlib.sha256(files.json_digest([self._run, begin, _described(batch), computed_with]).encode())
+        for name in sorted(batch):
+            total.update(np.ascontiguousarray(batch[name]).data)
+        return total.hexdigest()

@@ -2,8 +2,8 @@
 
     python -m ddim_jax.sample --config configs/digits.py [--workdir DIR] [--out DIR] [--config.sample.FIELD=VALUE ...]
 
-Writes `grid.png`, and `samples.npz` with all images, into the output folder. A run that was interrupted goes
-on where it was when the same command is given again.
+Writes `grid.png`, `samples.npz` with all images, and `run.json`, the record of what they are made from, into the output
+folder. A run that was interrupted resumes when the same command is given again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from ddim_jax import interrupts
 if __name__ == "__main__":
     interrupts.install()
 
-import dataclasses
 import pathlib
 import types
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import cli, generate, images, output, registry, samplers, sharding, weights
+from ddim_jax import cli, files, generate, images, output, registry, samplers, sharding, weights
 from ddim_jax import config as config_lib
+from ddim_jax import fingerprint as fingerprint_lib
 from ddim_jax.config import Config, Process
 from ddim_jax.data.scaling import to_uint8
 from ddim_jax.memory import check_sampling
@@ -38,7 +38,7 @@ WRITTEN = ("samples.npz", "grid.png", "film.png", "film.gif", "png", "samples.pa
 
 OPTIONS = {
     "workdir": (None, "Sample the latest checkpoint of this run, not the weights that ship with the package."),
-    "out": (None, "Output folder. Default: samples/NAME/PROCESS, or WORKDIR/samples/PROCESS."),
+    "out": (None, "Output folder. Default: one for each way to sample, in samples/NAME, or in WORKDIR/samples."),
     "overwrite": (False, "Replace what another run left in the output folder."),
     "png": (False, "Also write every image as png/NUMBER.png."),
     "film": (
@@ -50,13 +50,16 @@ OPTIONS = {
 
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
+    config_lib.network(config.model)  # mistakes show before anything is read or written
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    if options.out or not options.workdir:  # a workdir that is not there is another mistake
+        output.check_writable(options.out or root(config, None))
     mesh = sharding.data_mesh()
     check_sampling(config, mesh)
     found = weights.find(config, options.workdir, mesh)
-    out = cli.writable_folder(options.out or default_folder(config, options.workdir))
-
-    output.claim(out, fingerprint(config, process, found), WRITTEN, options.overwrite)
+    made_from = fingerprint(config, process, found)
+    out = options.out or default_folder(config, options.workdir, process, found, made_from)
+    out = output.open_folder(out, made_from, WRITTEN, options.overwrite)
     steps = len(process.tau) - 1
     fewer_or_more = config.sample.tau in registry.NAMED_TAUS and steps != config.sample.steps
     asked = f" ({config.sample.steps} were asked for)" if fewer_or_more else ""
@@ -74,32 +77,37 @@ def main(options: types.SimpleNamespace) -> None:
             images.write_png(folder / f"{i:06d}.png", image)
         written.append(folder)
     if frames is not None:
-        written += write_film(out, *frames)
+        written += write_film(out.path, *frames)
+    out.record(*(path.name for path in written if path.suffix in (".png", ".gif")))
     for path in written:
-        print(path)
+        cli.say(str(path))
 
 
-def default_folder(config: Config, workdir: str | None) -> pathlib.Path:
+def root(config: Config, workdir: str | None) -> pathlib.Path:
+    """Where the default output folders are. A name that a file gives is a name, never a path."""
+    return pathlib.Path(workdir, "samples") if workdir else pathlib.Path("samples", files.name_from(config.name))
+
+
+def default_folder(
+    config: Config, workdir: str | None, process: Process, found: weights.Weights, made_from: dict[str, Any]
+) -> pathlib.Path:
     """A folder for each way to sample, so that the default of one never meets the other's files."""
-    sample = config.sample
-    eta = f"-eta{sample.eta:g}" if "eta" in registry.accepts(registry.SAMPLERS[sample.sampler]) else ""
-    tau = (
-        f"{sample.tau}-{sample.steps}" if sample.tau in registry.NAMED_TAUS else f"explicit-{sample.tau.count(',') + 1}"
-    )
-    root = pathlib.Path(workdir, "samples") if workdir else pathlib.Path("samples", config.name)
-    return root / f"{sample.sampler}{eta}-{tau}-seed{sample.seed}-n{sample.num_images}"
+    return root(config, workdir) / fingerprint_lib.folder_name(config, process, workdir and found.step, made_from)
 
 
 def fingerprint(config: Config, process: Process, found: weights.Weights) -> dict[str, Any]:
-    """All that the images depend on. Not the batch size: it does not change them."""
-    sample = dataclasses.asdict(config.sample) | {"tau": process.tau.tolist()}
-    del sample["batch_size"], sample["steps"], sample["refine"]
-    schedule, model = dataclasses.asdict(config.schedule), dataclasses.asdict(config.model)
-    return {"sample": sample, "schedule": schedule, "model": model, "weights": found.digest}
+    """All that the images depend on; how they are computed decides their last bits, and is not in it."""
+    return {**fingerprint_lib.of_images(config, process), "weights": found.digest}
 
 
-def draw_all(out: pathlib.Path, config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh) -> pathlib.Path:
+def draw_all(
+    out: output.Folder, config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh
+) -> pathlib.Path:
     """samples.npz with all images, and their classes where the network has them."""
+    items = {"arr_0": (generate.image_shape(config), "uint8")}
+    if config.model.num_classes:
+        items["arr_1"] = ((), "int32")
+    arrays = output.Arrays(config.sample.num_images, "config.sample.num_images", items)
 
     def batches(first: int) -> Iterator[dict[str, np.ndarray]]:
         for images_ in generate.batches(config, process, params, mesh, first):
@@ -107,7 +115,9 @@ def draw_all(out: pathlib.Path, config: Config, process: Process, params: Any, m
             yield {"arr_0": images_} | ({} if labels is None else {"arr_1": labels})
             first += len(images_)
 
-    return output.gather(out / "samples.npz", batches, config.sample.num_images, "sampling")
+    output.check_room(out, {"samples.npz": arrays})
+    computed_with = fingerprint_lib.computed_with(config, mesh, arrays.length)
+    return output.gather(out, "samples.npz", arrays, batches, "sampling", computed_with)
 
 
 def film(config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, np.ndarray]:

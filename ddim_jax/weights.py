@@ -24,6 +24,7 @@ from ddim_jax.pretrained import Published, tensors
 class Weights(NamedTuple):
     params: Any  # replicated over the mesh
     source: str  # for people: where they came from
+    step: int | None = None  # how many updates made them, where that is known
 
     @property
     def digest(self) -> str:
@@ -56,7 +57,7 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
     config_lib.check_same(config, published, config_lib.SAMPLED_WITH, published.source)
     params = published.read(params_like(config.model, mesh), config.sample.ema)
     show_note(published)
-    return Weights(params, published.source)
+    return Weights(params, published.source, published.step)
 
 
 def show_note(published: Published) -> None:

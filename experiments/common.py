@@ -8,10 +8,10 @@ import io
 import json
 import pathlib
 import re
-import shutil
+import tempfile
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ddim_jax import cli, files, output
 from ddim_jax.errors import ConfigError
+from ddim_jax.evaluation import reference
 
 OPTIONS = {
     "workdir": (None, "Use the latest checkpoint of this run, not config.pretrained or the weights that ship."),
@@ -26,6 +27,10 @@ OPTIONS = {
 }
 FILES = ("table.csv", "table.json", "table.md", "table.png")
 WRITTEN = ("cells", *FILES)
+RESULT = "result.json"
+ARRAYS = ("samples", "latents", "reconstructions")
+WRITTEN_BY_CELLS = (RESULT, "first.png", *(f"{name}.{kind}" for name in ARRAYS for kind in ("npz", "parts")))
+NAME_BYTES = 200  # of a folder; file systems take 255
 
 
 class Cell(NamedTuple):
@@ -34,68 +39,102 @@ class Cell(NamedTuple):
     axes: dict[str, Any]  # column -> value, a number or a string
     depends: dict[str, Any]  # what its numbers depend on beside what all cells share
     cost: float  # how much longer than the others it takes, for the estimate
-    measure: Callable[[pathlib.Path], dict[str, Any]]  # (a folder of its own) -> its numbers, JSON can hold them
+    measure: Callable[[output.Folder], dict[str, Any]]  # (a folder of its own) -> its numbers, JSON can hold them
     temporary: tuple[str, ...] = ()  # files in the folder that go once the numbers are there
 
 
+def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, tuple[Any, str]], **kinds: Any) -> None:
+    """`cli.start` for a command that fills --out: that it can be written to is known before any work."""
+
+    def checked(given: types.SimpleNamespace) -> None:
+        if not given.out:
+            raise ConfigError("--out is missing: the folder of the results")
+        output.check_writable(given.out)
+        main(given)
+
+    cli.start(checked, options, **kinds)
+
+
 def folder_of(axes: dict[str, Any]) -> pathlib.Path:
-    """Of a cell, below the output folder."""
-    return pathlib.Path("cells", "_".join(_in_a_file_name(f"{axis}={value}") for axis, value in axes.items()))
+    """Of a cell, below the output folder. Whatever the values are, it is one name, and no two cells have the same."""
+    name = "_".join(f"{_in_a_file_name(axis)}={_in_a_file_name(str(value))}" for axis, value in axes.items())
+    if len(name.encode()) > NAME_BYTES:
+        name = f"{name.encode()[:NAME_BYTES].decode(errors='ignore')}-{_short_digest(name)}"
+    return pathlib.Path("cells", name)
 
 
 def _in_a_file_name(text: str) -> str:
-    plain = re.sub(r"[^\w.=-]", "-", text)
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    plain = re.sub(r"[^\w.-]", "-", text)
+    return plain if plain == text else f"{plain}-{_short_digest(text)}"
 
 
-def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **depends: Any) -> pathlib.Path:
-    """The output folder, which from now on is this experiment's own.
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **depends: Any) -> output.Folder:
+    """The output folder, which becomes this experiment's own when it is first written to.
 
     depends: all that the results depend on; ConfigError if those in the folder depend on something else.
     """
-    if not options.out:
-        raise ConfigError("--out is missing: the folder of the results")
-    out = cli.writable_folder(options.out)
-    output.claim(out, depends, written)
-    return out
+    return output.open_folder(options.out, depends, written)
 
 
-def run(out: pathlib.Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def run(out: output.Folder, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Measures the cells that are not measured yet, and returns all that are in the folder, those of earlier commands
     too: their axes and numbers, in order of the axes from the last to the first.
 
-    A cell's numbers are in its folder, `result.json`, once they are complete: what was interrupted goes on
-    with the cell that it was in.
+    A cell's numbers are in its folder, `result.json`, once they are complete: what was interrupted resumes with the
+    cell that it was in. ConfigError if a file of a cell is not what was recorded of it.
     """
     todo = []
     for cell in cells:
-        home = cli.writable_folder(out / folder_of(cell.axes))
-        output.claim(home, cell.depends, ("result.json", *cell.temporary))
-        if not (home / "result.json").exists():
-            todo.append(cell)
-        _clear(home, cell)
+        home = output.open_folder(out / folder_of(cell.axes), cell.depends, WRITTEN_BY_CELLS, inside=out)
+        if home.find(RESULT) is not None and home.find_all():
+            home.forget(*cell.temporary)
+        else:
+            todo.append((cell, home))
     done, begun = 0.0, time.monotonic()
-    for i, cell in enumerate(todo):
-        home = out / folder_of(cell.axes)
+    for i, (cell, home) in enumerate(todo):
+        home.claim()
         numbers = cell.measure(home)
-        write_json(home / "result.json", {"axes": cell.axes, "numbers": numbers})
-        _clear(home, cell)
+        pictures = sorted(path.name for path in home.path.glob("[!.]*.png"))
+        with home.writing(RESULT, also=pictures) as file:
+            file.write(_json({"axes": cell.axes, "numbers": numbers}))
+        home.forget(*cell.temporary)
         done += cell.cost
-        left = sum(later.cost for later in todo[i + 1 :]) / done * (time.monotonic() - begun)
+        left = sum(later.cost for later, _ in todo[i + 1 :]) / done * (time.monotonic() - begun)
         place = ", ".join(f"{axis} {value}" for axis, value in cell.axes.items())
         first = next((f"{name} {_shown(value)}" for name, value in numbers.items()), "")
-        print(f"{place}: {first} ({i + 1} of {len(todo)}; {duration(left)} left)", flush=True)
-    rows = [json.loads(path.read_text()) for path in (out / "cells").glob("*/result.json")]
+        cli.say(f"{place}: {first} ({i + 1} of {len(todo)}; {duration(left)} left)")
+    rows = [row for path in (out / "cells").glob(f"*/{RESULT}") if (row := _row(out, path.parent)) is not None]
     rows.sort(key=lambda row: [_order(value) for value in reversed(row["axes"].values())])
     return [{**row["axes"], **row["numbers"]} for row in rows]
 
 
-def _clear(home: pathlib.Path, cell: Cell) -> None:
-    """Removes what a cell that is measured needs no more."""
-    if (home / "result.json").exists():
-        for name in cell.temporary:
-            path = home / name
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+def _row(out: output.Folder, path: pathlib.Path) -> dict[str, Any] | None:
+    """What is in the folder of a cell, also of an earlier command; None if it is not measured yet."""
+    home = output.open_folder(path, None, WRITTEN_BY_CELLS, inside=out)
+    if home.find(RESULT) is None:
+        return None
+    home.find_all()
+    row = files.read_json(home / RESULT)
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), dict) for name in ("axes", "numbers")):
+        raise ConfigError(f"{home / RESULT} holds no numbers of a cell; remove {path}")
+    if out / folder_of(row["axes"]) != path:
+        raise ConfigError(f"{home / RESULT} is of another cell, {folder_of(row['axes']).name}; remove {path}")
+    return row
+
+
+def keep_reference(out: output.Folder, stored: pathlib.Path | None, found: reference.Reference) -> None:
+    """Keeps the statistics of the real images for the next command, if they are not `stored` yet and it is known what
+    they are of.
+    """
+    if stored is None and found.about is not None:
+        with tempfile.TemporaryDirectory() as folder, out.writing("reference.npz") as file:
+            fresh = pathlib.Path(folder, "reference.npz")
+            reference.save(fresh, found)
+            file.write(fresh.read_bytes())
 
 
 def _order(value: Any) -> tuple[float, str]:
@@ -117,7 +156,12 @@ def duration(seconds: float) -> str:
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    with files.replacing(path) as file:
+        file.write(_json(content))
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -125,7 +169,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def write_table(out: pathlib.Path, rows: list[dict[str, Any]], **beside: Any) -> None:
+def write_table(out: output.Folder, rows: list[dict[str, Any]], **beside: Any) -> None:
     """table.csv, and table.json with what else there is to say."""
     text = io.StringIO()
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -147,12 +191,13 @@ def markdown(head: Sequence[Any], body: Sequence[Sequence[Any]]) -> str:
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, body)]) + "\n"
 
 
-def finish(out: pathlib.Path, text: str, files: Sequence[str] = FILES) -> None:
-    """Writes the text as table.md, and tells people where all is."""
+def finish(out: output.Folder, text: str, written: Sequence[str] = FILES) -> None:
+    """Writes the text as table.md, records the files written, and prints the table and where all is."""
     write_text(out / "table.md", text)
-    print("\n" + text)
-    for name in files:
-        print(out / name)
+    out.record(*written)
+    cli.say("\n" + text)
+    for name in written:
+        cli.say(str(out / name))
 
 
 def ints(option: str, text: str, least: int = 1) -> list[int]:

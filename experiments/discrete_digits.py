@@ -56,7 +56,8 @@ OPTIONS = {
     "out": common.OPTIONS["out"],
     "shares": ("0,0.5,1", "The rows: sigma as a share of its limit."),
     "steps": ("5,10,20,50,100,1000", "The columns: values of S."),
-    "held_out": ("100", "How many held-out digits bits_per_dim is of."),
+    "count": ("100", "How many held-out digits bits_per_dim is of."),
+    "held_out": (None, "The earlier name of --count."),
 }
 
 
@@ -64,7 +65,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     shares, steps = shares_of(options.shares), common.ints("steps", options.steps)
     transitions_of = {S: transitions(config, S) for S in steps}
-    (held_out,) = common.ints("held_out", options.held_out)
+    (held_out,) = common.ints("count", options.held_out or options.count)
     network = dataclasses.replace(config, model=dataclasses.replace(config.model, image_channels=LEVELS))
     mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     with error_context("config.data"):
@@ -84,10 +85,13 @@ def main(options: types.SimpleNamespace) -> None:
         sample=grid.fixed(config, []),
         **trained_with,
     )
+    stored = out.find("reference.npz")
+    measured = yardstick.build(config, features, mesh, source.image_shape, [], stored)
+    common.keep_reference(out, stored, measured.reference)
+    out.claim()
     params = train.run(network, objective, source, cli.writable_folder(out / "training"), mesh)
     params = sharding.put_replicated(mesh, jax.device_get(params))
     log_probs_fn = adapter.log_probs_fn(config_lib.network(network.model), params)
-    measured = yardstick.build(config, features, mesh, source.image_shape, [], out / "reference.npz")
 
     def measure(share: float, S: int, folder: Any) -> dict[str, Any]:
         drawn = draw(config, log_probs_fn, share, transitions_of[S], mesh)
@@ -162,4 +166,4 @@ def draw(config: Config, log_probs_fn: LogProbsFn, share: float, steps: Transiti
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

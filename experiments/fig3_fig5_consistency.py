@@ -15,13 +15,12 @@ if __name__ == "__main__":
     interrupts.install()
 
 import functools
-import pathlib
 import types
 from typing import Any
 
 import numpy as np
 
-from ddim_jax import cli, images, sample, sharding, weights
+from ddim_jax import images, output, sample, sharding, weights
 from ddim_jax.config import Config, Process
 from ddim_jax.errors import ConfigError
 from experiments import common, grid, paper
@@ -49,7 +48,7 @@ def main(options: types.SimpleNamespace) -> None:
         options, experiment="fig3_fig5", weights=found.digest, count=count, sample=grid.fixed(config, ("eta", "S"))
     )
 
-    def measure(cell: Config, process: Process, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(cell: Config, process: Process, folder: output.Folder) -> dict[str, Any]:
         drawn = images.open_npz(sample.draw_all(folder, cell, process, found.params, mesh))["arr_0"]
         images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
         return {"images": count}
@@ -57,7 +56,12 @@ def main(options: types.SimpleNamespace) -> None:
     rows = common.run(
         out,
         [
-            Cell(place, {}, len(process.tau) - 1, functools.partial(measure, cell, process))
+            Cell(
+                place,
+                grid.depends_on(cell, process),
+                len(process.tau) - 1,
+                functools.partial(measure, cell, process),
+            )
             for place, cell, process in zip(places, cells, processes, strict=True)
         ],
     )
@@ -96,4 +100,4 @@ def consistency(few: np.ndarray, many: np.ndarray) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

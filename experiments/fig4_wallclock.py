@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddim_jax import cli, generate, sharding, weights
+from ddim_jax import fingerprint, generate, sharding, weights
 from ddim_jax.config import Config, Process
 from experiments import common, grid
 from experiments.common import Cell
@@ -49,7 +49,7 @@ def main(options: types.SimpleNamespace) -> None:
     out = common.begin(
         options,
         experiment="fig4",
-        model=dataclasses.asdict(config.model),
+        model=fingerprint.model(config.model),
         sampler=config.sample.sampler,
         eta=config.sample.eta,
         tau=config.sample.tau,
@@ -77,7 +77,7 @@ def main(options: types.SimpleNamespace) -> None:
     rows = common.run(
         out,
         [
-            Cell({"S": S}, {}, S * (1 + repeats), functools.partial(measure, cell, process))
+            Cell({"S": S}, grid.depends_on(cell, process), S * (1 + repeats), functools.partial(measure, cell, process))
             for S, cell, process in zip(steps, cells, processes, strict=True)
         ],
     )
@@ -127,4 +127,4 @@ def draw(rows: list[dict[str, Any]], line: dict[str, float], figure: Any) -> Non
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

@@ -16,15 +16,13 @@ if __name__ == "__main__":
     interrupts.install()
 
 import functools
-import pathlib
-import shutil
 import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ddim_jax import cli, encode, generate, images, latent, sharding, weights
+from ddim_jax import encode, files, generate, images, latent, output, sharding, weights
 from ddim_jax.data.scaling import to_uint8, to_unit
 from experiments import common, grid
 from experiments.common import Cell
@@ -70,7 +68,7 @@ def main(options: types.SimpleNamespace) -> None:
         up = functools.partial(generate.encode, config, process, found.params, mesh)
         return in_batches(lambda index, labels: up(to_unit(source[index].images), labels), ends)
 
-    def measure(latents: Callable[[], np.ndarray], folder: pathlib.Path) -> dict[str, Any]:
+    def measure(latents: Callable[[], np.ndarray], folder: output.Folder) -> dict[str, Any]:
         x_T = latents()
         along = [latent.line(*x_T[2 * i : 2 * i + 2], points) for i in range(lines)]
         square = latent.grid(x_T[2 * lines :], side, side).reshape(-1, *x_T.shape[1:])
@@ -98,11 +96,12 @@ def main(options: types.SimpleNamespace) -> None:
     common.write_table(out, rows, S=len(process.tau) - 1, source=found.source)
     for name in PICTURES:
         kind, _, file = name.partition("_")
-        shutil.copyfile(out / common.folder_of({"latents": kind}) / file, out / name)
+        with files.replacing(out / name) as copy:
+            copy.write((out / common.folder_of({"latents": kind}) / file).read_bytes())
     head = ["latents", "largest jump", "distance of the ends", "corners to the real images"]
     body = [[row.get(name) for name in ("latents", "largest_jump", "ends", "reconstruction")] for row in rows]
     common.finish(out, common.markdown(head, body), ["table.csv", "table.json", "table.md", *PICTURES])
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

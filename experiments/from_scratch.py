@@ -4,7 +4,7 @@
 
 In DIR: speed.json, what training takes on this machine; run, the workdir; loss.png; and in step-N, N being the step
 that was reached, samples and a table over eta and S. Where Inception would judge CIFAR-10, a classifier that is fitted
-first does: no weights from elsewhere are needed. All of it goes on where it was when it is interrupted; given again
+first does: no weights from elsewhere are needed. All of it resumes when it is interrupted; given again
 with --minutes=0 it trains no further, otherwise for as long again.
 """
 
@@ -27,7 +27,6 @@ import numpy as np
 
 from ddim_jax import cli
 from ddim_jax.config import Config
-from ddim_jax.errors import ConfigError
 from ddim_jax.train import RUN_ME_AGAIN
 from experiments import common, fit_classifier
 
@@ -43,8 +42,6 @@ OPTIONS = {
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
     (minutes,) = common.ints("minutes", options.minutes, 0)
-    if not options.out:
-        raise ConfigError("--out is missing: the folder of all results")
     out = cli.writable_folder(options.out)
     given = cli.config_arguments()
     run = out / "run"
@@ -53,7 +50,7 @@ def main(options: types.SimpleNamespace) -> None:
         call("benchmarks.training", *given, f"--out={out / 'speed.json'}")
     if minutes:
         train(given, run, 60 * minutes)
-    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = lines_of(run / "metrics.jsonl")
     common.plot(out / "loss.png", lambda figure: curves(figure, losses))
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     place = cli.writable_folder(out / f"step-{step}")
@@ -108,6 +105,15 @@ def train(given: list[str], run: pathlib.Path, seconds: float) -> None:
         sys.exit(process.returncode)
 
 
+def lines_of(path: pathlib.Path) -> list[dict]:
+    """The values in a file of JSON lines, without those that a full disk or a kill has damaged."""
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [values for values in found if isinstance(values, dict) and {"step", "loss"} <= values.keys()]
+
+
 def curves(figure, losses: list[dict]) -> None:
     """The loss over the steps, of all t and of each quarter."""
     axes = figure.subplots()
@@ -136,4 +142,4 @@ def report(speed: dict, losses: list[dict], step: int, table: pathlib.Path) -> s
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

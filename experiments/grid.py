@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import pathlib
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddim_jax import config as config_lib
-from ddim_jax import registry, weights
+from ddim_jax import fingerprint, generate, output, registry, weights
 from ddim_jax.config import Config, Process
 from ddim_jax.errors import ConfigError
 from experiments import common, paper
@@ -86,6 +85,15 @@ def process_of(config: Config) -> Process:
     return config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
 
 
+def depends_on(cell: Config, process: Process) -> dict[str, Any]:
+    """What the images of a cell depend on, beside the weights and the fields that all cells share."""
+    shape = generate.image_shape(cell)
+    return {
+        "process": fingerprint.of_process(process.sampler, process.transitions, shape),
+        "model": fingerprint.model(cell.model),
+    }
+
+
 def fixed(config: Config, swept: Iterable[str]) -> dict[str, Any]:
     """The fields of config.sample that all cells share."""
     free = {*VARIED, *(field.removeprefix("sample.") for field in swept)}
@@ -104,7 +112,7 @@ def _word(axis: str, value: Any) -> str:
     return ("sigma-hat" if value == "hat" else f"eta {value}") if axis == "eta" else f"{axis.split('.')[-1]} {value}"
 
 
-def picture(rows: list[dict[str, Any]], axes: list[str], out: pathlib.Path) -> np.ndarray:
+def picture(rows: list[dict[str, Any]], axes: list[str], out: output.Folder) -> np.ndarray:
     """The first images of every cell; the same noise in all of them."""
     lines, columns, cells = laid_out(rows, axes)
     folder = lambda row: out / common.folder_of({name: row[name] for name in axes})

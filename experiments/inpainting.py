@@ -15,15 +15,14 @@ if __name__ == "__main__":
     interrupts.install()
 
 import functools
-import pathlib
 import types
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cli, data, generate, guidance, images, samplers, schedule, sharding, weights, yardstick
 from ddim_jax import config as config_lib
+from ddim_jax import data, generate, guidance, images, output, samplers, schedule, sharding, weights, yardstick
 from ddim_jax.config import Config
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
@@ -72,7 +71,7 @@ def main(options: types.SimpleNamespace) -> None:
         judged = judge.judge(features, data.ArraySource(pixels, real.labels), mesh, 500, {"logits", "labels"})
         return judge.METRICS["agreement"].compute(judged, judged)["agreement"]
 
-    def measure(cell: Config, process: Any, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(cell: Config, process: Any, folder: output.Folder) -> dict[str, Any]:
         keys, x_T = generate.start(cell, jnp.asarray(index))
         keys = keys if process.sampler.stochastic else None
         drawn = np.asarray(samplers.integrate(process.sampler, led, process.transitions, x_T, keys))
@@ -83,7 +82,7 @@ def main(options: types.SimpleNamespace) -> None:
     rows = common.run(
         out,
         [
-            Cell(place, {}, place["S"], functools.partial(measure, cell, process))
+            Cell(place, grid.depends_on(cell, process), place["S"], functools.partial(measure, cell, process))
             for place, cell, process in zip(axes, cells, processes, strict=True)
         ],
     )
@@ -111,4 +110,4 @@ def hidden(shape: tuple[int, int, int]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

@@ -16,11 +16,10 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import pathlib
 import types
 from typing import Any
 
-from ddim_jax import cli, encode, sharding, weights
+from ddim_jax import encode, output, sharding, weights
 from ddim_jax.config import Config
 from experiments import common, grid
 from experiments.common import Cell
@@ -44,10 +43,10 @@ def main(options: types.SimpleNamespace) -> None:
     mesh = sharding.data_mesh()
     found = weights.find(config, options.workdir, mesh)
     depends = encode.fingerprint(with_fields(config, refine=0), processes[0], found, source, total)
-    del depends["tau"]
+    del depends["tau"], depends["process"]  # of the cells
     out = common.begin(options, experiment="inversion", tau=config.sample.tau, **depends)
 
-    def measure(cell: Config, process: Any, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(cell: Config, process: Any, folder: output.Folder) -> dict[str, Any]:
         files = encode.round_trip(folder, cell, process, found.params, mesh, source, total)
         report, steps = encode.make_report(*files, len(process.tau) - 1), len(process.tau) - 1
         return {
@@ -62,7 +61,7 @@ def main(options: types.SimpleNamespace) -> None:
         [
             Cell(
                 place,
-                {},
+                grid.depends_on(cell, process),
                 cost=place["S"] * (2 + place["refine"]),
                 measure=functools.partial(measure, cell, process),
                 temporary=("latents.npz", "latents.parts", "reconstructions.npz", "reconstructions.parts"),
@@ -95,4 +94,4 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

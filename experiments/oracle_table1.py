@@ -8,7 +8,7 @@ Three distributions whose optimal eps is known, each with its own distance betwe
 - `ring`: eight narrow Gaussians in the plane. The sliced Wasserstein-2 distance of --points samples and as many points
   of the data.
 - `digits`: narrow Gaussians around 100 real digits. The Fréchet distance, in the digits classifier's features, of
-  --images samples and as many images of the data.
+  --count samples and as many images of the data.
 
 `floor` is the distance between two sets of the data. Of the config it takes the schedule, the tau and the seed. The
 paper used quadratic tau for CIFAR-10.
@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import pathlib
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,8 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cli, data, files, images, oracle, samplers
 from ddim_jax import config as config_lib
+from ddim_jax import data, fingerprint, images, oracle, output, samplers
 from ddim_jax.config import Process
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
@@ -54,7 +53,8 @@ OPTIONS = {
     "steps": ("10,20,50,100", "The columns: values of S."),
     "data": ("gaussian,ring,digits", "The distributions."),
     "points": ("100000", "Samples of the ring."),
-    "images": ("20000", "Samples of the digits."),
+    "count": ("20000", "Samples of the digits."),
+    "images": (None, "The earlier name of --count."),
 }
 
 
@@ -88,7 +88,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     counts = {
         "ring": common.ints("points", options.points, 2)[0],
-        "digits": common.ints("images", options.images, 2)[0],
+        "digits": common.ints("count", options.images or options.count, 2)[0],
     }
     names = options.data.split(",")
     with error_context("--data"):
@@ -117,13 +117,13 @@ def main(options: types.SimpleNamespace) -> None:
         told, again = map(DISTANCES[name].read, sets)
         return told, DISTANCES[name].between(told, again)
 
-    def measure(name: str, process: Process, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(name: str, process: Process, folder: output.Folder) -> dict[str, Any]:
         if name == "gaussian":
             mean, std = law(process, oracle.gaussian(noise_schedule, *GAUSSIAN))
             return {"distance": float(np.hypot(mean - GAUSSIAN[0], std - GAUSSIAN[1])), "floor": 0.0}
         mixture = MIXTURES[name]()
         drawn = draw(process, mixture.eps_fn(noise_schedule), key, mixture.means.shape[1:], counts[name])
-        with files.replacing(folder / "first.npz") as file:
+        with folder.writing("first.npz") as file:
             np.savez(file, x=drawn[:SHOWN])
         told, floor = real(name)
         return {"distance": DISTANCES[name].between(told, DISTANCES[name].read(drawn)), "floor": floor}
@@ -131,7 +131,12 @@ def main(options: types.SimpleNamespace) -> None:
     rows = common.run(
         out,
         [
-            Cell({**place, "data": name}, {}, len(process.tau) + 20, functools.partial(measure, name, process))
+            Cell(
+                {**place, "data": name},
+                {"process": fingerprint.of_process(process.sampler, process.transitions, (1,))},
+                len(process.tau) + 20,
+                functools.partial(measure, name, process),
+            )
             for name in names
             for place, process in zip(places, processes, strict=True)
         ],
@@ -223,7 +228,7 @@ def draw_distances(rows: list[dict[str, Any]], figure: Any) -> None:
         axes.legend(fontsize=7)
 
 
-def draw_samples(rows: list[dict[str, Any]], out: pathlib.Path, figure: Any) -> None:
+def draw_samples(rows: list[dict[str, Any]], out: output.Folder, figure: Any) -> None:
     """Samples of the ring, or else of the digits: rows of eta and columns of S."""
     name = next((name for name in MIXTURES if any(row["data"] == name for row in rows)), None)
     lines, columns, cells = grid.laid_out([row for row in rows if row["data"] == name], ["eta", "S"])
@@ -242,4 +247,4 @@ def draw_samples(rows: list[dict[str, Any]], out: pathlib.Path, figure: Any) -> 
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import pathlib
 import time
 import types
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cli, generate, parallel, samplers, sharding, weights
+from ddim_jax import generate, output, parallel, samplers, sharding, weights
 from ddim_jax.config import Process
 from ddim_jax.errors import ConfigError, error_context
 from experiments import common, grid
@@ -72,7 +71,7 @@ def main(options: types.SimpleNamespace) -> None:
     def keys_of(process: Process) -> jax.Array | None:
         return keys if process.sampler.stochastic else None
 
-    def measure(S: int, window: int, tolerance: float, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(S: int, window: int, tolerance: float, folder: output.Folder) -> dict[str, Any]:
         process = processes[S]
         (x_0, rounds), seconds = timed(
             lambda: parallel.integrate(
@@ -99,7 +98,7 @@ def main(options: types.SimpleNamespace) -> None:
         [
             Cell(
                 {"tolerance": f"{tolerance:g}", "window": window, "S": S},
-                {},
+                grid.depends_on(cells[S], processes[S]),
                 cost=S * (window + 10),
                 measure=functools.partial(measure, S, window, tolerance),
             )
@@ -150,4 +149,4 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

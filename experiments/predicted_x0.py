@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax import cli, files, generate, images, samplers, sharding, weights
+from ddim_jax import generate, images, output, samplers, sharding, weights
 from ddim_jax.config import Config, Process
 from ddim_jax.data.scaling import to_uint8
 from experiments import common, grid
@@ -58,7 +58,7 @@ def main(options: types.SimpleNamespace) -> None:
         count=count,
     )
 
-    def measure(cell: Config, process: Process, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(cell: Config, process: Process, folder: output.Folder) -> dict[str, Any]:
         """The whole way of a few images at a time is in memory, never that of all."""
         distances, first, middle, last = [], [], [], []
         for index in generate.batch_indices(cell, mesh, 0, count):
@@ -71,7 +71,7 @@ def main(options: types.SimpleNamespace) -> None:
             if index[0] == 0:
                 images.write_png(folder / "first.png", strip(predicted[:, kept], x[kept]))
         distances = np.concatenate(distances, axis=1).mean(axis=1)  # (S,)
-        with files.replacing(folder / "distances.npz") as file:
+        with folder.writing("distances.npz") as file:
             np.savez(file, t=process.transitions.t, distance=distances)
         return {
             "one_shot": float(distances[0]),
@@ -86,7 +86,7 @@ def main(options: types.SimpleNamespace) -> None:
     rows = common.run(
         out,
         [
-            Cell({"S": S}, {}, S, functools.partial(measure, cell, process))
+            Cell({"S": S}, grid.depends_on(cell, process), S, functools.partial(measure, cell, process))
             for S, cell, process in zip(steps, cells, processes, strict=True)
         ],
     )
@@ -137,4 +137,4 @@ def draw(folders: dict[int, pathlib.Path], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

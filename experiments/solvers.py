@@ -15,7 +15,6 @@ if __name__ == "__main__":
     interrupts.install()
 
 import functools
-import pathlib
 import types
 from typing import Any
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cli, oracle, registry, samplers, trajectory
+from ddim_jax import fingerprint, oracle, output, registry, samplers, trajectory
 from ddim_jax.schedule import NoiseSchedule
 from ddim_jax.trajectory import Transitions
 from experiments import common
@@ -57,7 +56,7 @@ def main(options: types.SimpleNamespace) -> None:
     out = common.begin(options, experiment="solvers")
     exact = functools.cache(lambda: run(*REFERENCE))
 
-    def measure(name: str, steps: int, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(name: str, steps: int, folder: output.Folder) -> dict[str, Any]:
         return {"error": float(np.sqrt(np.square(run(name, steps) - exact()).mean())), "calls": calls_of(name, steps)}
 
     counts = {
@@ -66,7 +65,12 @@ def main(options: types.SimpleNamespace) -> None:
     rows = common.run(
         out,
         [
-            Cell({"S": steps, "solver": name}, {}, steps + 100, functools.partial(measure, name, steps))
+            Cell(
+                {"S": steps, "solver": name},
+                {"process": fingerprint.of_process(sampler(name), levels(steps)[1], (2,))},
+                steps + 100,
+                functools.partial(measure, name, steps),
+            )
             for name, steps_ in counts.items()
             for steps in steps_
         ],
@@ -141,4 +145,4 @@ def draw(rows: list[dict[str, Any]], calls: list[int], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS, config=False)
+    common.start(main, OPTIONS, config=False)

@@ -7,7 +7,7 @@
 Every cell draws config.evaluate.num_images images and measures config.evaluate.metrics; the first metric fills the
 table that is printed, table.csv has them all. Where the paper has a FID, it and the difference stand beside ours.
 
-What was interrupted goes on with the batch it was in; a later command with the same --out adds its cells. A cell's
+What was interrupted resumes with the batch it was in; a later command with the same --out adds its cells. A cell's
 images are removed once they are measured, unless --keep_samples is given; its first ones stay in table.png.
 """
 
@@ -20,14 +20,13 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import pathlib
 import types
 from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
-from ddim_jax import cli, data, generate, images, sample, sharding, weights, yardstick
+from ddim_jax import data, generate, images, output, sample, sharding, weights, yardstick
 from ddim_jax.config import Config, Process
 from ddim_jax.errors import error_context
 from ddim_jax.pretrained.tensors import digest
@@ -66,14 +65,16 @@ def main(options: types.SimpleNamespace) -> None:
         axes=axes,
         sample=grid.fixed(config, axes),
         evaluate=dataclasses.asdict(config.evaluate) | {"batch_size": None},  # without effect
-        data=dataclasses.asdict(config.data),
+        data={"name": config.data.name, "path": config.data.path},
     )
     accepted = yardstick.accepted_fields(options.accept)
     shape = generate.image_shape(cells[0])
-    measured = yardstick.build(config, features, mesh, shape, accepted, out / "reference.npz")
+    stored = out.find("reference.npz")
+    measured = yardstick.build(config, features, mesh, shape, accepted, stored)
+    common.keep_reference(out, stored, measured.reference)
     reference = digest(measured.reference.judged.moments._replace(factor=None))  # a file of them has none
 
-    def measure(cell: Config, process: Process, network: Config, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(cell: Config, process: Process, network: Config, folder: output.Folder) -> dict[str, Any]:
         npz = sample.draw_all(folder, cell, process, weights_of(network).params, mesh)
         drawn = data.load("npz", str(npz))
         images.write_png(folder / "first.png", images.grid(drawn.images[:PICTURED], PICTURED))
@@ -86,7 +87,7 @@ def main(options: types.SimpleNamespace) -> None:
         [
             Cell(
                 place,
-                {"weights": digests[network], "reference": reference},
+                {"weights": digests[network], "reference": reference, **grid.depends_on(cell, process)},
                 cost=len(process.tau) - 1,
                 measure=functools.partial(measure, cell, process, network),
                 temporary=temporary,
@@ -142,4 +143,4 @@ def text(rows: list[dict[str, Any]], axes: list[str], real: dict[str, Any] | Non
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

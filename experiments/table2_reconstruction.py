@@ -17,13 +17,12 @@ if __name__ == "__main__":
 
 import dataclasses
 import functools
-import pathlib
 import types
 from typing import Any
 
 import numpy as np
 
-from ddim_jax import cli, encode, images, sharding, weights
+from ddim_jax import encode, images, output, sharding, weights
 from ddim_jax.config import Config, Process
 from experiments import common, grid, paper
 from experiments.common import Cell
@@ -46,10 +45,10 @@ def main(options: types.SimpleNamespace) -> None:
     mesh = sharding.data_mesh()
     found = weights.find(config, options.workdir, mesh)
     depends = encode.fingerprint(config, processes[0], found, source, total)
-    del depends["tau"]
+    del depends["tau"], depends["process"]  # of the cells
     out = common.begin(options, [*common.WRITTEN, "errors.png"], experiment="table2", tau=config.sample.tau, **depends)
 
-    def measure(cell: Config, process: Process, folder: pathlib.Path) -> dict[str, Any]:
+    def measure(cell: Config, process: Process, folder: output.Folder) -> dict[str, Any]:
         latents, again = encode.round_trip(folder, cell, process, found.params, mesh, source, total)
         images.write_png(folder / "first.png", images.grid(images.open_npz(again)["arr_0"][:PICTURED], PICTURED))
         report = encode.make_report(latents, again, len(process.tau) - 1)
@@ -60,7 +59,7 @@ def main(options: types.SimpleNamespace) -> None:
         [
             Cell(
                 {"S": S},
-                {},
+                grid.depends_on(cell, process),
                 cost=S,
                 measure=functools.partial(measure, cell, process),
                 temporary=("latents.npz", "latents.parts", "reconstructions.npz", "reconstructions.parts"),
@@ -94,4 +93,4 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS)
+    common.start(main, OPTIONS)

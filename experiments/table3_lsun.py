@@ -12,8 +12,7 @@ from ddim_jax import interrupts
 if __name__ == "__main__":
     interrupts.install()
 
-from ddim_jax import cli
-from experiments import table1_fid
+from experiments import common, table1_fid
 
 OPTIONS = table1_fid.OPTIONS | {
     "etas": ("0,1", table1_fid.OPTIONS["etas"][1]),
@@ -21,4 +20,4 @@ OPTIONS = table1_fid.OPTIONS | {
 }
 
 if __name__ == "__main__":
-    cli.start(table1_fid.main, OPTIONS)
+    common.start(table1_fid.main, OPTIONS)

@@ -68,7 +68,8 @@ ALLOWED = {
         {"config", "guidance", "inversion", "losses", "samplers", "schedule", "sharding", "data", "gaussian", "models"},
         CORE,
     ),
-    "output": ({"config", "images", "sharding"}, {"numpy", "tqdm"}),
+    "fingerprint": ({"config", "generate", "registry", "samplers", "trajectory"}, CORE),
+    "output": ({"images", "sharding"}, {"numpy", "tqdm"}),
     "cli": (
         {"cache", "config", "checkpoint", "sharding", "usage", "weights"},
         {"absl", "jax", "ml_collections"},
