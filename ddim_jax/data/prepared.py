@@ -10,7 +10,7 @@ import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -65,16 +65,17 @@ class PreparedSource:
         name = next((name for name in cuts if _versions(name)), next(iter(cuts)))
         cut = cuts[name]
         folder = _folder(name, how)
+        _check_classes(folder)
         with _reading(folder):
             builder = tfds.builder_from_directory(str(folder))
             features = builder.info.features
         keys = lambda kind: [key for key, feature in features.items() if isinstance(feature, kind)]
         images, labels = keys(tfds.features.Image), keys(tfds.features.ClassLabel)
         if not images:
-            raise ValueError(f"data set {name!r} has no image feature, it has {', '.join(features)}")
+            raise ValueError(f"data set {name!r} has no image feature, it has {_listed(features)}")
         found = next((called for called in SPLITS[split] if called in builder.info.splits), None)
         if found is None:
-            raise ValueError(f"data set {name!r} has no {split} split, it has {', '.join(builder.info.splits)}")
+            raise ValueError(f"data set {name!r} has no {split} split, it has {_listed(builder.info.splits)}")
         self._name, self._cut = f"{name}, {found}", cut
         self._image, self._label = images[0], labels[0] if labels else None
         with _reading(folder):
@@ -101,6 +102,25 @@ class PreparedSource:
         labels = np.array([record[self._label] for record in records])
         check_labels(labels, self.num_classes, indices)
         return Batch(np.stack(images), labels.astype(np.int32))
+
+
+def _check_classes(folder: pathlib.Path) -> None:
+    """ValueError if the description of the features names a class of another package: that would be imported."""
+    if not (folder / "features.json").is_file():
+        return
+    waiting = [files.read_json(folder / "features.json")]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            name = value.get("pythonClassName", "")
+            if name and not str(name).startswith("tensorflow_datasets."):
+                raise ValueError(f"{folder} has features of another package, {files.shown(name)}")
+            value = [*value.values()]
+        waiting += value if isinstance(value, list) else []
+
+
+def _listed(names: Iterable[str]) -> str:
+    return files.printable(", ".join(map(str, names)))[:200]
 
 
 @contextlib.contextmanager
