@@ -102,3 +102,8 @@ def write_old_safetensors(path, arrays, metadata):
 def write_smoke(path, params, **changes):
     """A .safetensors file of ours. changes: sections and fields of its config, and what they are instead."""
     pretrained.save(path, params, smoke_values() | changes, 5)
+
+
+def flat(params):
+    """The leaves of nested dicts by their paths, tuples of names."""
+    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
