@@ -130,13 +130,12 @@ def run(
                     state, metrics = update_step(state, batch.images, batch.labels, step_key)
                     in_flight.append((step, metrics))
                     log.add(step, metrics)
-                    last = step == train.num_steps
-                    while len(in_flight) > (0 if last else sharding.steps_in_flight()):
-                        check_finite(config, *in_flight.popleft())
+                    last, due = step == train.num_steps, step % train.checkpoint_every == 0
                     stop = sharding.all_stop(step, signal_that_came() == signal.SIGTERM)
-                    # Not while updates are left out: it would take the place of one from before.
-                    due = step % train.checkpoint_every == 0 and not metrics.skipped
-                    if last or stop or due:
+                    while len(in_flight) > (0 if last or due or stop else sharding.steps_in_flight()):
+                        check_finite(config, *in_flight.popleft())
+                    # Not while updates are left out: they would take the place of those from before.
+                    if last or stop or (due and not metrics.skipped):
                         check_state(state)
                         checkpoints.save(state, record, fingerprint)
                     if stop and not last:
@@ -256,12 +255,19 @@ def compiled_update(
 
 
 def check_finite(config: Config, step: int, metrics: update.Metrics) -> None:
-    """Waits for a step. ConfigError if it is the last of too many that were left out."""
+    """Waits for a step. ConfigError if the parameters are not finite after it, or if it is the last of too many that
+    were left out.
+    """
+    if not metrics.finite:
+        raise ConfigError(
+            f"the parameters are not finite after step {step} (config.train.learning_rate is "
+            f"{config.train.learning_rate}); the checkpoints are from before"
+        )
     skipped = int(metrics.skipped)
     if skipped >= config.train.max_skipped:
         raise ConfigError(
-            f"the loss, its gradient or the parameters were not finite in {skipped} updates in a row, steps "
-            f"{step - skipped + 1} to {step}; none of them was made, and the checkpoints are from before"
+            f"the loss or its gradient was not finite in {skipped} updates in a row, steps {step - skipped + 1} to "
+            f"{step}; none of them was made, and the checkpoints are from before"
         )
 
 

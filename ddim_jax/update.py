@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ class Metrics(NamedTuple):
     grad_norm: Array  # () global norm before clipping
     ema_distance: Array  # () |params - ema_params| / |params|
     skipped: Array  # () updates in a row that were left out, this one the last; 0 if it was made
+    finite: Array  # () bool, whether the parameters and their moving average after the update are
     bin_losses: Array  # (BINS,) sum of the losses of the images whose t fell into each quarter of 1..T
     bin_counts: Array  # (BINS,) and how many these were
 
@@ -89,8 +89,8 @@ def build(
     that of one, the gradient that of all. real_time: whether t is drawn from all of [1, T], or from the levels
     1..T alone.
 
-    Where the loss, the gradient, or the parameters, their moving average or the optimizer after the update are not
-    finite, nothing but the step changes, and metrics.skipped counts. Parameters whose norm overflows are not.
+    Where the loss or the gradient is not finite, nothing but the step changes, and metrics.skipped counts. Where the
+    step itself overflows, metrics.finite says so: to leave it out too, all of it would be computed twice.
     """
     num_steps = objective.num_steps
 
@@ -123,27 +123,21 @@ def build(
             grads, each = jax.tree.map(lambda leaf: leaf / accumulate, grads), each.T.reshape(t.shape)
 
         loss, norm = each.mean(), optax.tree.norm(grads)
-        steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        made = optax.apply_updates(state.params, steps)
-        ema_params = optax.incremental_update(made, state.ema_params, 1 - ema_decay)
-        size, apart = optax.tree.norm(made), optax.tree.norm(optax.tree.sub(made, ema_params))
-        finite = jnp.isfinite(jnp.stack([loss, norm, size, apart])).all() & all_finite(opt_state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         if_finite = lambda new, old: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+        steps, opt_state = optimizer.update(grads, state.opt_state, state.params)
         # A step of 0, not the parameters before: where these are wanted again they are copied.
         params = optax.apply_updates(state.params, if_finite(steps, jax.tree.map(jnp.zeros_like, steps)))
+        ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
         ema_params, opt_state = if_finite((ema_params, opt_state), (state.ema_params, state.opt_state))
         skipped = jnp.where(finite, 0, state.skipped + 1)
+        size, apart = optax.tree.norm(params), optax.tree.norm(optax.tree.sub(params, ema_params))
         in_bin = jax.nn.one_hot(((t - 1) * BINS // num_steps).astype(int), BINS)
-        metrics = Metrics(loss, norm, apart / size, skipped, each @ in_bin, in_bin.sum(0))
+        finite = jnp.isfinite(size) & jnp.isfinite(apart)
+        metrics = Metrics(loss, norm, apart / size, skipped, finite, each @ in_bin, in_bin.sum(0))
         return TrainState(state.step + 1, params, ema_params, opt_state, skipped), metrics
 
     return update
-
-
-def all_finite(tree: Any) -> Array:
-    """() bool: whether every real number in a tree is finite."""
-    reals = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in reals], jnp.bool_(True))
 
 
 def _parts(count: int, leaf: Array) -> Array:

@@ -6,10 +6,13 @@ import atexit
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIVEN = os.environ.get("XLA_FLAGS", "")
@@ -55,7 +58,7 @@ def _command(module, args, env, cwd, out, err):
 
 
 def start(module, *args, devices=1):
-    """The same, not waited for, and all by itself: it is there to be killed."""
+    """The same, not waited for, and all by itself: it is there to be killed, and heeds Ctrl-C."""
     env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, args)],
@@ -64,7 +67,27 @@ def start(module, *args, devices=1):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def wait_for_first_line(process):
+    """Until the process catches SIGTERM: from its first line on it does, Python itself does not."""
+    status = pathlib.Path(f"/proc/{process.pid}/status")
+    deadline = time.monotonic() + LIMIT
+    while process.poll() is None and time.monotonic() < deadline:
+        caught = re.search(r"SigCgt:\s*(\w+)", status.read_text())
+        if caught and int(caught[1], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.001)
+    raise AssertionError(process.communicate())
+
+
+def signalled(process, number):
+    """What became of it, from the signal on."""
+    process.send_signal(number)
+    out, err = process.communicate(timeout=LIMIT)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def ok(process):
