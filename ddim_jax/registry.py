@@ -61,7 +61,8 @@ GAMMAS = losses.GAMMAS
 def lookup(table: Mapping[str, Any], name: str) -> Any:
     """The entry called name, or a ValueError with the names there are and the nearest of them."""
     if name not in table:
-        nearest = difflib.get_close_matches(str(name), table, 1, cutoff=0.5)
+        name = str(name)[:100]
+        nearest = difflib.get_close_matches(name, table, 1, cutoff=0.5)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
         raise ValueError(f"{name!r} is not one of {', '.join(table)}{hint}")
     return table[name]
