@@ -1,4 +1,4 @@
-"""What evaluate is given to read, to write and to do: statistics of anybody's, images of anything, options without effect."""
+"""What evaluate reads, writes and does: statistics from anywhere, images of anything, options without effect."""
 
 import dataclasses
 import io
