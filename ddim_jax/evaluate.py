@@ -120,10 +120,10 @@ def check(options: types.SimpleNamespace) -> None:
         "config.data.path": config.data.path,
     }
     for name, path in written.items():
-        if pathlib.Path(path).exists() and not options.overwrite:
-            raise ConfigError(f"--{name}: {path} is already there; give another, or --overwrite")
         with error_context(f"--{name}"):
             files.check_writable(pathlib.Path(path))
+        if pathlib.Path(path).exists() and not options.overwrite:
+            raise ConfigError(f"--{name}: {path} is already there; give another, or --overwrite")
         for other, there in paths.items():
             if there and other != name and os.path.realpath(there) == os.path.realpath(path):
                 raise ConfigError(f"--{name}: {path} is also {other}; give another")

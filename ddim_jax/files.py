@@ -135,15 +135,16 @@ def check_regular(path: pathlib.Path) -> None:
 
 def check_writable(path: pathlib.Path) -> None:
     """ValueError unless a regular file can be written at path. Nothing is left behind."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{printable(str(path))} is there and is not a regular file")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {printable(str(path.parent))}")
+    folder = path.absolute().parent
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{printable(str(path))} is there and is not a regular file")
+        if not folder.is_dir():
+            raise ValueError(f"there is no folder {printable(str(path.parent))}")
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to the folder {printable(str(path.parent))}: {error.strerror}") from error
+        raise ValueError(f"cannot write {printable(str(path))[:200]}: {error.strerror}") from error
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -35,10 +35,10 @@ def open_features(name: str, weights: str = "") -> FeatureNetwork:
     try:
         factory = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of names that are none
-        raise ValueError(f"{name!r} cannot be imported: {error}") from error
+        raise ValueError(f"{files.shown(name)} cannot be imported: {str(error)[:200]}") from error
     network = factory(weights) if callable(factory) else factory
     if not isinstance(network, FeatureNetwork):
-        raise ValueError(f"{name!r} must return a FeatureNetwork, got {type(network).__name__}")
+        raise ValueError(f"{files.shown(name)} must return a FeatureNetwork, got {type(network).__name__}")
     return network
 
 
