@@ -99,19 +99,19 @@ def floating(name: str, x: Any, shape: tuple[int, ...] | None = None) -> jax.Arr
 def batch(name: str, x: Any) -> jax.Array:
     """The same of a batch (B, ...)."""
     x = floating(name, x)
-    if not x.ndim:
-        raise ValueError(f"{name} must be a batch (B, ...), got a scalar")
+    if not x.ndim or not len(x):
+        raise ValueError(f"{name} must be a batch (B, ...), B at least 1, got shape {x.shape}")
     return x
 
 
 def broadcasts(name: str, array: Any, shape: tuple[int, ...]) -> None:
     """ValueError unless an array broadcasts to the shape."""
     try:
-        fits = np.broadcast_shapes(array.shape, shape) == shape
+        fits = np.broadcast_shapes(np.shape(array), shape) == shape
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} must broadcast to the shape {shape}, got {array.shape}")
+        raise ValueError(f"{name} must broadcast to the shape {shape}, got {np.shape(array)}")
 
 
 def keys(name: str, key: Any, *shapes: tuple[int | None, ...]) -> jax.Array:
@@ -149,8 +149,8 @@ def function(name: str, call: Any) -> Any:
     """A function as a pytree: itself if it is one, such as a `jax.tree_util.Partial`; else without leaves, static.
 
     A static function is compiled once, with the arrays that it holds as constants. It counts as another one, and is
-    compiled again, when an array in its closure, among the globals that it names, or in the attributes of the object
-    that it is a method of has been replaced. What lies deeper, or is changed in place, is not noticed.
+    compiled again, when an array or a float in its closure, among the globals that it names, or in the attributes of
+    the object that it is a method of has been replaced. What lies deeper, or is changed in place, is not noticed.
     """
     if not callable(call):
         raise ValueError(f"{name} must be a function (x_t, t) -> array, got {shown(call)}")
@@ -166,48 +166,52 @@ def function(name: str, call: Any) -> Any:
 
 
 class _Static:
-    """A function that equals another if they are the same and hold the same arrays."""
+    """A function that equals another if they are the same and hold the same parameters."""
 
     def __init__(self, call: Callable):
-        self._call, self._held = call, _arrays(call)
-        self._hash = hash((call, *map(id, self._held)))
+        self._call, self._held = call, _parameters(call)
+        self._key = (call, *(leaf if isinstance(leaf, (float, np.generic)) else id(leaf) for leaf in self._held))
+        hash(self._key)
 
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self._key)
 
     def __eq__(self, other: Any) -> bool:
-        return (
-            isinstance(other, _Static)
-            and self._call == other._call
-            and len(self._held) == len(other._held)
-            and all(map(operator.is_, self._held, other._held))
-        )
+        return isinstance(other, _Static) and self._key == other._key
 
     def __repr__(self) -> str:
         return f"{_Static.__name__}({self._call!r})"
 
 
-def _arrays(call: Any) -> tuple[Any, ...]:
-    """The arrays that a function holds: not traced ones, which belong to the trace that is going on."""
+def _parameters(call: Any) -> tuple[Any, ...]:
+    """The arrays and floats that a function holds. Not integers, which count calls as often as not, and not what is
+    traced, which belongs to the trace that is going on.
+    """
     held = []
     if isinstance(call, functools.partial):
         held += [call.args, call.keywords]
         call = call.func
     call = inspect.unwrap(call)
+    owner = getattr(call, "__self__", call)  # of a method, or an object that is called itself
+    if hasattr(owner, "__dict__") and not isinstance(owner, types.ModuleType):
+        held += vars(owner).values()
     plain = getattr(call, "__func__", call)
-    held += vars(owner).values() if hasattr(owner := getattr(call, "__self__", call), "__dict__") else []
-    if code := getattr(plain, "__code__", None):
+    if not isinstance(plain, types.FunctionType):
+        plain = inspect.getattr_static(type(call), "__call__", None)
+    if isinstance(plain, types.FunctionType):
         held += [cell.cell_contents for cell in plain.__closure__ or () if _is_full(cell)]
-        held += [plain.__globals__.get(name) for name in code.co_names]
+        held += [plain.__globals__.get(name) for name in plain.__code__.co_names]
     leaves = [leaf for value in held for leaf in _leaves(value)]
-    return tuple(leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray)) and not traced(leaf))
+    return tuple(
+        leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, np.generic, float)) and not traced(leaf)
+    )
 
 
 def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, (types.ModuleType, types.FunctionType, type, str, int, float, type(None))):
+    if isinstance(value, (types.ModuleType, types.FunctionType, type, str, int, type(None))):
         return []
     try:
         return jax.tree.leaves(value)
@@ -259,12 +263,10 @@ def _is_real(value: Any) -> bool:
 
 def _array(name: str, values: Any) -> Any:
     """values as an array, if it is none. ValueError for a list whose rows are not of one length, and for an object."""
-    if _is_array(values):
-        return values
     try:
-        array = np.asarray(values)
+        array = values if _is_array(values) else np.asarray(values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must hold numbers, got {shown(values)}") from error
-    if array.dtype.kind not in "biufc":
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
         raise ValueError(f"{name} must hold numbers, got {shown(values)}")
     return array

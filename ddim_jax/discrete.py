@@ -77,7 +77,7 @@ class DiscreteDDIM(NamedTuple):
     def check(self, transitions: Transitions) -> None:
         checks.real("share", self.share, 0, 1)
         if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
-            raise ValueError("discrete_ddim cannot ascend: a draw cannot be encoded")
+            raise ValueError("transitions must descend, discrete_ddim cannot ascend: a draw cannot be encoded")
 
     def init(self, x: Array) -> tuple:
         return ()

@@ -25,6 +25,7 @@ def guided(eps_fn: EpsFn, unguided: EpsFn, scale: Array | float) -> EpsFn:
 
 
 def _guided(eps_fn, unguided, scale, x_t, t):
+    checks.broadcasts("scale", scale, x_t.shape)
     without = unguided(x_t, t)
     return without + scale * (eps_fn(x_t, t) - without)
 

@@ -61,7 +61,7 @@ class Implicit:
         checks.integer("refine", self.refine, 1)
         if not checks.traced(*transitions):
             if (np.asarray(transitions.s) < np.asarray(transitions.t)).any():
-                raise ValueError("an implicit step encodes: it must ascend")
+                raise ValueError("transitions must ascend: an implicit step encodes")
 
     def init(self, x: Array) -> Array:
         return jnp.zeros(x.shape[0], x.dtype)

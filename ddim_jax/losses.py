@@ -51,7 +51,7 @@ def gamma_exact(transitions: Transitions, sigma2: Array) -> np.ndarray:
     transitions: `descend` to 0. sigma2: (S,), above 0; the last is the decoder's variance. ValueError otherwise.
     """
     t = tau_lib.check_transitions(transitions)
-    sigma2 = checks.reals("sigma2", sigma2, 0, open=True)
+    sigma2 = _positive(sigma2, t)
     room = np.maximum(t.one_minus_alpha_bar_s - sigma2, 0)
     c = np.sqrt(t.alpha_bar_s) - np.sqrt(room * t.alpha_bar_t / t.one_minus_alpha_bar_t)
     return np.where(t.s > 0, c, 1.0) ** 2 * t.one_minus_alpha_bar_t / (2 * sigma2 * t.alpha_bar_t)
@@ -63,9 +63,15 @@ def gamma_paper(transitions: Transitions, sigma2: Array, dimension: int) -> np.n
     They leave c, and 1 - alpha_bar_t, out of `gamma_exact`, so J_sigma is not L_gamma with them. The theorem's use does
     not depend on it: where every level has a network of its own, all gamma > 0 have the same optimum.
     """
+    transitions, d = tau_lib.check_transitions(transitions), checks.integer("dimension", dimension, 1)
+    return 1 / (2 * d * _positive(sigma2, transitions) * transitions.alpha_bar_t)
+
+
+def _positive(sigma2: Array, transitions: Transitions) -> Array:
     sigma2 = checks.reals("sigma2", sigma2, 0, open=True)
-    d = checks.integer("dimension", dimension, 1)
-    return 1 / (2 * d * sigma2 * tau_lib.check_transitions(transitions).alpha_bar_t)
+    if np.shape(sigma2) not in ((), transitions.t.shape):
+        raise ValueError(f"sigma2 must have the shape {transitions.t.shape}, got {np.shape(sigma2)}")
+    return sigma2
 
 
 def decoder_nats(x_0: Array, mean: Array, sigma2: Array) -> Array:

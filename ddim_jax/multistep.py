@@ -78,13 +78,16 @@ def _in_sequence(name: str, least: int, transitions: Transitions) -> None:
         return
     t, s = np.asarray(transitions.t), np.asarray(transitions.s)
     if len(t) < least:
-        raise ValueError(f"{name} needs at least {least} steps, got {len(t)}")
+        raise ValueError(f"transitions are too few: {name} needs at least {least} steps, got {len(t)}")
     if (s > t).any() or (s[:-1] != t[1:]).any():
-        raise ValueError(f"{name} descends from level to level: no step may ascend, or leave a level out")
+        raise ValueError(
+            f"transitions do not fit: {name} descends from level to level, no step may ascend, or leave a level out"
+        )
     sigma_bar, _ = sigma_bars(Transition(*(np.asarray(leaf, np.float32) for leaf in transitions)))
     for at in (sigma_bar, np.asarray(transitions.lambda_t, np.float32)) if least > 1 else ():
         if len(same := np.flatnonzero(np.diff(at) == 0)):
-            raise ValueError(f"{name} cannot tell the levels {t[same[0]]} and {t[same[0] + 1]} apart in float32")
+            pair = f"{t[same[0]]} and {t[same[0] + 1]}"
+            raise ValueError(f"transitions are too close: {name} cannot tell the levels {pair} apart in float32")
 
 
 def sigma_bars(transition: Transition) -> tuple[Array, Array]:

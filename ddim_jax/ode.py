@@ -47,7 +47,7 @@ class FlowEuler(NamedTuple):
 
     def check(self, transitions: Transitions) -> None:
         if not checks.traced(transitions.t) and (np.asarray(transitions.t) == 0).any():
-            raise ValueError("Eq. (15) has no step from level 0")
+            raise ValueError("transitions must begin above 0: Eq. (15) has no step from level 0")
 
     def init(self, x: Array) -> tuple:
         return ()

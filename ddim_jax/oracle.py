@@ -28,6 +28,8 @@ def gaussian(noise_schedule: Schedule, mean: Array = 0.0, std: Array = 1.0) -> E
 
 def _gaussian_eps(table, mean, std, x, t):
     x = x.astype(precision(x.dtype))
+    for name, value in (("mean", mean), ("std", std)):
+        checks.broadcasts(name, value, x.shape[1:])
     level = level_at(table, t, x)
     mean, std = (jnp.broadcast_to(jnp.asarray(value, x.dtype), x.shape[1:])[None] for value in (mean, std))
     centred = x - jnp.sqrt(level.alpha_bar) * mean

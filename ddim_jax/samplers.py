@@ -79,7 +79,7 @@ class DDPMHat(NamedTuple):
 
     def check(self, transitions: Transitions) -> None:
         if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
-            raise ValueError("ddpm_hat cannot ascend: encoding is deterministic")
+            raise ValueError("transitions must descend, ddpm_hat cannot ascend: encoding is deterministic")
 
     def init(self, x: Array) -> tuple:
         return ()
@@ -216,7 +216,7 @@ def checked(
 
 
 def _check_sampler(sampler: Sampler) -> None:
-    if isinstance(sampler, type) or not all(hasattr(sampler, name) for name in ("stochastic", "check", "init", "step")):
+    if isinstance(sampler, type) or not all(hasattr(sampler, name) for name in ("check", "init", "step")):
         raise ValueError(f"sampler must have the methods of samplers.Sampler, got {checks.shown(sampler)}")
     if jax.tree_util.all_leaves([sampler]):
         raise ValueError(f"sampler must be a pytree, such as a NamedTuple, got {checks.shown(sampler)}")

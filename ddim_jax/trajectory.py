@@ -128,7 +128,7 @@ def descend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0) -> Tra
 
     end: 0, the image itself, or the level that tau begins with and the process is to stop at.
     """
-    tau = check(noise_schedule.num_steps, tau, end)[::-1]
+    tau = check(schedule_lib.check(noise_schedule).num_steps, tau, end)[::-1]
     return transitions(noise_schedule, tau[:-1], tau[1:])
 
 
@@ -136,7 +136,7 @@ def ascend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0) -> Tran
     """The same pairs the other way, end = tau[0] -> ... -> tau[S]: the steps that encode an image. Leaves (S,), on
     the host.
     """
-    tau = check(noise_schedule.num_steps, tau, end)
+    tau = check(schedule_lib.check(noise_schedule).num_steps, tau, end)
     return transitions(noise_schedule, tau[:-1], tau[1:])
 
 
