@@ -76,6 +76,19 @@ def postponed() -> Iterator[Callable[[], int | None]]:
         end(_State.waiting)
 
 
+@contextlib.contextmanager
+def not_for_children() -> Iterator[None]:
+    """Processes and threads that start within it never see Ctrl-C, which a terminal sends to all: this one ends them."""
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # where it starts it lets Ctrl-C through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def done(result: int) -> None:
     """The command has its exit code, which a signal changes no more."""
     _State.result = result

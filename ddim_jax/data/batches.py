@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddim_jax import interrupts
 from ddim_jax.data.source import Batch, Source
 
 
@@ -71,7 +72,9 @@ def _ahead(plan: Plan, first_step: int, threads: int, workers: int) -> Iterator[
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
     iterator = iter(stream)
     try:
-        for batch in iterator:  # out of the workers' shared memory, which is theirs again then
+        with interrupts.not_for_children():
+            read = itertools.chain([next(iterator)], iterator)  # the first starts the workers
+        for batch in read:  # out of the workers' shared memory, which is theirs again then
             yield Batch(*(None if array is None else np.array(array) for array in batch))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
