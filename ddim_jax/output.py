@@ -101,7 +101,11 @@ def open_folder(
     if sharding.is_first():
         if inside is None:
             check_writable(path)
-        folder.open()
+        try:
+            folder.open()
+        except BaseException:
+            folder.release()
+            raise
     sharding.all_here("output folder")
     return folder
 
@@ -179,10 +183,16 @@ class Folder:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock()
+            self.release()
             raise ConfigError(f"another process is writing to {self}; wait for it, or give another --out") from None
         except OSError:  # a file system without locks: what another process writes is noticed by `_check_state`
             pass
+
+    def release(self) -> None:
+        """Lets another process have the folder."""
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
 
     def has(self, name: str) -> bool:
         """Whether there is something of that name which is not to be overwritten."""
@@ -197,7 +207,9 @@ class Folder:
         path, recorded, reason = self / name, self._recorded.get(name, {}), None
         with _one_line(path):
             files.check_regular(path)
-            if not recorded:
+            if path.is_dir():
+                reason = "it is a folder"
+            elif not recorded:
                 reason = f"{RECORD} does not list it"
             elif files.sha256(path) != recorded["sha256"]:
                 reason = f"its SHA-256 is not the one in {RECORD}"
@@ -211,9 +223,10 @@ class Folder:
 
     def refuse(self, path: pathlib.Path, reason: str) -> None:
         """ConfigError because a file is not what this run wrote; to overwrite, removes it."""
-        if not self._overwrite:
+        if self._overwrite:
+            remove(path)
+        if os.path.lexists(path):
             raise ConfigError(f"{path} is not what this run wrote: {reason}; remove it, {self._advice('or ')}")
-        remove(path)
 
     @contextlib.contextmanager
     def writing(self, name: str, also: Sequence[str] = (), **about: Any) -> Iterator[BinaryIO]:

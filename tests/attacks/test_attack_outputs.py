@@ -1,0 +1,841 @@
+"""Whatever lies in an output folder is taken as a result only if this run wrote it; whenever a run ends, the next one
+finishes what it began.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import types
+import zipfile
+from typing import NamedTuple
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attacking import holds, refused, refuses
+from conftest import meshes
+from jax.tree_util import register_static
+from processes import run, start
+
+from configs import digits, digits_conditional, smoke
+from ddim_jax import config as config_lib
+from ddim_jax import encode, fingerprint, generate, output, sample, samplers, schedule, trajectory, weights
+from ddim_jax.data.sources import ArraySource
+from ddim_jax.errors import ConfigError
+from experiments import common
+
+ONE_LINE = (ConfigError,)
+MADE_FROM = {"sample": {"seed": 0, "eta": 0.5}, "weights": "abc"}
+WRITTEN = ("samples.npz", "samples.parts", "grid.png", "report.json")
+ARRAYS = output.Arrays(11, "config.sample.num_images", {"arr_0": ((4, 4, 1), "uint8"), "arr_1": ((), "int32")})
+IMAGES = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 1), np.uint8)
+COMPUTED_WITH = {"batch_size": 4, "devices": 1}
+
+
+class Crash(BaseException):
+    """The end of a process, wherever it is."""
+
+
+def gathered(
+    out, size=4, stop=None, made_from=MADE_FROM, images=IMAGES, arrays=ARRAYS, overwrite=False, name="samples"
+):
+    """What a run leaves in a folder and returns; it ends after `stop` batches."""
+    folder = output.open_folder(out, made_from, WRITTEN, overwrite)
+
+    def batches(first):
+        for i, begin in enumerate(range(first, len(images), size)):
+            if i == stop:
+                raise Crash
+            part = images[begin : begin + size]
+            yield {"arr_0": part, "arr_1": np.arange(begin, begin + len(part), dtype=np.int32)}
+
+    with contextlib.suppress(Crash):
+        path = output.gather(folder, f"{name}.npz", ARRAYS, batches, "drawing", COMPUTED_WITH)
+        folder.claim()  # as every command does that writes a picture
+        with np.load(path) as file:
+            return {array: file[array] for array in file.files}
+
+
+def right(found):
+    holds(np.array_equal(found["arr_0"], IMAGES) and np.array_equal(found["arr_1"], np.arange(11)))
+
+
+def refused_or_right(call, *words):
+    """A refusal in one line, or the right result."""
+    try:
+        found = call()
+    except ConfigError as error:
+        message = str(error)
+        refuses(lambda: (_ for _ in ()).throw(ConfigError(message)), *words, errors=ONE_LINE)
+    else:
+        right(found)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    right(gathered(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was interrupted after two of three batches."""
+    out = tmp_path_factory.mktemp("stopped")
+    assert gathered(out, stop=2) is None
+    assert [path.name for path in sorted((out / "samples.parts").iterdir())] == ["00000000.npz", "00000004.npz"]
+    return out
+
+
+def damaged(data, content):
+    """Mutations of a file's content."""
+    kind = data.draw(st.sampled_from(["cut", "flip", "zeros", "empty", "longer", "text"]))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if kind == "flip":
+        return content[:at] + bytes([content[at] ^ 1 << data.draw(st.integers(0, 7))]) + content[at + 1 :]
+    changed = {
+        "cut": content[:at],
+        "zeros": content[:at] + bytes(len(content) - at),
+        "empty": b"",
+        "longer": content + content[at:],
+        "text": b"not a zip file at all",
+    }[kind]
+    return changed
+
+
+def npz(path, save=np.savez, **arrays):
+    with open(path, "wb") as file:
+        save(file, **arrays)
+
+
+OTHERS = {  # arrays that are no part, and no result, of a run of 11 images
+    "other images": {"arr_0": np.zeros((4, 4, 4, 1), np.uint8), "arr_1": np.arange(4, dtype=np.int32)},
+    "whole, other images": {"arr_0": np.zeros((11, 4, 4, 1), np.uint8), "arr_1": np.arange(11, dtype=np.int32)},
+    "none": {"arr_0": np.zeros((0, 4, 4, 1), np.uint8), "arr_1": np.zeros(0, np.int32)},
+    "more": {"arr_0": np.zeros((100, 4, 4, 1), np.uint8), "arr_1": np.zeros(100, np.int32)},
+    "another shape": {"arr_0": np.zeros((4, 8, 8, 3), np.uint8), "arr_1": np.arange(4, dtype=np.int32)},
+    "another dtype": {"arr_0": np.zeros((4, 4, 4, 1), np.float32), "arr_1": np.arange(4, dtype=np.int32)},
+    "another name": {"images": np.zeros((4, 4, 4, 1), np.uint8)},
+    "fewer arrays": {"arr_0": np.zeros((4, 4, 4, 1), np.uint8)},
+    "no arrays": {},
+    "a number": {"arr_0": np.uint8(3), "arr_1": np.int32(0)},
+    "unequal lengths": {"arr_0": np.zeros((4, 4, 4, 1), np.uint8), "arr_1": np.arange(3, dtype=np.int32)},
+}
+
+
+# --- results and parts ---
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=40)
+def test_a_damaged_result_is_named(finished, tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("out") / "out"
+    shutil.copytree(finished, out)
+    path = out / "samples.npz"
+    content = path.read_bytes()
+    path.write_bytes(changed := damaged(data, content))
+    if changed == content:
+        return right(gathered(out))
+    message = refuses(lambda: gathered(out), "samples.npz", "SHA-256", "remove it", "--overwrite", errors=ONE_LINE)
+    holds(len(message) < 1000 and path.read_bytes() == changed)  # and left as it is
+    path.unlink()
+    right(gathered(out))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_file_is_not_taken_as_the_result(finished, tmp_path, kind, save):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    npz(out / "samples.npz", save, **OTHERS[kind])
+    refuses(lambda: gathered(out), "samples.npz", errors=ONE_LINE)
+    right(gathered(out, overwrite=True))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("place", [0, 4, 8])
+def test_another_file_is_not_taken_as_a_part(stopped, tmp_path, kind, save, place):
+    """In the place of a part that is there, or of the next one; one of 0 images ended in a loop without an end."""
+    out = tmp_path / "out"
+    shutil.copytree(stopped, out)
+    npz(out / "samples.parts" / f"{place:08d}.npz", save, **OTHERS[kind])
+    refuses(lambda: gathered(out), f"{place:08d}.npz", "remove it", errors=ONE_LINE)
+    right(gathered(out, overwrite=True))
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=60)
+def test_a_damaged_part_is_named(stopped, tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("out") / "out"
+    shutil.copytree(stopped, out)
+    path = out / "samples.parts" / data.draw(st.sampled_from(["00000000.npz", "00000004.npz"]))
+    path.write_bytes(damaged(data, path.read_bytes()))
+    refused_or_right(lambda: gathered(out), path.name, "remove it")
+
+
+def test_parts_of_other_runs_and_places_are_not_taken(stopped, tmp_path):
+    first, second = (f"samples.parts/{name}.npz" for name in ("00000000", "00000004"))
+    for i, (source, target) in enumerate([(first, second), (second, first)]):
+        out = tmp_path / str(i)
+        shutil.copytree(stopped, out)
+        shutil.copy(stopped / source, out / target)
+        refuses(lambda out=out: gathered(out), pathlib.Path(target).name, errors=ONE_LINE)
+    other, out = tmp_path / "other", tmp_path / "out"
+    gathered(other, stop=2, made_from={**MADE_FROM, "weights": "others"}, images=255 - IMAGES)
+    shutil.copytree(stopped, out)
+    shutil.copy(other / first, out / first)
+    refuses(lambda: gathered(out), "00000000.npz", errors=ONE_LINE)
+    shutil.rmtree(out / "samples.parts")
+    gathered(tmp_path / "latents", stop=2, name="latents")  # of the same run, but of another result
+    shutil.copytree(tmp_path / "latents" / "latents.parts", out / "samples.parts")
+    refuses(lambda: gathered(out), "00000000.npz", errors=ONE_LINE)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 11])
+def test_a_part_that_is_gone_is_made_again_in_batches_of_any_size(stopped, tmp_path, size):
+    """Parts after a gap are not joined beside those that fill it."""
+    for gone in ("00000000.npz", "00000004.npz"):
+        out = tmp_path / gone
+        shutil.copytree(stopped, out)
+        (out / "samples.parts" / gone).unlink()
+        right(gathered(out, size=size))
+        holds(not (out / "samples.parts").exists())
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "samples.parts", "samples.parts/00000008.npz", "run.json", "grid.png"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to a folder", "link to nothing", "link to a device"])
+def test_what_is_no_file_is_neither_waited_for_nor_followed(stopped, tmp_path, name, kind):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    shutil.copytree(stopped, out)
+    outside.mkdir()
+    (outside / "7.png").write_text("mine")
+    path = out / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    make = {
+        "fifo": lambda: os.mkfifo(path),
+        "folder": lambda: (path.mkdir(), (path / "notes.txt").write_text("mine")),
+        "link to a folder": lambda: path.symlink_to(outside),
+        "link to nothing": lambda: path.symlink_to(tmp_path / "nothing"),
+        "link to a device": lambda: path.symlink_to("/dev/zero"),
+    }
+    make[kind]()
+    refused_or_right(lambda: gathered(out))
+    with contextlib.suppress(ConfigError):
+        gathered(out, overwrite=True)
+    holds((outside / "7.png").read_text() == "mine" and [*outside.iterdir()] == [outside / "7.png"])
+    holds(not (tmp_path / "nothing").exists())
+    holds(kind != "folder" or name == "samples.parts" or not path.is_dir() or (path / "notes.txt").exists())
+
+
+def test_to_overwrite_removes_no_file_outside(tmp_path):
+    """png is a link to somebody's pictures, whose names are numbers."""
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    for folder in (pictures, out):
+        folder.mkdir()
+    for name in ("1.png", "2.png"):
+        (pictures / name).write_text("mine")
+    (out / "samples.parts").symlink_to(pictures)
+    right(gathered(out, overwrite=True))
+    holds(sorted(path.name for path in pictures.iterdir()) == ["1.png", "2.png"])
+
+
+# --- the record ---
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=60)
+def test_a_damaged_record_is_named(finished, tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("out") / "out"
+    shutil.copytree(finished, out)
+    path = out / "run.json"
+    path.write_bytes(damaged(data, path.read_bytes()))
+    refused_or_right(lambda: gathered(out), str(out), "another --out")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "3", "null", '"x"', "{}", "[" * 100_000, '{"a":' * 100_000, "9" * 5000, "NaN", "\x00", "\udcff"),
+        '{"made_from": 3, "files": {}}',
+        '{"made_from": {}, "files": []}',
+        '{"files": {}}',
+        '{"made_from": {}, "files": {"samples.npz": 3}}',
+        '{"made_from": {}, "files": {"samples.npz": {"sha256": 3}}}',
+        json.dumps({"made_from": MADE_FROM, "files": {"../../etc/passwd": {"sha256": "x"}}}),
+        json.dumps({"made_from": MADE_FROM, "files": {"samples.npz": {"sha256": None}}}),
+        json.dumps({"made_from": MADE_FROM, "files": {"samples.npz": {"sha256": "x", "arrays": 3}}}),
+        json.dumps({"made_from": MADE_FROM, "files": {"samples.npz": {"sha256": "x", "arrays": {"arr_0": 3}}}}),
+        json.dumps({"made_from": {"sample": {"seed": "\x1b]0;x\x07"}}, "files": {}}),
+        json.dumps({"made_from": {"\x1b[2J": 1}, "files": {}}),
+        json.dumps({"made_from": {**MADE_FROM, "more": 1}, "files": {}}),
+    ],
+)
+def test_a_hostile_record_is_refused(finished, tmp_path, content):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "run.json").write_bytes(content.encode(errors="surrogateescape"))
+    if content == "{}":  # of an earlier version, which says nothing
+        return right(gathered(out))
+    message = refuses(lambda: gathered(out), "--overwrite", errors=ONE_LINE)
+    holds(message.isprintable() and len(message) < 1000)
+    right(gathered(out, overwrite=True))
+
+
+def test_the_record_says_what_is_there(finished):
+    record = json.loads((finished / "run.json").read_text())
+    found = record["files"]["samples.npz"]
+    holds(record["made_from"] == MADE_FROM and len(found["sha256"]) == 64)
+    holds(found["arrays"]["arr_0"] == {"shape": [11, 4, 4, 1], "dtype": "uint8"})
+    holds(found["arrays"]["arr_1"] == {"shape": [11], "dtype": "int32"})
+    holds(found["computed_with"] == [{"from": 0, **COMPUTED_WITH}])
+
+
+@pytest.mark.parametrize("kind", [*OTHERS, "cut", "right"])
+def test_results_of_an_earlier_version_are_verified_as_far_as_they_can_be(tmp_path, kind):
+    """It recorded what they are made from alone: length, shape, dtype and CRC are left. Parts are made again."""
+    (tmp_path / "run.json").write_text(json.dumps({**MADE_FROM, "sample": {"seed": 0, "eta": 0.5, "ema": True}}))
+    same = {"arr_0": IMAGES, "arr_1": np.arange(11, dtype=np.int32)}
+    npz(tmp_path / "samples.npz", **(same if kind in ("cut", "right") else OTHERS[kind]))
+    if kind == "cut":
+        (tmp_path / "samples.npz").write_bytes((tmp_path / "samples.npz").read_bytes()[:300])
+    (tmp_path / "samples.parts").mkdir()
+    npz(tmp_path / "samples.parts" / "00000000.npz", **OTHERS["other images"])
+    if kind in ("right", "whole, other images"):  # the second cannot be told
+        holds(len(gathered(tmp_path)["arr_0"]) == 11)
+        holds(json.loads((tmp_path / "run.json").read_text())["files"].keys() == {"samples.npz"})
+        (tmp_path / "samples.npz").write_bytes(b"")
+    refuses(lambda: gathered(tmp_path), "samples.npz", errors=ONE_LINE)
+    (tmp_path / "samples.npz").unlink()
+    right(gathered(tmp_path))
+
+
+def test_another_run_of_an_earlier_version_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"sample": {"seed": 1, "eta": 0.5}, "weights": "abc"}))
+    refuses(lambda: gathered(tmp_path), "sample.seed is 1 there, 0 here", "--overwrite", errors=ONE_LINE)
+
+
+# --- ends at any moment, and two at a time ---
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("killed_at", range(1, 10))
+def test_a_process_may_end_at_every_write(tmp_path, monkeypatch, killed_at, after):
+    """Before and after each of the renames that put a part, the result and the record in place. Temporary files stay
+    behind, as kill -9 leaves them.
+    """
+    count, replace = 0, os.replace
+
+    def ends(source, target):
+        nonlocal count
+        count += 1
+        if count < killed_at or after:
+            replace(source, target)
+        if count >= killed_at:
+            shutil.copy(target if after else source, tmp_path / "out" / f".samples.npz.{count:016x}.tmp")
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", ends)
+        gathered(tmp_path / "out")
+    assert count == killed_at or count < killed_at and killed_at > 6
+    right(gathered(tmp_path / "out", size=3))
+    holds(sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run.json", "samples.npz"])
+    right(gathered(tmp_path / "out"))
+
+
+def test_a_second_process_is_refused_and_cannot_mix(finished, tmp_path):
+    held = output.open_folder(finished, MADE_FROM, WRITTEN)
+    refuses(lambda: gathered(finished), "another process is writing to", errors=ONE_LINE)
+    del held
+    right(gathered(finished))
+    first, second = (output.open_folder(tmp_path / "new", {"seed": seed}, WRITTEN) for seed in (0, 1))
+    first.claim()
+    refuses(second.claim, "another process is writing to", errors=ONE_LINE)
+    del first
+    refuses(second.claim, "another process has written to", errors=ONE_LINE)
+    holds(json.loads((tmp_path / "new" / "run.json").read_text())["made_from"] == {"seed": 0})
+
+
+def test_two_processes_on_a_disk_without_locks_do_not_mix(tmp_path, monkeypatch):
+    def unable(descriptor, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(output.fcntl, "flock", unable)
+    first, second = (output.open_folder(tmp_path, {"seed": seed}, WRITTEN) for seed in (0, 1))
+    first.claim()
+    refuses(second.claim, "another process has written to", errors=ONE_LINE)
+    again = output.open_folder(tmp_path, {"seed": 0}, WRITTEN)
+    again.claim()
+
+    def writes():
+        with first.writing("report.json") as file:
+            file.write(b"{}")
+
+    refuses(writes, "another process has written to", errors=ONE_LINE)
+    holds(not (tmp_path / "report.json").exists())
+
+
+def test_names_of_temporary_files_cannot_be_guessed(tmp_path):
+    """Links at the names that earlier versions used are left alone."""
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.write_text("mine")
+    out.mkdir()
+    for name in ("samples.npz", "run.json"):
+        for guess in (f".{name}.tmp", f"{name}.tmp", f".{name}.{os.getpid()}.tmp", f"{name}.{os.getpid()}.tmp"):
+            (out / guess).symlink_to(mine)
+    right(gathered(out))
+    holds(mine.read_text() == "mine" and len([*out.glob("*.tmp")]) == 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_kill_9_at_a_random_moment(tmp_path, seed):
+    args = (
+        "ddim_jax.sample",
+        "--config",
+        "configs/digits.py",
+        "--config.sample.num_images=60",
+        "--config.sample.steps=5",
+    )
+    args = (*args, "--config.sample.batch_size=2", "--config.sample.eta=1", "--out", tmp_path / "out")
+    process = start(*args)
+    with contextlib.suppress(TimeoutError):
+        parts = tmp_path / "out" / "samples.parts"
+        while process.poll() is None and not parts.exists():
+            pass
+        wait = np.random.default_rng(seed).uniform(0, 0.5)
+        with contextlib.suppress(Exception):
+            process.wait(wait)
+    process.kill()
+    process.communicate()
+    again = run(*args)
+    holds(again.returncode == 0, again.stderr)
+    whole = run(*args[:-1], tmp_path / "whole")
+    holds(whole.returncode == 0, whole.stderr)
+    with np.load(tmp_path / "out" / "samples.npz") as a, np.load(tmp_path / "whole" / "samples.npz") as b:
+        holds(np.array_equal(a["arr_0"], b["arr_0"]))
+
+
+# --- before anything is claimed ---
+
+
+def parsed(module=digits, **fields):
+    """A config; fields of config.sample, or with `model_` or so in front of another section."""
+    values = module.get_config().to_dict()
+    for name, value in fields.items():
+        section, _, field = name.rpartition("__")
+        values[section or "sample"][field] = value
+    return config_lib.parse(values)
+
+
+def options(config, **given):
+    defaults = {"workdir": None, "out": None, "overwrite": False, "png": False, "film": False}
+    return types.SimpleNamespace(config=config, values=dataclasses.asdict(config), **defaults | given)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    def find(*args):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(weights, "find", find)
+
+
+@pytest.mark.parametrize("out", ["README.md/x", "README.md", "/proc/x", "a/" + "x" * 300, "x" * 300, "loop/x"])
+def test_a_folder_that_cannot_be_written_to_is_named_before_weights_are_read(no_weights, tmp_path, monkeypatch, out):
+    (tmp_path / "README.md").write_text("")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    for main, more in ((sample.main, {}), (encode.main, {"images": None, "count": None})):
+        call = lambda main=main, more=more: main(options(parsed(), out=out, **more))
+        refuses(call, "cannot write to the folder", out[:100], errors=ONE_LINE)
+    holds(
+        sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "a", "loop"] and not [*tmp_path.glob("a/*")]
+    )
+
+
+def test_more_images_than_the_disk_has_room_for_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=350))
+    call = lambda: output.check_room(output.open_folder(tmp_path / "out", MADE_FROM, WRITTEN), {"samples.npz": ARRAYS})
+    message = refuses(call, "config.sample.num_images: 11 images need 440 bytes", "350 bytes left", errors=ONE_LINE)
+    holds("--out" in message and not (tmp_path / "out").exists())
+    gathered(tmp_path / "out", stop=2)  # 8 of 11 images are there already, which leaves 440 bytes less these parts
+    call()
+    right(gathered(tmp_path / "out"))
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    call()  # nothing is missing
+
+
+def test_sixty_four_terabytes_are_refused_by_the_command(tmp_path):
+    args = ("--config", "configs/digits.py", "--config.sample.num_images=1000000000", "--out", tmp_path / "out")
+    refused(run("ddim_jax.sample", *args), "config.sample.num_images: 1000000000 images need", "GiB left")
+    holds(not (tmp_path / "out").exists())
+
+
+def test_a_mistake_that_is_found_late_claims_nothing(tmp_path):
+    """The reference is looked at after the weights are read: the corrected command must still find a free folder."""
+    table = ("--config", "configs/digits.py", "--etas=0", "--steps=2", "--config.evaluate.num_images=20")
+    table = ("experiments.table1_fid", *table, "--config.evaluate.metrics=fid", "--out", tmp_path / "out")
+    refused(run(*table, "--config.evaluate.reference=nope.npz"), "config.evaluate.reference")
+    holds(not (tmp_path / "out").exists())
+    done = run(*table)
+    holds(done.returncode == 0, done.stderr)
+
+
+# --- cells of tables ---
+
+CELLS = ("cells/S=1", "cells/S=2")
+
+
+def table(out, values=(1, 2), depends=None, made=None):
+    """A table of two cells; made: the list of those that are measured."""
+
+    def measure(S, folder):
+        if made is not None:
+            made.append(S)
+        with folder.writing("samples.npz") as file:
+            np.savez(file, x=np.full(3, S))
+        (folder / "first.png").write_bytes(b"picture %d" % S)
+        return {"number": S**2}
+
+    folder = output.open_folder(out, {"experiment": "squares"}, common.WRITTEN)
+    cells = [common.Cell({"S": S}, depends or {}, 1, lambda folder, S=S: measure(S, folder)) for S in values]
+    return common.run(folder, cells)
+
+
+ROWS = [{"S": 1, "number": 1}, {"S": 2, "number": 4}]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    out = tmp_path_factory.mktemp("table")
+    assert table(out) == ROWS
+    return out
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=40)
+def test_a_damaged_cell_is_named(measured, tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("out") / "out"
+    shutil.copytree(measured, out)
+    path = (
+        out
+        / data.draw(st.sampled_from(CELLS))
+        / data.draw(st.sampled_from(["result.json", "samples.npz", "first.png"]))
+    )
+    content = path.read_bytes()
+    path.write_bytes(changed := damaged(data, content))
+    if changed == content:
+        return holds(table(out) == ROWS)
+    refuses(lambda: table(out, values=(1,)), path.name, "remove it", errors=ONE_LINE)
+    path.unlink()
+    holds(table(out) == ROWS)
+
+
+def test_numbers_that_were_not_measured_here_are_not_in_the_table(measured, tmp_path):
+    forged = json.dumps({"axes": {"S": 3}, "numbers": {"number": 0}})
+    for i, change in enumerate(
+        [
+            lambda out: (out / CELLS[0] / "result.json").write_text(forged.replace("3", "1")),
+            lambda out: ((out / "cells/S=3").mkdir(), (out / "cells/S=3/result.json").write_text(forged)),
+            lambda out: shutil.copytree(out / CELLS[0], out / "cells/S=3"),
+            lambda out: shutil.copy(out / CELLS[0] / "result.json", out / CELLS[1] / "result.json"),
+            lambda out: (shutil.rmtree(out / CELLS[1]), shutil.copytree(out / CELLS[0], out / CELLS[1])),
+        ]
+    ):
+        out = tmp_path / str(i)
+        shutil.copytree(measured, out)
+        change(out)
+        refuses(lambda out=out: table(out), "result.json", errors=ONE_LINE)
+
+
+def test_what_is_gone_of_a_cell_is_measured_again_and_nothing_else(measured, tmp_path):
+    for name in ("result.json", "samples.npz", "first.png"):
+        out, made = tmp_path / name, []
+        shutil.copytree(measured, out)
+        (out / CELLS[1] / name).unlink()
+        holds(table(out, made=made) == ROWS and made == [2])
+        holds(table(out, made=made) == ROWS and made == [2])
+    refuses(lambda: table(measured, depends={"process": "another"}), "process is None there", errors=ONE_LINE)
+
+
+def test_cells_of_an_earlier_version_are_read(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"experiment": "squares"}))
+    for S in (1, 2):
+        folder = tmp_path / f"cells/S={S}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text("{}")
+        (folder / "result.json").write_text(json.dumps({"axes": {"S": S}, "numbers": {"number": S**2}}))
+    made = []
+    holds(table(tmp_path, depends={"process": "x"}, made=made) == ROWS and made == [])
+    (tmp_path / CELLS[0] / "result.json").write_text(json.dumps({"axes": {"S": 1}, "numbers": {"number": 9}}))
+    refuses(lambda: table(tmp_path, depends={"process": "x"}), "result.json", errors=ONE_LINE)
+
+
+# --- what results depend on ---
+
+
+class Plain(NamedTuple):
+    """DDIM with a factor of one's own, as a user would write it."""
+
+    factor: float = 1.0
+    stochastic = False
+
+    def check(self, transitions):
+        pass
+
+    def init(self, x):
+        return ()
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        x_s, state = samplers.ddim().step(x_t, state, transition, eps_fn, noise)
+        return self.factor * x_s, state
+
+
+class Rewritten(Plain):
+    """The same mathematics in other words, with a helper."""
+
+    def step(self, x_t, state, transition, eps_fn, noise):
+        return scaled(samplers.ddim().step(x_t, state, transition, eps_fn, noise)[0]), ()
+
+
+FACTOR = 1.0
+
+
+def scaled(x):
+    return x * FACTOR
+
+
+@register_static
+@dataclasses.dataclass(frozen=True)
+class Static(Plain):
+    name: str = "static"
+
+
+LINEAR = schedule.linear(1000)
+
+
+def process_of(sampler, steps=10, noise=LINEAR):
+    transitions = trajectory.descend(noise, trajectory.uniform(noise.num_steps, steps))
+    return fingerprint.of_process(sampler, transitions, (8, 8, 1))
+
+
+def test_an_edited_sampler_has_another_fingerprint(monkeypatch):
+    """Whatever was edited: a constant, a default, a helper, a global; and the same mathematics has the same."""
+    first = process_of(Plain())
+    holds(first == process_of(Plain()) == process_of(samplers.ddim()) == process_of(Rewritten()))
+    holds(process_of(Plain(0.999)) != first)
+    monkeypatch.setattr(f"{__name__}.FACTOR", 0.999)
+    jax.clear_caches()  # a new process
+    holds(process_of(Rewritten()) != first)
+
+    def clipped(self, x_t, state, transition, eps_fn, noise):
+        return jnp.clip(samplers.ddim().step(x_t, state, transition, eps_fn, noise)[0], -2, 2), state
+
+    monkeypatch.setattr(Static, "step", Plain.step, raising=False)
+    before = process_of(Static())
+    monkeypatch.setattr(Static, "step", clipped)
+    jax.clear_caches()
+    holds(before == first and process_of(Static()) != first)
+
+
+def test_a_sampler_for_float32_alone_has_a_fingerprint_too():
+    class Float32(Plain):
+        def init(self, x):
+            return jnp.zeros(x.shape, jnp.float32)
+
+        def step(self, x_t, state, transition, eps_fn, noise):
+            x_s, _ = samplers.ddim().step(x_t, (), transition, eps_fn, noise)
+            return x_s, x_s
+
+    holds(process_of(Float32()) == process_of(Float32()) and len(process_of(Float32())) == 64)
+
+
+def test_processes_that_draw_other_images_have_other_fingerprints():
+    every = [process_of(sampler) for sampler in (samplers.ddim(), samplers.ddim(0.5), samplers.ddim(0.5001))]
+    every += [process_of(samplers.ddpm_hat()), process_of(samplers.ddim(), 11)]
+    every += [
+        process_of(samplers.ddim(), noise=noise) for noise in (schedule.cosine(1000), schedule.linear(1000, 1.001e-4))
+    ]
+    every += [process_of(samplers.ddim(), steps=1), process_of(samplers.ddim(), steps=1000)]
+    holds(len(set(every)) == len(every))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """(fields of config.sample) -> the config of a network of seconds, with random parameters."""
+    params = params_of(parsed(smoke))
+    monkeypatch.setattr(weights, "find", lambda *args: weights.Weights(params, "nowhere"))
+    return lambda **fields: parsed(smoke, **fields)
+
+
+def test_an_edited_sampler_does_not_return_the_old_images(tmp_path, monkeypatch, tiny):
+    """As a user has it: named in the registry, edited between two commands."""
+    monkeypatch.chdir(tmp_path)
+    draw = lambda **given: sample.main(options(tiny(sampler="mine", num_images=11, batch_size=8), **given))
+    monkeypatch.setitem(config_lib.registry.SAMPLERS, "mine", lambda: Plain(1.0))
+    draw()
+    draw()
+    (first,) = (tmp_path / "samples" / "smoke").iterdir()
+    monkeypatch.setitem(config_lib.registry.SAMPLERS, "mine", lambda: Plain(0.5))
+    draw()
+    (second,) = {*(tmp_path / "samples" / "smoke").iterdir()} - {first}
+    drawn = [np.load(folder / "samples.npz")["arr_0"] for folder in (first, second)]
+    holds((drawn[0] != drawn[1]).any())
+    refuses(lambda: draw(out=str(first)), "process is", errors=ONE_LINE)
+
+
+NAMED = {  # options that change the images -> their values
+    "eta": [0.0, 0.5],
+    "seed": [0, 1],
+    "steps": [5, 6],
+    "tau": ["uniform", "quadratic", "1,10,100,1000", "1,10,200,1000"],
+    "tau_end": [0, 1],
+    "clip_x0": [False, True],
+    "label": [-1, 3],
+    "guidance": [1.0, 1.5],
+    "num_images": [100, 101],
+    "sampler": ["ddim", "ddpm_hat"],
+    "model__dtype": ["float32", "bfloat16"],
+}
+FREE = {"batch_size": 7, "refine": 3, "model__dropout": 0.3, "model__remat": True, "clip_range": 2.0}
+
+
+def made_from(config, digest="abc"):
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    found = weights.Weights(None, "somewhere", 7)
+    values = {**fingerprint.of_images(config, process), "weights": digest}
+    return values, sample.default_folder(config, None, process, found, values)
+
+
+def test_ways_to_sample_never_share_a_default_folder_and_each_finds_its_own_again():
+    conditional = lambda **fields: parsed(digits_conditional, **fields)
+    usual = made_from(conditional())
+    every = [usual, made_from(conditional(), "another checkpoint")]
+    every += [made_from(conditional(**{name: value})) for name, values in NAMED.items() for value in values[1:]]
+    every += [made_from(conditional(clip_x0=True, **more)) for more in ({"clip_range": 2.0}, {"clip_quantile": 0.9})]
+    holds(len({str(folder) for _, folder in every}) == len(every))
+    for name, value in FREE.items():
+        holds(made_from(conditional(**{name: value})) == usual, name)
+    holds(
+        "label3" in str(made_from(conditional(label=3))[1])
+        and "guidance1.5" in str(made_from(conditional(guidance=1.5))[1])
+    )
+
+
+def test_what_an_encoding_depends_on():
+    images = np.random.default_rng(0).integers(0, 256, (1500, 8, 8, 1), np.uint8)
+    found = types.SimpleNamespace(digest="abc")
+
+    def of(images=images, labels=None, **fields):
+        config = encode.deterministic(parsed(digits_conditional, steps=5, **fields))
+        process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+        return encode.fingerprint(config, process, found, ArraySource(images, labels), len(images))
+
+    usual, changed = of(), images.copy()
+    changed[1] ^= 1  # is not among a thousand at even places
+    labels = np.arange(1500) % 10
+    every = [
+        usual,
+        of(changed),
+        of(labels=labels),
+        of(labels=labels[::-1]),
+        of(guidance=1.5),
+        of(label=3),
+        of(refine=2),
+    ]
+    every += [of(tau_end=1), of(model__dtype="bfloat16"), of(steps=6) if False else of(tau="quadratic")]
+    holds(len({json.dumps(values) for values in every}) == len(every))
+    for fields in ({"batch_size": 7}, {"model__dropout": 0.3}, {"seed": 5}, {"clip_x0": True}, {"num_images": 3}):
+        holds(of(**fields) == usual, str(fields))
+
+
+# --- what is promised of image i ---
+
+
+def params_of(config):
+    """Random parameters with which eps has about unit size."""
+    like = weights.params_like(config.model, meshes()[0])
+    rng = np.random.default_rng(0)
+    spread = lambda shape: 0.3 / np.sqrt(max(np.prod(shape[:-1]), 1))
+    drawn = lambda leaf: spread(leaf.shape) * rng.normal(size=leaf.shape) + (leaf.ndim < 2)
+    return jax.tree.map(lambda leaf: drawn(leaf).astype(np.float32), like)
+
+
+def drawn(config, params, index):
+    """x_T, x_0 and pixels of these images, from a program for as many."""
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    keys, x_T = generate.start(config, jnp.asarray(index))
+    keys = keys if process.sampler.stochastic else None
+    x_0 = samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x_T, keys)
+    return np.asarray(x_T), np.asarray(x_0), np.asarray(generate._to_uint8(x_0)).astype(int)
+
+
+def test_what_is_promised_of_image_i():
+    """Its noise depends on (seed, i) alone. With the same batch size, devices and version of JAX it has the same bits,
+    whatever images are drawn beside it, and however many; another batch size rounds differently, by at most one grey
+    level.
+    """
+    config, mesh = parsed(smoke, eta=1.0), meshes()[0]
+    params = params_of(config)
+    noise, x_0, pixels = drawn(config, params, np.arange(8))
+    holds(np.unique(pixels).size > 50)
+    for index in (np.arange(8), np.r_[0:4, 100:104], np.r_[100:104, 4:8]):
+        x_T, again, _ = drawn(config, params, index)
+        holds(np.array_equal(x_T[index < 8], noise[index < 8]) and np.array_equal(again[index < 8], x_0[index < 8]))
+    for index in (np.arange(8)[::-1], np.arange(5)):
+        x_T, again, grey = drawn(config, params, index)
+        holds(np.array_equal(x_T, noise[index]) and np.allclose(again, x_0[index], atol=1e-4))
+        holds(abs(grey - pixels[index]).max() <= 1)
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    for total, first in ((13, 0), (29, 8)):
+        fewer = parsed(smoke, eta=1.0, num_images=total, batch_size=8)
+        batches = np.concatenate(list(generate.batches(fewer, process, params, mesh, first)))
+        expected = drawn(config, params, np.arange(8, 16))[2] if first else pixels
+        holds(len(batches) == total - first and np.array_equal(batches[:8], expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_another_batch_size_changes_a_pixel_in_ten_thousand_by_one_grey_level(eta):
+    config = parsed(eta=eta, steps=20)
+    params = weights.find(config, None, meshes()[0]).params
+    _, x_0, pixels = drawn(config, params, np.arange(500))
+    for size in (1, 20, 100):
+        parts = [drawn(config, params, np.arange(i, i + size)) for i in range(0, 20 * size if size == 1 else 500, size)]
+        again, grey = (np.concatenate(parts_) for parts_ in list(zip(*parts, strict=True))[1:])
+        holds(np.allclose(again, x_0[: len(again)], atol=1e-4))
+        apart = abs(grey - pixels[: len(grey)])
+        holds(apart.max() <= 1 and apart.mean() <= 1e-4)
+
+
+def test_what_images_were_computed_with_is_recorded(tmp_path, tiny):
+    draw = lambda **more: sample.main(options(tiny(num_images=11, **more), out=str(tmp_path / "out")))
+    draw(batch_size=5)
+    recorded = json.loads((tmp_path / "out" / "run.json").read_text())["files"]
+    (computed_with,) = recorded["samples.npz"]["computed_with"]
+    devices = jax.device_count()
+    expected = {"from": 0, "batch_size": -(-5 // devices) * devices, "devices": devices, "device": "cpu"}
+    holds(computed_with == {**expected, "jax": jax.__version__})
+    draw(batch_size=8)  # is not compared
+    holds(recorded == json.loads((tmp_path / "out" / "run.json").read_text())["files"])
+    with zipfile.ZipFile(tmp_path / "out" / "samples.npz") as archive:
+        holds(archive.namelist() == ["arr_0.npy"] and archive.comment == b"")
+
+
+def test_what_the_rest_was_computed_with_is_recorded_too(tmp_path):
+    """A run may continue on another machine."""
+    gathered(tmp_path, size=3, stop=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COMPUTED_WITH, "devices", 8)
+        right(gathered(tmp_path, size=2))
+    (kinds,) = (about["computed_with"] for about in json.loads((tmp_path / "run.json").read_text())["files"].values())
+    holds(kinds == [{"from": 0, **COMPUTED_WITH}, {"from": 6, **COMPUTED_WITH, "devices": 8}])
