@@ -88,13 +88,13 @@ def get_config() -> ConfigDict:
     sample.tau = placeholder(str)         # uniform | quadratic | leading | trailing | linspace | official_uniform |
                                           # official_quadratic; between the levels, for any number of steps:
                                           # time | log_snr | sigma | karras, evenly spaced in these; or the levels
-                                          # themselves: "1,10,99.5,1000";
+                                          # themselves: "1,50,150,250.5,400,550,700,850,1000";
                                           # open: as config.pretrained says, without one uniform
     sample.tau_offset = 0                 # added to every level of tau
     sample.tau_end = 0                    # the level that the last step ends at; 0: the image itself
     sample.num_images = 64
     sample.batch_size = 64                # does not change the images
-    sample.seed = 0                       # image i depends on (seed, i) alone
+    sample.seed = 0                       # image i depends on (seed, i) alone; below 2^32
     sample.clip_x0 = placeholder(bool)    # bound the predicted x_0; the paper does not;
                                           # open: as config.pretrained says, without one False
     sample.clip_range = 1.0               # with clip_x0: to [-1, 1]
