@@ -53,7 +53,7 @@ def main(options: types.SimpleNamespace) -> None:
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     source, total = load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
-    check_sampling(config, mesh)
+    check_sampling(config, mesh, total)
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out)
     output.claim(out, fingerprint(config, process, found, source, total), WRITTEN, options.overwrite)

@@ -20,9 +20,11 @@ SWITCH = "DDIM_JAX_NO_MEMORY_CHECK"  # an environment variable: 1 goes ahead wha
 TRAINED = 5  # arrays for a parameter: itself, its average, its gradient, and two moments of Adam
 
 
-def check_sampling(config: Config, mesh: Mesh) -> None:
-    """ConfigError, naming config.model or config.sample.batch_size, if the parameters or one batch cannot fit."""
-    _check(config.model, mesh, "config.sample.batch_size", config.sample.batch_size, mesh.size, 1)
+def check_sampling(config: Config, mesh: Mesh, count: int) -> None:
+    """ConfigError, naming config.model or config.sample.batch_size, if the parameters or one batch of `count` images
+    cannot fit.
+    """
+    _check(config.model, mesh, "config.sample.batch_size", min(config.sample.batch_size, count), mesh.size, 1)
 
 
 def check_training(config: Config, mesh: Mesh) -> None:

@@ -47,7 +47,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     mesh = sharding.data_mesh()
-    check_sampling(config, mesh)
+    check_sampling(config, mesh, config.sample.num_images)
     found = weights.find(config, options.workdir, mesh)
     out = cli.writable_folder(options.out or default_folder(config, options.workdir))
 
