@@ -44,7 +44,7 @@ def build(values):
         ("model.dtype", "float16", "config.model.dtype: 'float16' is not one of float32, bfloat16"),
         ("train.gamma", "snr", "config.train.gamma: 'snr' is not one of one, x0, v"),
         ("sample.steps", 0, "config.sample.steps: must be at least 1, got 0"),
-        ("sample.steps", 1001, "config.sample.steps: the number of steps must be in 1..1000, got 1001"),
+        ("sample.steps", 1001, "config.sample.steps: num_steps must be in 1..1000, got 1001"),
         ("sample.tau", "1,50,20", "config.sample.tau: tau must ascend strictly, got 50 and then 20"),
         ("sample.tau", "1,50,2000", "config.sample.tau: tau must stay within 1..1000, got 2000"),
         ("sample.tau", "-5,50", "config.sample.tau: tau must ascend strictly, got 0 and then -5"),

@@ -459,18 +459,19 @@ def test_the_gradient_with_respect_to_eta(name, spacing, S):
     noise_schedule, down = setting(name, spacing, S)
     eps_fn, limit = oracle.gaussian(noise_schedule, 0.3, 0.5), samplers.max_eta(down)
 
-    def end(dtype):
-        return lambda eta: (samplers.integrate(samplers.ddim(eta), eps_fn, down, jnp.asarray(X, dtype), KEY) ** 2).sum()
+    def end(eta, dtype):
+        return (samplers.integrate(samplers.ddim(eta), eps_fn, down, jnp.asarray(X, dtype), KEY) ** 2).sum()
 
-    both_modes = jax.jit(lambda eta: (jax.grad(end(jnp.float32))(eta), jax.jacfwd(end(jnp.float32))(eta)))
-    for eta in (0.0, 1e-6, 0.5, 1.0, limit):
-        slopes = both_modes(eta)
-        holds(np.isfinite(slopes) & np.isclose(*slopes, rtol=1e-3, atol=1e-3), f"{eta}: {slopes}")
+    for eta in (0.0, 0.5, limit):
+        slopes = [derive(end)(eta, jnp.float32) for derive in (jax.grad, jax.jacfwd)]
+        holds(np.isfinite(slopes) & np.isclose(slopes[0], slopes[1], rtol=1e-3, atol=1e-3), f"{eta}: {slopes}")
     with jax.enable_x64(True):
-        with_slope, h = jax.jit(jax.value_and_grad(end(jnp.float64))), 1e-5
-        for eta in (0.0, 0.2, 0.5, 0.9):
-            expected = (with_slope(eta + h)[0] - with_slope(eta - h)[0]) / (2 * h)
-            holds(np.isclose(with_slope(eta)[1], expected, rtol=1e-5, atol=1e-5), f"{eta}: not {expected}")
+        h = 1e-5
+        traced = jax.jit(end, static_argnums=1)
+        for eta in (0.0, 0.2, 0.9):
+            slope = float(jax.grad(end)(eta, jnp.float64))
+            expected = (float(traced(eta + h, jnp.float64)) - float(traced(eta - h, jnp.float64))) / (2 * h)
+            holds(abs(slope - expected) < 1e-5 * (1 + abs(expected)), f"{eta}: {slope} is not {expected}")
 
 
 # --- half precision ---
