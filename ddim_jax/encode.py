@@ -62,7 +62,7 @@ def main(options: types.SimpleNamespace) -> None:
     output.check_writable(options.out)
     source, total = load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
-    check_sampling(config, mesh)
+    check_sampling(config, mesh, total)
     found = weights.find(config, options.workdir, mesh)
     made_from = fingerprint(config, process, found, source, total)
     out = output.open_folder(options.out, made_from, WRITTEN, options.overwrite)

@@ -159,8 +159,8 @@ def root(variance: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), variance * 0)
 
 
-def _check_sigma2(sigma2: Array, transition) -> None:
-    checks.reals("sigma2", sigma2, 0)
+def _check_sigma2(sigma2: Array, transition, x: Array) -> None:
+    checks.broadcasts("sigma2", checks.reals("sigma2", sigma2, 0), np.shape(x))
     if not checks.traced(sigma2, *transition):
         if (np.asarray(sigma2) > np.asarray(transition.one_minus_alpha_bar_s) * (1 + 1e-6)).any():
             raise ValueError("sigma2 must be at most 1 - alpha_bar_s")
@@ -172,7 +172,7 @@ def q_sigma(x_t: Array, x_0: Array, transition, sigma2: Array) -> tuple[Array, A
     `mean = sqrt(alpha_bar_s) x_0 + k (x_t - sqrt(alpha_bar_t) x_0)`,
     `k = sqrt((1 - alpha_bar_s - sigma^2) / (1 - alpha_bar_t))`.
     """
-    _check_sigma2(sigma2, transition)
+    _check_sigma2(sigma2, transition, x_t)
     k = root(direction_variance(transition, sigma2) / transition.one_minus_alpha_bar_t)
     residual = x_t - jnp.sqrt(transition.alpha_bar_t) * x_0
     return jnp.sqrt(transition.alpha_bar_s) * x_0 + k * residual, sigma2
@@ -184,7 +184,7 @@ def q_sigma_forward(x_s: Array, x_0: Array, transition, sigma2: Array) -> tuple[
     With `r = (1 - alpha_bar_t) / (1 - alpha_bar_s)` and k of (7):
     `mean = sqrt(alpha_bar_t) x_0 + k r (x_s - sqrt(alpha_bar_s) x_0)`, `variance = sigma^2 r`.
     """
-    _check_sigma2(sigma2, transition)
+    _check_sigma2(sigma2, transition, x_s)
     k = root(direction_variance(transition, sigma2) / transition.one_minus_alpha_bar_t)
     r = transition.one_minus_alpha_bar_t / transition.one_minus_alpha_bar_s
     residual = x_s - jnp.sqrt(transition.alpha_bar_s) * x_0

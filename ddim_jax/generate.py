@@ -72,7 +72,7 @@ def batch_indices(config: Config, mesh: Mesh, first: int, total: int) -> Iterato
 def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: int = 0) -> Iterator[np.ndarray]:
     """Images first .. num_images - 1 of config.sample in batches of uint8 (b, H, W, C) on the host. params:
     replicated over the mesh. An accelerator is given the next batch before it is waited for this one. ConfigError,
-    naming the first, for an image that is not finite.
+    naming the first, for an image that is not finite, or so far from [-1, 1] that it shows nothing.
     """
     total = config.sample.num_images
 
@@ -87,26 +87,38 @@ def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: in
                 x,
                 keys if process.sampler.stochastic else None,
             )
-            yield index[0], _to_pixels(x)
+            yield index[0], _to_pixels(x, _largest(process))
 
-    for begin, (drawn, finite) in _delayed(dispatched(), sharding.batches_ahead()):
-        _check_finite("image", sharding.to_host(finite)[: total - begin], begin, params)
+    for begin, (drawn, right) in _delayed(dispatched(), sharding.batches_ahead()):
+        _check_images("image", sharding.to_host(right)[: total - begin], begin, params)
         yield sharding.to_host(drawn)[: total - begin]
 
 
+def _largest(process: Process) -> np.float32:
+    """What no value of an image or a latent exceeds: a million times what becomes of noise by a network that predicts
+    nothing.
+    """
+    return np.float32(1e6 / np.sqrt(np.min(process.transitions.alpha_bar_t)))
+
+
 @jax.jit
-def _to_pixels(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """uint8 (B, H, W, C), and which of the images are finite, (B,): that would not show any more."""
-    return to_uint8(x), jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
+def _to_pixels(x: jax.Array, largest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """uint8 (B, H, W, C), and which of the images are what they seem, (B,)."""
+    return to_uint8(x), _within(x, largest)
 
 
-def _check_finite(name: str, finite: np.ndarray, first: int, params: Any) -> None:
-    """ConfigError where one of the images first, first + 1, ... is not finite."""
-    if finite.all():
+def _within(x, largest):
+    """(B,): whether all values of an image are finite and not absurd. NaN is not below anything."""
+    return (abs(x) <= largest).reshape(len(x), -1).all(axis=1)
+
+
+def _check_images(name: str, right: np.ndarray, first: int, params: Any) -> None:
+    """ConfigError where one of the images first, first + 1, ... is not right."""
+    if right.all():
         return
     broken = not _all_finite(params)
-    look = "the parameters of the network are not" if broken else "look at config.sample: eta, guidance, tau, sampler"
-    raise ConfigError(f"{name} {first + np.flatnonzero(~finite)[0]} is not finite (NaN or infinite): {look}")
+    look = "so are the parameters of the network" if broken else "look at config.sample: eta, guidance, tau, sampler"
+    raise ConfigError(f"{name} {first + np.flatnonzero(~right)[0]} is not finite, or beyond any image: {look}")
 
 
 @jax.jit
@@ -134,7 +146,7 @@ def encode(
         x_T = inversion.invert(said, noise, process.tau, x_0, refine, end).x_T
     else:
         x_T = samplers.invert(said, noise, process.tau, x_0, end=end)
-    return _finite_on_host("the latent of image", x_T, first, params)
+    return _checked_on_host("the latent of image", x_T, process, first, params)
 
 
 def decode(
@@ -151,12 +163,12 @@ def decode(
     """
     said = eps_fn(config, params, _split(mesh, labels))
     x_0 = samplers.integrate(process.sampler, said, process.transitions, sharding.split_batch(mesh, x_T))
-    return _finite_on_host("image", x_0, first, params)
+    return _checked_on_host("image", x_0, process, first, params)
 
 
-def _finite_on_host(name: str, x: jax.Array, first: int, params: Any) -> np.ndarray:
+def _checked_on_host(name: str, x: jax.Array, process: Process, first: int, params: Any) -> np.ndarray:
     x = sharding.to_host(x)
-    _check_finite(name, np.isfinite(x).reshape(len(x), -1).all(axis=1), first, params)
+    _check_images(name, _within(x, _largest(process)), first, params)
     return x
 
 
@@ -172,7 +184,7 @@ def bound(
     x_0 = sharding.split_batch(mesh, to_unit(images))
     nats = losses.j_sigma(said, process.transitions, x_0, keys, config.sample.eta, "pixels")
     nats = np.asarray(sharding.to_host(nats), np.float64)
-    _check_finite("the bound of image", np.isfinite(nats), int(index[0]), params)
+    _check_images("the bound of image", np.isfinite(nats), int(index[0]), params)
     return nats
 
 

@@ -19,11 +19,13 @@ from ddim_jax.errors import ConfigError
 SWITCH = "DDIM_JAX_NO_MEMORY_CHECK"  # an environment variable: 1 goes ahead whatever the estimate is
 
 
-def check_sampling(config: Config, mesh: Mesh) -> None:
-    """ConfigError, naming config.model or config.sample.batch_size, if the parameters or one batch cannot fit."""
+def check_sampling(config: Config, mesh: Mesh, count: int) -> None:
+    """ConfigError, naming config.model or config.sample.batch_size, if the parameters or one batch of `count` images
+    cannot fit.
+    """
     if is_off() or (limit := available(mesh)) is None:
         return
-    model, batch = config.model, config.sample.batch_size
+    model, batch = config.model, min(config.sample.batch_size, count)
     shapes = jax.tree.leaves(train_state.param_shapes(network(model)))
     params = mesh.size * sum(4 * int(np.prod(leaf.shape, dtype=object)) for leaf in shapes)
     largest = -(-batch // mesh.size) * mesh.size * image_bytes(model)

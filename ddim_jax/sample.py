@@ -55,7 +55,7 @@ def main(options: types.SimpleNamespace) -> None:
     if options.out or not options.workdir:  # a workdir that is not there is another mistake
         output.check_writable(options.out or root(config, None))
     mesh = sharding.data_mesh()
-    check_sampling(config, mesh)
+    check_sampling(config, mesh, config.sample.num_images)
     found = weights.find(config, options.workdir, mesh)
     made_from = fingerprint(config, process, found)
     out = options.out or default_folder(config, options.workdir, process, found, made_from)

@@ -1,0 +1,187 @@
+"""What is not finite never becomes a picture, a latent or a number: it is refused by the index of the image."""
+
+import dataclasses
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+from attacking import holds, refused, refuses
+from conftest import meshes
+from processes import run
+from test_generate import make, params_of
+
+from ddim_jax import config as config_lib
+from ddim_jax import generate
+from ddim_jax.errors import ConfigError
+from ddim_jax.pretrained import safetensors_file
+
+BAD = [np.nan, np.inf, -np.inf]
+CONFIG, PROCESS = make(eta=0.5)
+PARAMS = params_of(CONFIG)
+
+
+def drawn(config, process, params):
+    return np.concatenate(list(generate.batches(config, process, params, meshes()[0])))
+
+
+def refuses_config(call, *words):
+    return refuses(call, *words, errors=(ConfigError,))
+
+
+@hypothesis.given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(BAD))
+@hypothesis.settings(max_examples=15)
+def test_one_bad_parameter(leaf, place, value):
+    """Wherever it is: refused, or without any effect on the images, as of the last layer's bias on a NaN that is not
+    reached. The cause is named.
+    """
+    leaves, treedef = jax.tree.flatten(PARAMS)
+    damaged = [np.array(array) for array in leaves]
+    array = damaged[leaf % len(damaged)].reshape(-1)
+    array[place % array.size] = value
+    refuses_config(
+        lambda: drawn(CONFIG, PROCESS, jax.tree.unflatten(treedef, damaged)), "image 0", "parameters of the network"
+    )
+
+
+@hypothesis.given(st.sampled_from([0, 3, 7, 8, 10]), st.sampled_from(BAD))
+@hypothesis.settings(max_examples=8)
+def test_one_bad_image_is_named(index, value):
+    """In the first batch of eight, or in the second, which holds three and five that are dropped."""
+    with pytest.MonkeyPatch.context() as patch:
+        _with_noise(patch, {index: value})
+        message = refuses_config(lambda: drawn(CONFIG, PROCESS, PARAMS), f"image {index} is", "config.sample")
+        holds("parameters" not in message, message)
+
+
+@pytest.mark.parametrize("value", BAD)
+def test_what_is_dropped_may_be_anything(value, monkeypatch):
+    before = drawn(CONFIG, PROCESS, PARAMS)
+    _with_noise(monkeypatch, {11: value, 15: value})
+    holds(np.array_equal(drawn(CONFIG, PROCESS, PARAMS), before))
+
+
+def _with_noise(patch, values):
+    start = generate.start
+
+    def changed(config, index):
+        keys, x = start(config, index)
+        for place, value in values.items():
+            x = x.at[:, 2, 3, 0].set(np.where(np.asarray(index) == place, value, x[:, 2, 3, 0]))
+        return keys, x
+
+    patch.setattr(generate, "start", changed)
+
+
+@hypothesis.given(st.integers(0, 7), st.sampled_from([*BAD, 1e30]), st.sampled_from([0, 16]), st.integers(0, 2))
+@hypothesis.settings(max_examples=20)
+def test_latents_and_what_they_decode_to(index, value, first, refine):
+    """Of networks that leave x as it is: encoded in both ways, and decoded."""
+    x, params = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32), PARAMS
+    config, mesh = with_sample(CONFIG, refine=refine % 2), meshes()[0]
+    walk = generate.decode if refine == 2 else generate.encode
+    call = lambda: walk(config, PROCESS, params, mesh, x, None, first=first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate.samplers, "invert", lambda eps_fn, schedule, tau, x, end: x)
+        patch.setattr(generate.samplers, "integrate", lambda sampler, eps_fn, transitions, x: x)
+        patch.setattr(generate.inversion, "invert", lambda *args: generate.inversion.Inverted(args[3], None))
+        holds(np.array_equal(call(), x))
+        x[index, 1, 1, 0] = value
+        refuses_config(call, f"image {first + index} is", *([] if refine == 2 else ["latent"]))
+
+
+def test_a_bound_that_is_not_finite(monkeypatch):
+    nats = np.arange(8, dtype=np.float32)
+    monkeypatch.setattr(generate.losses, "j_sigma", lambda *args: jax.numpy.asarray(nats))
+    images = np.zeros((8, 8, 8, 1), np.uint8)
+    call = lambda: generate.bound(CONFIG, PROCESS, PARAMS, meshes()[0], images, np.arange(8) + 40, None)
+    holds(np.array_equal(call(), nats))
+    nats[3] = np.nan
+    refuses_config(call, "image 43")
+
+
+def with_sample(config, **fields):
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **fields))
+
+
+def test_guidance_that_overflows():
+    config, process = make(0.0, num_classes=3, label_dropout=0.1)
+    params = params_of(config)
+    for guidance in (1e20, 1e30, 1e38):
+        config = with_sample(config, guidance=guidance)
+        refuses_config(lambda config=config: drawn(config, process, params), "image 0", "config.sample", "guidance")
+
+
+def test_a_network_that_has_learned_nothing_draws_pictures():
+    """The last layer of a network begins at 0: what it draws is grey noise, far from [-1, 1], and no mistake."""
+    values = CONFIG.schedule.__dict__ | {"name": "cosine", "num_steps": 1000}
+    config = dataclasses.replace(CONFIG, schedule=type(CONFIG.schedule)(**values))
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    holds(drawn(config, process, jax.tree.map(np.zeros_like, PARAMS)).shape == (11, 8, 8, 1))
+
+
+def test_a_bound_of_x_0_that_cannot_be():
+    config = with_sample(CONFIG, clip_x0=True, clip_quantile=0.9, clip_range=0.5)
+    refuses_config(lambda: drawn(config, PROCESS, PARAMS), "config.sample.clip_range")
+
+
+@pytest.mark.parametrize("tau", ["1e-320", "1e-45", "500,500.00000001", "nan", "1e400", "1,inf"])
+def test_a_tau_of_levels_that_are_none(tau):
+    config = with_sample(CONFIG, tau=tau)
+    noise_schedule = config_lib.noise_schedule(config.schedule)
+    refuses_config(lambda: config_lib.process(config.sample, noise_schedule), "config.sample.tau")
+
+
+def test_eta_at_its_limit_draws_images():
+    from ddim_jax import samplers
+
+    limit = samplers.max_eta(PROCESS.transitions)
+    config = with_sample(CONFIG, eta=limit)
+    process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
+    images = drawn(config, process, PARAMS)
+    holds(len(np.unique(images, axis=0)) == 11 and images.std() > 10)
+    above = with_sample(CONFIG, eta=float(np.nextafter(limit, np.inf)))
+    noise_schedule = config_lib.noise_schedule(config.schedule)
+    refuses_config(lambda: config_lib.process(above.sample, noise_schedule), "config.sample.eta")
+
+
+# --- the commands ---
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A network with one parameter that is NaN."""
+    path, params = tmp_path_factory.mktemp("damaged") / "smoke.safetensors", jax.tree.map(np.array, PARAMS)
+    params["middle_block_0"]["conv_0"]["bias"][3] = np.nan
+    safetensors_file.save(path, params, dataclasses.asdict(CONFIG), 20)
+    return path
+
+
+FEW = ("--config.sample.num_images=8", "--config.sample.batch_size=8", "--config.sample.steps=5")
+
+
+@pytest.mark.parametrize("command", ["sample", pytest.param("encode", marks=pytest.mark.slow)])
+def test_a_network_of_nan(command, damaged, tmp_path):
+    more = ("--count=8",) if command == "encode" else ()
+    process = run(
+        f"ddim_jax.{command}",
+        *("--config", "configs/default.py", f"--config.pretrained={damaged}", "--config.data.name=digits"),
+        *(*FEW, *more, "--out", tmp_path / "out"),
+    )
+    refused(process, "image 0", "parameters of the network")
+    holds(not list((tmp_path / "out").glob("*.png")), "a picture was written")
+
+
+@pytest.mark.parametrize("tau", ["1e-320", pytest.param("1e-45,1000", marks=pytest.mark.slow)])
+def test_a_tau_of_the_command_line(tau, tmp_path):
+    process = run("ddim_jax.sample", "--config", "configs/digits.py", f"--config.sample.tau={tau}", "--out", tmp_path)
+    refused(process, "config.sample.tau")
+    holds(not list(tmp_path.glob("*.png")), "a picture was written")
+
+
+@pytest.mark.slow
+def test_guidance_of_the_command_line(tmp_path):
+    options = (*FEW, "--config.sample.guidance=1e30", "--out", tmp_path)
+    refused(run("ddim_jax.sample", "--config", "configs/digits_conditional.py", *options), "image 0", "guidance")
+    holds(not list(tmp_path.glob("*.png")), "a picture was written")
