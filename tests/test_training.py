@@ -182,8 +182,8 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(small_disk):
-    """One line, and the last checkpoint is whole and goes on elsewhere. Somebody else fills it while training runs: what
-    training itself needs is there when it begins.
+    """One line, and the last checkpoint is whole. The disk is filled by another program while training runs: what
+    training itself needs is free when it begins.
     """
     workdir = small_disk / "run"
     many = (*OFTEN, "--config.train.keep=1", "--config.train.num_steps=100000")

@@ -193,7 +193,7 @@ def test_nothing_private_leaves_the_machine(fails, tmp_path, monkeypatch, capsys
     """And a network that fails does not stop training."""
     module = Wandb(fails)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    secret = "/home/somebody/secret"
+    secret = "/home/user/secret"
     config = dataclasses.replace(
         CONFIG,
         pretrained=secret,

@@ -1,5 +1,5 @@
-"""Training that goes wrong: nothing that is not finite is ever saved in the place of something good, what is said of it
-is true, and the command that is printed at the end works.
+"""Training that goes wrong: nothing that is not finite is ever saved in the place of something good, the message is
+true, and the command that is printed at the end works.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def jitted(clip_norm):
 
 @settings(max_examples=40)
 @given(st.floats(-45, 38.5), st.floats(-20, 38), st.sampled_from([1.0, 1e30]))
-def test_parameters_that_overflow_are_told(rate, size, clip_norm):
+def test_parameters_that_overflow_are_reported(rate, size, clip_norm):
     """By what the update computes anyway; whatever it says are finite parameters can be saved."""
     optimizer, step = jitted(clip_norm)
     params = {"a": jnp.full((3, 4), np.float32(10.0) ** np.float32(size)), "b": jnp.ones(2)}
