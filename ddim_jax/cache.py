@@ -10,8 +10,8 @@ import http.client
 import os
 import pathlib
 import platform
+import types
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,55 +65,86 @@ def keep_programs() -> None:
     compiled. They are machine code: for one kind of processor, from a folder that nobody else can write to, and each
     with its SHA-256.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
-        return
+    own = jax.config.jax_compilation_cache_dir is None and _set_folder()
+    with contextlib.suppress(ImportError, AttributeError):  # a JAX that does it in another way
+        from jax._src import compilation_cache
+
+        _repair(compilation_cache, own)
+
+
+def _set_folder() -> bool:
+    """Whether programs are now kept in the folder of this package."""
+    if not jax.config.jax_enable_compilation_cache:
+        return False
     programs = folder() / "programs" / processor()
     try:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = programs.stat()
     except OSError:
-        return
-    if os.access(programs, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
-        jax.config.update("jax_compilation_cache_dir", str(programs))
-        jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
-        with contextlib.suppress(ImportError, AttributeError):  # a JAX that does it in another way
-            from jax._src import compilation_cache
-
-            compilation_cache.get_file_cache = _verified(compilation_cache.get_file_cache)
+        return False
+    if not os.access(programs, os.W_OK) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        return False
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    return True
 
 
-def _verified(get_file_cache: Callable[[str], tuple[Any, str] | None]) -> Callable[[str], tuple[Any, str] | None]:
-    """JAX's function that opens its cache, with `VerifiedPrograms` around the result."""
+def _repair(jax_cache: types.ModuleType, checked: bool) -> None:
+    """JAX never replaces a program that it cannot read, and compiles it at every start. Now it is removed."""
+    open_cache, read, opened = jax_cache.get_file_cache, jax_cache.get_executable_and_time, []
 
-    def verified(path):
-        found = get_file_cache(path)
-        return found and (VerifiedPrograms(found[0], pathlib.Path(path)), found[1])
+    def get_file_cache(path):
+        found = open_cache(path)
+        if found is None:
+            return None
+        opened.append(Programs(found[0], checked))
+        return opened[-1], *found[1:]
 
-    return verified
+    def get_executable_and_time(key, *rest):
+        try:
+            return read(key, *rest)
+        except Exception:
+            for programs in opened:
+                programs.remove(key)
+            return None, None
+
+    jax_cache.get_file_cache, jax_cache.get_executable_and_time = get_file_cache, get_executable_and_time
 
 
-class VerifiedPrograms:
-    """JAX's cache of compiled programs, with a SHA-256 before each. What is damaged is removed, so that it is compiled
-    once more and not at every start: JAX itself never replaces a program.
-    """
+class Programs:
+    """JAX's cache of compiled programs, whose folder may be damaged or full: what cannot be had is compiled again."""
 
-    def __init__(self, cache: Any, folder: pathlib.Path):
-        """cache: its `get(key)` returns bytes or None, and `put(key, value)` keeps them in KEY-cache and KEY-atime."""
-        self._cache, self._path = cache, folder
+    def __init__(self, cache: Any, checked: bool):
+        """cache: JAX's, a file KEY-cache for each program and a file KEY-atime with the time of its last use in the
+        folder `path`. checked: whether a SHA-256 stands before each program.
+        """
+        self._cache, self._checked, self._path = cache, checked, cache.path
 
     def get(self, key: str) -> bytes | None:
-        value = self._cache.get(key)
-        if value is None or hashlib.sha256(value[32:]).digest() == value[:32]:
-            return value and value[32:]
-        (self._path / f"{key}-cache").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            value = self._cache.get(key)
+            if value is None or not self._checked:
+                return value
+            if hashlib.sha256(value[32:]).digest() == value[:32]:
+                return value[32:]
+            self.remove(key)
         return None
 
     def put(self, key: str, value: bytes) -> None:
-        for program in self._path.glob("*-cache"):  # one alone is what JAX stumbles over
-            if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
-                program.unlink(missing_ok=True)
-        self._cache.put(key, hashlib.sha256(value).digest() + value)
+        try:
+            # Where it has a limit JAX stumbles over a program without the other file.
+            for program in self._path.glob("*-cache") if self._cache.eviction_enabled else ():
+                if not (self._path / f"{program.name.removesuffix('-cache')}-atime").exists():
+                    program.unlink()
+            self._cache.put(key, hashlib.sha256(value).digest() + value if self._checked else value)
+        except OSError:
+            self.remove(key)
+
+    def remove(self, key: str) -> None:
+        for file in (f"{key}-cache", f"{key}-atime"):
+            with contextlib.suppress(OSError):
+                (self._path / file).unlink()
 
 
 def processor() -> str:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pathlib
+import re
 import shutil
 import time
 import warnings
@@ -59,9 +61,13 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception) -> None:
+        failure = None
         if not self._failed:
-            self._manager.close()
-            return
+            try:
+                self._manager.close()
+                return
+            except Exception as error:
+                failure = self._unwritable(error)
         for end in (self._manager.wait_until_finished, self._manager.close):  # each says again what was said
             with contextlib.suppress(Exception):
                 end()
@@ -72,6 +78,8 @@ class Checkpoints:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.5)
+        if failure and not exception[0]:  # the first error counts
+            raise failure
 
     def latest(self) -> int | None:
         """The last complete step, None if there is none."""
@@ -128,7 +136,9 @@ class Checkpoints:
         whole = self.steps()
         said = str(error) or repr(error)
         full = "No space left" in said or "RESOURCE_EXHAUSTED" in said
-        reason = "the disk is full" if full else said.splitlines()[0][:300]
+        code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", said)
+        reason = os.strerror(int(code[1] or code[2])) if code else said.splitlines()[0][:300]
+        reason = "the disk is full" if full else reason
         last = f"the last complete one is step {whole[-1]}" if whole else "there is none yet"
         return CheckpointError(f"{self._folder}: a checkpoint cannot be written: {reason}; {last}")
 

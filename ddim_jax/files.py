@@ -44,6 +44,10 @@ def replacing(
         completed(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename in (None, temporary, str(temporary)):  # None where it is full
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
         unfinished.discard(temporary)

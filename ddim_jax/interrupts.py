@@ -78,7 +78,9 @@ def postponed() -> Iterator[Callable[[], int | None]]:
 
 @contextlib.contextmanager
 def not_for_children() -> Iterator[None]:
-    """Processes and threads that start within it never see Ctrl-C, which a terminal sends to all: this one ends them."""
+    """Processes and threads that start within it do not see Ctrl-C, which a terminal sends to all: this one ends
+    them.
+    """
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # where it starts it lets Ctrl-C through

@@ -64,7 +64,7 @@ class TensorBoard:
     def write(self, step, numbers, pictures):
         if self._file is None:
             self._folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.0f}.{uuid.uuid4().hex[:8]}"
+            name = f"events.out.tfevents.{time.time():.6f}.{uuid.uuid4().hex[:8]}"  # read in this order
             self._file = RecordWriter(str(self._folder / name))
             # What an earlier process wrote of later steps does not count.
             self._event(self._begin + 1, file_version="brain.Event:2")

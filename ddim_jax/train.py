@@ -113,7 +113,7 @@ def run(
         state, begin = resumed(state, config, workdir, fingerprint, checkpoints, skip_damaged, mesh)
         record = dataclasses.asdict(config)
         if begin < train.num_steps:
-            check_disk(train, workdir, state, begin, len(checkpoints.steps()))
+            check_disk(config, workdir, state, begin, checkpoints.steps())
             if sharding.is_first():
                 with files.replacing(workdir / "config.json") as file:
                     file.write(json.dumps(record, indent=1).encode())
@@ -298,20 +298,16 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
     batch = images_ * (pixels * 3 * 4 * model.image_channels + pixels // model.patch_size**2 * wide)
     if kept + batch > limit:
         raise ConfigError(
-            f"config.model and config.train.batch_size: a device has {files.human_size(limit)}, and training takes at "
-            f"least {files.human_size(kept)} for parameters, moving average, optimizer and gradient and "
-            f"{files.human_size(batch)} for {images_} images; {memory.SWITCH}=1 tries it"
+            f"config.model and config.train.batch_size: training takes at least {files.human_size(kept)} of memory for "
+            f"parameters, optimizer and gradient and {files.human_size(batch)} for {images_} images, a device has "
+            f"{files.human_size(limit)}; {memory.SWITCH}=1 tries it"
         )
 
 
-def check_disk(train: config_lib.TrainConfig, workdir: pathlib.Path, state: TrainState, begin: int, there: int) -> None:
-    """ConfigError if the checkpoints that will be kept, and the one being written, do not fit on the disk beside those
-    that are there.
-    """
-    every, for_ever = train.checkpoint_every, math.lcm(train.checkpoint_every, train.keep_every)
-    saves = -(-train.num_steps // every) - begin // every
-    long_kept = max(0, (train.num_steps - train.keep * every) // for_ever - begin // for_ever) if for_ever else 0
-    count = min(saves, max(train.keep + 1 - there, 1) + long_kept)
+def check_disk(config: Config, workdir: pathlib.Path, state: TrainState, begin: int, there: list[int]) -> None:
+    """ConfigError if the checkpoints to come, beside those of the steps that are there, do not fit on the disk."""
+    train = config.train
+    count = checkpoints_to_come(train, begin, there)
     needed = count * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(workdir).free
     if not sharding.agreed(needed <= free):
@@ -319,6 +315,23 @@ def check_disk(train: config_lib.TrainConfig, workdir: pathlib.Path, state: Trai
             f"config.train.keep is {train.keep} and keep_every {train.keep_every}: {count} checkpoints more need "
             f"{files.human_size(needed)} on the disk of {workdir}, which has {files.human_size(free)} left"
         )
+
+
+def checkpoints_to_come(train: config_lib.TrainConfig, begin: int, there: list[int]) -> int:
+    """How many more checkpoints there are at most at a time, the one being written among them, from the step `begin` to
+    the end. there: the steps that have one, ascending. It is when the last one is written: then there are the latest
+    keep + 1 and, of those before, the multiples of keep_every.
+    """
+    every, window = train.checkpoint_every, train.keep + 1
+    saves = -(-train.num_steps // every) - begin // every
+    before = there[: max(0, len(there) - max(0, window - saves))]
+    for_ever = 0
+    if train.keep_every:
+        for_ever = sum(step % train.keep_every == 0 for step in before)
+        oldest = (-(-train.num_steps // every) - train.keep) * every  # of the latest keep + 1, if all of them are new
+        both = math.lcm(every, train.keep_every)
+        for_ever += max(0, (oldest - 1) // both - begin // both)
+    return max(1, min(window, len(there) + saves) + for_ever - len(there))
 
 
 def training_batches(config: Config, source: data.Source, mesh: jax.sharding.Mesh, begin: int) -> Iterator[data.Batch]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import resource
 import runpy
 import signal
 import subprocess
@@ -28,12 +29,14 @@ def xla_flags(devices):
     return f"{GIVEN} --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
 
 
-def run(module, *args, devices=1, cwd=ROOT):
-    """`python -m module args`, from the root of the repository."""
+def run(module, *args, devices=1, cwd=ROOT, file_bytes=resource.RLIM_INFINITY):
+    """`python -m module args`, from the root of the repository. file_bytes: no file can be longer."""
     env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     with tempfile.TemporaryDirectory() as folder:
         out, err = pathlib.Path(folder, "out"), pathlib.Path(folder, "err")
-        process = _forking.Process(target=_command, args=(module, [*map(str, args)], env, str(cwd), str(out), str(err)))
+        process = _forking.Process(
+            target=_command, args=(module, [*map(str, args)], env, str(cwd), str(out), str(err), file_bytes)
+        )
         process.start()
         process.join(LIMIT)
         if process.is_alive():
@@ -42,9 +45,10 @@ def run(module, *args, devices=1, cwd=ROOT):
         return subprocess.CompletedProcess([module, *args], process.exitcode, out.read_text(), err.read_text())
 
 
-def _command(module, args, env, cwd, out, err):
+def _command(module, args, env, cwd, out, err, file_bytes):
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -11,7 +11,7 @@ from conftest import meshes
 from processes import run
 from test_generate import make, params_of
 
-from ddim_jax import generate, memory, sharding
+from ddim_jax import generate, memory, sharding, train
 from ddim_jax.errors import ConfigError
 
 SLOW = pytest.mark.slow
@@ -30,7 +30,7 @@ def test_a_batch_that_no_machine_holds(batch, mesh, training):
     config, _ = make()
     if training:
         config = with_fields(config, train=dict(batch_size=batch))
-        refuses(lambda: memory.check_training(config, meshes()[mesh]), "config.train.batch_size", errors=(ConfigError,))
+        refuses(lambda: train.check_memory(config, meshes()[mesh]), "config.train.batch_size", errors=(ConfigError,))
     else:
         config = with_fields(config, sample=dict(batch_size=batch, num_images=batch))
         call = lambda: memory.check_sampling(config, meshes()[mesh], config.sample.num_images)
@@ -42,7 +42,7 @@ def test_a_network_that_no_machine_holds(channels, monkeypatch):
     config, _ = make(channels=channels)
     for check in (
         lambda: memory.check_sampling(config, meshes()[0], 1),
-        lambda: memory.check_training(config, meshes()[0]),
+        lambda: train.check_memory(config, meshes()[0]),
     ):
         refuses(check, "config.model", memory.SWITCH, errors=(ConfigError,))
         with monkeypatch.context() as patch:

@@ -29,12 +29,12 @@ def script(code, *signals, **options):
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, options.get("inherited", signal.SIG_DFL)),
     )
-    heard = []
+    lines = []
     for number in signals:
-        heard.append(process.stdout.readline())
+        lines.append(process.stdout.readline())
         process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, "".join(heard) + out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, "".join(lines) + out, err)
 
 
 NOW = "print('now', flush=True)\n"
