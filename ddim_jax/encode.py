@@ -166,7 +166,7 @@ def load_images(path: str | None, count: str | None, config: Config) -> tuple[da
         return source, len(source)
     number = int(count) if count.isascii() and count.isdigit() and len(count) < 20 else 0
     if not 1 <= number <= len(source):
-        raise ConfigError(f"--count must be in 1..{len(source)}, the number of images, got {count}")
+        raise ConfigError(f"--count must be in 1..{len(source)}, the number of images, got {count[:20]}")
     return source, number
 
 

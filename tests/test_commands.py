@@ -261,6 +261,25 @@ def test_nothing_is_overwritten_without_being_asked_to(trained, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_every_way_to_sample_has_a_default_folder_and_finds_it_again(trained, tmp_path):
+    """Sample, another option, sample; train on, sample again: no mistake, and no image of another command."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    sample = ("ddim_jax.sample", *SMOKE, "--workdir", workdir)
+    found = {}
+    for args in ((), ("--config.sample.eta=1",), ("--config.sample.seed=1",), ("--png",), ()):
+        said = ok(run(*sample, *args)).stdout
+        (npz,) = (line for line in said.splitlines() if line.endswith("samples.npz"))
+        found.setdefault(npz, np.load(npz)["arr_0"])
+    assert len(found) == 3 and len({drawn.tobytes() for drawn in found.values()}) == 3
+    ok(run("ddim_jax.train", *SMOKE, "--workdir", workdir, "--config.train.num_steps=25"))
+    ok(run(*sample))
+    folders = sorted(path.name for path in (workdir / "samples").iterdir())
+    assert len(folders) == 4 and sum("step20" in name for name in folders) == 3
+    assert any("step25" in name for name in folders)
+
+
 def test_raw_parameters_are_not_their_average(trained, tmp_path):
     args = ("ddim_jax.sample", *SMOKE, "--workdir", trained)
     for ema in (True, False):
@@ -431,22 +450,22 @@ def test_encoding_and_decoding_returns_the_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_encoding_goes_on_where_it_was(tmp_path):
-    """A batch that is there is not made again: a marked one comes out marked. The size of batches does not matter."""
+def test_encoding_resumes_with_what_is_its_own(tmp_path):
+    """The size of batches does not matter; a part that somebody left is named, and only replaced when asked to."""
     args = (*ENCODE, "--config.sample.steps=5", "--count=7")
     ok(run(*args, "--out", tmp_path / "whole"))
-    ok(run(*args, "--out", tmp_path / "cut", "--config.sample.batch_size=3"))
-    whole, cut = (np.load(tmp_path / name / "latents.npz")["latents"] for name in ("whole", "cut"))
-    np.testing.assert_allclose(whole, cut, atol=1e-4)
-    (tmp_path / "cut" / "latents.npz").unlink()
-    (tmp_path / "cut" / "reconstructions.npz").unlink()
-    (tmp_path / "cut" / "latents.parts").mkdir()
-    np.savez(tmp_path / "cut" / "latents.parts" / "00000000.npz", latents=np.zeros((3, 8, 8, 1), np.float32))
-    ok(run(*args, "--out", tmp_path / "cut", "--config.sample.batch_size=2"))
-    again = np.load(tmp_path / "cut" / "latents.npz")["latents"]
-    assert again.shape == whole.shape and (again[:3] == 0).all()
-    np.testing.assert_allclose(again[3:], whole[3:], atol=1e-4)
-    assert not list((tmp_path / "cut").glob("*.parts"))
+    cut = tmp_path / "cut"
+    ok(run(*args, "--out", cut, "--config.sample.batch_size=3"))
+    whole = np.load(tmp_path / "whole" / "latents.npz")["latents"]
+    np.testing.assert_allclose(whole, np.load(cut / "latents.npz")["latents"], atol=1e-4)
+    (cut / "latents.npz").unlink()
+    (cut / "latents.parts").mkdir()
+    np.savez(cut / "latents.parts" / "00000000.npz", latents=np.zeros((3, 8, 8, 1), np.float32))
+    said = error_line(run(*args, "--out", cut))
+    assert "latents.parts/00000000.npz is not what this run wrote" in said and "--overwrite" in said
+    ok(run(*args, "--out", cut, "--config.sample.batch_size=2", "--overwrite"))
+    np.testing.assert_allclose(np.load(cut / "latents.npz")["latents"], whole, atol=1e-4)
+    assert not list(cut.glob("*.parts"))
 
 
 def test_a_folder_of_images_is_encoded_by_any_checkpoint(trained, tmp_path):

@@ -365,7 +365,7 @@ def test_the_sliced_distance_of_shifted_points():
     directions /= np.linalg.norm(directions, axis=0)
     assert np.sqrt(((v @ directions) ** 2).mean()) == pytest.approx(np.linalg.norm(v) / 8**0.5, rel=0.01)
     assert moved == pytest.approx(np.linalg.norm(v) / 8**0.5, rel=0.35)  # 32 directions
-    assert oracle_table1.sliced_wasserstein(a[::-1], a) < 1e-6  # products of rows in another order round otherwise
+    assert oracle_table1.sliced_wasserstein(a[::-1], a) < 1e-6  # a matrix product rounds its last rows differently
 
 
 @pytest.mark.parametrize(
