@@ -3,6 +3,7 @@ weights and the same noise.
 """
 
 import dataclasses
+import inspect
 import json
 import pickle
 import types
@@ -610,6 +611,20 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
         else:
             np.testing.assert_allclose(x, from_torch(theirs), rtol=1e-5, atol=1e-5)
         x = from_torch(theirs)
+
+
+@pytest.mark.parametrize("name", pretrained.diffusers_folder.SCHEDULERS)
+def test_every_field_of_every_scheduler_is_known_with_its_default(name):
+    """What its constructor takes: understood, known not to matter here, or refused unless it is the default."""
+    table = pretrained.diffusers_folder
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    theirs = {field: parameter.default for field, parameter in parameters.items() if field != "self"}
+    fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in theirs}
+    ours = table.SCHEDULERS[name]
+    assert fixed | ours.noise | ours.own_steps == theirs
+    noise, prediction, sample = table.noise_fields({"_class_name": name}, "test")
+    written = {"_class_name": name, **getattr(diffusers, name)().config}
+    assert (noise, prediction, sample) == table.noise_fields(written, "test")
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

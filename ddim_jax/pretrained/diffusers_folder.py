@@ -204,7 +204,8 @@ def is_there(files: Folder | Repository) -> bool:
 
 def open_folder(files: Folder | Repository) -> Published:
     """What a pipeline's folder, or its repository on the hub, says. CheckpointError if it is not of this kind."""
-    _check_pipeline(load_json(_required(files, "model_index.json")), files.source)
+    index = load_json(_required(files, "model_index.json"))
+    _check_pipeline(index, files.source)
     unet = _required(files, "unet/config.json", "config.json")
     noise = _required(files, "scheduler/scheduler_config.json", "scheduler_config.json")
     # The tensors stand beside their config.json, in unet/ or, in the first repositories, in the root.
@@ -223,6 +224,8 @@ def open_folder(files: Folder | Repository) -> Published:
 
     model = network_fields(load_json(unet), f"{files.source}: unet/config.json")
     values, where = load_json(noise), f"{files.source}: scheduler_config.json"
+    if "_class_name" not in values and _class_in(index, "scheduler"):
+        values["_class_name"] = _class_in(index, "scheduler")
     schedule_fields, prediction, sample = noise_fields(values, where)
     return describe(
         files.name,
@@ -242,11 +245,16 @@ def _required(files: Folder | Repository, *candidates: str) -> pathlib.Path:
     return found
 
 
+def _class_in(index: Mapping[str, Any], name: str) -> Any:
+    """The class of a component of a pipeline, None if it is not there."""
+    value = index.get(name)
+    return value[-1] if isinstance(value, list) and value else None
+
+
 def _check_pipeline(index: Mapping[str, Any], source: str) -> None:
     supported = f"supported: {', '.join(PIPELINES)} of a UNet2DModel and a scheduler"
-    components = {name: value for name, value in index.items() if not name.startswith("_")}
-    kind = lambda name: components[name][-1] if isinstance(components.get(name), list) and components[name] else None
-    present = [name for name in components if kind(name)]
+    kind = partial(_class_in, index)
+    present = [name for name in index if not name.startswith("_") and kind(name)]
     other = [name for name in present if name not in ("unet", "scheduler")]
     found = f"{source} is a {index.get('_class_name')}"
     if kind("unet") != "UNet2DModel":

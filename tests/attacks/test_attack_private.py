@@ -1,0 +1,311 @@
+"""What convert writes leaves the machine: nothing private is in it, no text of a file becomes markdown, and nothing is
+replaced that convert did not write.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import types
+import typing
+
+import jax.numpy as jnp
+import mutations
+import numpy as np
+import pytest
+import safetensors
+import yaml
+from attacking import holds, refused, refuses
+from mutations import smoke_values
+from processes import run
+from test_unet import random_params
+
+from configs import smoke
+from ddim_jax import config as config_lib
+from ddim_jax import convert, pretrained
+from ddim_jax.checkpoint import Checkpoints
+from ddim_jax.errors import CheckpointError, ConfigError
+from ddim_jax.train_state import TrainState
+
+SECRET = "top-secret-1b9e"
+PLACES = ("pretrained", "data.path", "train.wandb", "evaluate.features", "evaluate.weights", "evaluate.reference")
+FORMATS = {"safetensors": "w.safetensors", "diffusers": "folder", "orbax": "run"}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
+
+
+def secretive():
+    """A config that names places and accounts, in its own fields and in some that no config has."""
+    values = smoke_values()
+    for place in PLACES:
+        section, _, field = place.rpartition(".")
+        (values[section] if section else values)[field] = f"/home/{SECRET}/{field}"
+    values["hostname"] = values["train"]["notes"] = values["data"]["root"] = SECRET
+    return values
+
+
+@pytest.fixture(scope="module")
+def workdir(params, tmp_path_factory):
+    """A run with that config."""
+    workdir = tmp_path_factory.mktemp(SECRET) / "run"
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(7), params, params, {}, jnp.int32(0)), secretive())
+        checkpoints.wait()
+    return workdir
+
+
+def converted(source, to, format_=None, overwrite=False, paths=False):
+    given = {"from": str(source), "to": str(to), "format": format_, "ema": True}
+    convert.main(types.SimpleNamespace(**given, overwrite=overwrite, paths=paths))
+    return pathlib.Path(to)
+
+
+def texts(where):
+    """The bytes of all files, and their names."""
+    paths = [where, *where.rglob("*")] if where.is_dir() else [where]
+    return b"".join(path.read_bytes() for path in paths if path.is_file()) + " ".join(p.name for p in paths).encode()
+
+
+# --- nothing private ---
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_what_is_written_names_no_place_and_no_account(workdir, tmp_path, format_):
+    there = converted(workdir, tmp_path / FORMATS[format_], format_)
+    holds(SECRET.encode() not in texts(there), format_)
+    if format_ != "diffusers":  # and through another format
+        holds(SECRET.encode() not in texts(converted(there, tmp_path / "again")))
+
+
+def test_what_is_written_says_how_it_was_made(workdir, tmp_path):
+    card = (converted(workdir, tmp_path / "folder") / "README.md").read_text()
+    config = json.loads(card.split("```json")[1].split("```")[0])
+    for section, fields in smoke_values().items():
+        if section in ("model", "schedule", "sample", "name"):
+            holds(config[section] == json.loads(json.dumps(fields)), section)
+    holds(config["train"]["learning_rate"] == smoke_values()["train"]["learning_rate"])
+    config_lib.parse_saved(config)  # whole still
+
+
+@pytest.mark.parametrize("format_", ["safetensors", "diffusers"])
+def test_the_rest_on_request(workdir, tmp_path, format_):
+    holds(
+        f"/home/{SECRET}/path".encode() in texts(converted(workdir, tmp_path / FORMATS[format_], format_, paths=True))
+    )
+
+
+def test_every_field_of_text_is_known_to_be_harmless():
+    """A new field that may hold a path must be PRIVATE, or be listed here."""
+    harmless = {"name", "sample.tau", "evaluate.metrics"}
+    for name, kind in _fields(config_lib.Config):
+        if kind is str and not _is_choice(name):
+            holds(name in harmless or name in config_lib.PRIVATE, name)
+
+
+def _fields(kind, path=""):
+    for name, inner in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(inner):
+            yield from _fields(inner, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", inner
+
+
+def _is_choice(name):
+    """Whether the field is one of a table's names: another text is refused."""
+    try:
+        config_lib.parse(_with(smoke_values(), name, SECRET))
+    except ConfigError as error:
+        return f"config.{name}" in str(error)
+    return False
+
+
+def _with(values, name, value):
+    section, _, field = name.rpartition(".")
+    return values | ({section: values[section] | {field: value}} if section else {field: value})
+
+
+def test_the_public_part_of_a_config_is_what_it_was_but_for_places():
+    values = smoke_values()
+    public = config_lib.public(secretive())
+    holds(SECRET not in json.dumps(public))
+    holds(config_lib.parse(public).train == config_lib.parse(values).train)
+    holds(config_lib.public({"model": {"channels": 8}}) == {"model": {"channels": 8}})
+    holds(config_lib.public({}) == {} and config_lib.public({"model": 5}) == {"model": {}})
+
+
+# --- no text becomes markdown ---
+
+MARKDOWN = [
+    "`` ` ``\n# owned",
+    "```\n\n# owned\n```",
+    "---\nlicense: owned\n---",
+    "<script>owned</script>",
+    "\x1b[31mowned",
+]
+
+
+@pytest.mark.parametrize("text", MARKDOWN, ids=repr)
+def test_texts_of_a_config_stay_texts_in_the_card(params, tmp_path, text):
+    values = smoke_values()
+    values["sample"]["tau"] = text
+    for section, field in (("train", "gamma"), ("data", "name"), ("evaluate", "metrics")):
+        values[section][field] = text
+    values[text] = text
+    pretrained.save(tmp_path / "own.safetensors", params, values, 5)
+    card = (converted(tmp_path / "own.safetensors", tmp_path / "folder") / "README.md").read_text()
+    holds(all(c.isprintable() or c == "\n" for c in card))
+    _, front, rest = card.split("---\n", 2)
+    holds(yaml.safe_load(front) == {
+        "library_name": "diffusers", "pipeline_tag": "unconditional-image-generation",
+        "tags": ["ddim", "ddpm", "jax", "ddim_jax"],
+    })  # fmt: skip
+    lines, fenced = rest.splitlines(), False
+    for line in lines:
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            holds(not line.startswith("#") or "owned" not in line, line)
+            holds("<script" not in line or "`" in line.split("<script")[0], line)
+    holds(not fenced and json.loads(card.rsplit("```json", 1)[1].rsplit("```", 1)[0])["name"] == "smoke")
+
+
+# --- nothing else is replaced ---
+
+
+def listing(folder):
+    """All that is in a folder, with the content of files."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def a_run(folder, workdir):
+    shutil.copytree(workdir, folder)
+
+
+def a_run_in_training(folder, workdir):
+    (folder / "checkpoints").mkdir(parents=True)
+
+
+def notes(folder, workdir):
+    folder.mkdir()
+    (folder / "README.md").write_text("my notes\n")
+
+
+def a_foreign_pipeline(folder, workdir):
+    converted(workdir, folder)
+    (folder / "README.md").write_text("a pipeline of somebody else\n")
+
+
+def a_pipeline_and_more(folder, workdir):
+    converted(workdir, folder)
+    (folder / "unet" / "notes.txt").write_text("mine\n")
+
+
+def a_pipeline_with_a_link(folder, workdir):
+    converted(workdir, folder)
+    shutil.move(folder / "unet", folder.parent / "elsewhere")
+    (folder / "unet").symlink_to(folder.parent / "elsewhere")
+
+
+def photographs(folder, workdir):
+    (folder / "2026").mkdir(parents=True)
+    (folder / "2026" / "one.png").write_bytes(b"png")
+
+
+OTHERS = [a_run, a_run_in_training, notes, a_foreign_pipeline, a_pipeline_and_more, a_pipeline_with_a_link, photographs]
+
+
+@pytest.mark.parametrize("make", OTHERS)
+@pytest.mark.parametrize("format_", ["diffusers", "orbax"])
+def test_overwrite_replaces_nothing_of_others(workdir, tmp_path, make, format_):
+    make(tmp_path / "there", workdir)
+    before = listing(tmp_path)
+    for overwrite in (False, True):
+        call = lambda overwrite=overwrite: converted(workdir, tmp_path / "there", format_, overwrite)
+        refuses(call, "there", errors=(ConfigError,))
+    holds(listing(tmp_path) == before)
+
+
+@pytest.mark.parametrize("place", ["/", "~", "~/..", "/tmp", "/etc"])
+def test_overwrite_never_fills_the_machine_s_own_folders(workdir, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(convert, "WRITERS", {name: lambda *args: None for name in FORMATS})  # should it come to that
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".profile").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    place = pathlib.Path(place).expanduser()
+    refuses(lambda: converted(workdir, place, "diffusers", True), errors=(ConfigError,))
+
+
+@pytest.mark.parametrize("content", [b"", b"notes", "foreign"], ids=str)
+def test_overwrite_replaces_no_file_of_others(workdir, tmp_path, content):
+    path = tmp_path / "w.safetensors"
+    if content == "foreign":
+        safetensors.numpy.save_file({"lora": np.ones(3)}, path)
+    else:
+        path.write_bytes(content)
+    before = path.read_bytes()
+    call = lambda: converted(workdir, path, overwrite=True)
+    refuses(call, "w.safetensors", errors=(ConfigError, CheckpointError))
+    holds(path.read_bytes() == before)
+
+
+def test_overwrite_replaces_what_convert_wrote(workdir, tmp_path):
+    for name, format_ in (("folder", "diffusers"), ("w.safetensors", "safetensors")):
+        converted(workdir, tmp_path / name, format_)
+        before = listing(tmp_path)
+        (tmp_path / "folder" / f".{'0' * 16}.tmp").mkdir()  # of a process that was killed
+        converted(workdir, tmp_path / name, format_, overwrite=True)
+        (tmp_path / "folder" / f".{'0' * 16}.tmp").rmdir()
+        holds(listing(tmp_path) == before)
+
+
+def test_what_a_killed_process_left_does_not_block(workdir, tmp_path):
+    for format_ in ("diffusers", "orbax"):
+        (tmp_path / format_ / f".{'0' * 16}.tmp" / "checkpoints").mkdir(parents=True)
+        converted(workdir, tmp_path / format_, format_)
+
+
+def test_a_failure_leaves_nothing(workdir, tmp_path, monkeypatch):
+    """Of either folder, new or empty; and the same command then works."""
+    for format_ in ("diffusers", "orbax"):
+        for there in (False, True):
+            to = tmp_path / f"{format_}-{there}"
+            if there:
+                to.mkdir()
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", _full)
+                with pytest.raises((OSError, CheckpointError)):
+                    converted(workdir, to, format_)
+            holds(to.exists() == there and (not there or not listing(to)), format_)
+            converted(workdir, to, format_)
+
+
+def _full(*args, **kwargs):
+    raise OSError(28, "No space left on device", "there")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 300 kB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path]
+    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("only root can make a small file system")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_full_disk_blocks_no_retry(workdir, small_disk, format_):
+    ballast = small_disk / "ballast"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
+    ballast.write_bytes(bytes(free - 40_000))
+    to = small_disk / FORMATS[format_]
+    refused(run("ddim_jax.convert", "--from", workdir, "--to", to, "--format", format_), "disk is full")
+    holds(sorted(path.name for path in small_disk.iterdir()) == ["ballast"])
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    converted(workdir, to, format_)
+    holds(mutations.equal(mutations.load(to)[1], mutations.load(workdir)[1]))

@@ -1,0 +1,250 @@
+"""Scheduler configs of diffusers: every field that changes numbers is understood or refused, in every version."""
+
+import json
+import pathlib
+import shutil
+
+import mutations
+import pytest
+from attacking import holds, refuses
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import WRONG, refuses_or, smoke_values
+from processes import ok, run
+from test_unet import random_params
+
+from configs import smoke
+from ddim_jax import config as config_lib
+from ddim_jax import weights
+from ddim_jax.errors import CheckpointError
+from ddim_jax.pretrained import diffusers_folder
+
+NOISE = "scheduler/scheduler_config.json"
+CLIPPING = ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
+SOLVERS = (
+    *("PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"),
+    "UniPCMultistepScheduler",
+)
+# Fields that change only how the class steps, and another value than any of its defaults.
+OWN = {
+    "variance_type": "fixed_large",
+    "skip_prk_steps": True,
+    "solver_order": 3,
+    "algorithm_type": "sde-dpmsolver++",
+    "solver_type": "heun",
+    "euler_at_final": True,
+    "use_karras_sigmas": True,
+    "use_exponential_sigmas": True,
+    "use_beta_sigmas": True,
+    "use_lu_lambdas": True,
+    "final_sigmas_type": "sigma_min",
+    "lambda_min_clipped": -5.1,
+    "predict_x0": False,
+    "disable_corrector": [0],
+    "sigma_min": 0.02,
+    "sigma_max": 80.0,
+    "flow_shift": 3.0,
+}
+# What networks of DDPM cannot be: another noise, another time.
+OTHER_NOISE = {
+    "rescale_betas_zero_snr": True,
+    "use_flow_sigmas": True,
+    "use_dynamic_shifting": True,
+    "timestep_type": "continuous",
+    "timestep_values": [1, 10, 100],
+    "variance_type": "learned_range",
+    "prediction_type": "flow_prediction",
+    "beta_schedule": "laplace",
+    "timestep_spacing": "logarithmic",
+}
+
+
+def read(**values):
+    """(fields of config.schedule, prediction, fields of config.sample), as a file is read."""
+    return diffusers_folder.noise_fields(json.loads(json.dumps(values)), "scheduler_config.json")
+
+
+def refuses_values(*words, **values):
+    return refuses(lambda: read(**values), *words, errors=(CheckpointError,))
+
+
+@pytest.mark.parametrize("name", CLIPPING)
+def test_classes_that_clip_do_so_by_default(name):
+    holds(read(_class_name=name)[2]["clip_x0"] is True)
+    holds(read(_class_name=name, clip_sample=False)[2]["clip_x0"] is False)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_classes_that_never_clip(name):
+    """Whatever a field that the class does not have says, which another class has left there."""
+    for fields in ({}, {"clip_sample": True}, {"clip_sample": True, "clip_sample_range": 2.0}):
+        holds(read(_class_name=name, **fields)[2]["clip_x0"] is False, f"{name} {fields}")
+
+
+def test_thresholding_counts_where_the_class_has_it():
+    for name in (*CLIPPING, *SOLVERS):
+        holds(read(_class_name=name, thresholding=True)[2]["clip_x0"] is (name != "PNDMScheduler"), name)
+
+
+@pytest.mark.parametrize(
+    "name, tau, end",
+    [
+        ("DDIMScheduler", "leading", 0),
+        ("DDPMScheduler", "leading", 0),
+        ("PNDMScheduler", "leading", 1),  # set_alpha_to_one is False by default
+        ("DPMSolverMultistepScheduler", "linspace", 0),
+        ("DPMSolverSinglestepScheduler", "linspace", 0),
+        ("DEISMultistepScheduler", "linspace", 0),
+        ("UniPCMultistepScheduler", "linspace", 0),
+    ],
+)
+def test_what_is_missing_is_the_default_of_the_class(name, tau, end):
+    sample = read(_class_name=name)[2]
+    holds((sample["tau"], sample["tau_end"]) == (tau, end), f"{name}: {sample}")
+
+
+def test_a_class_that_only_the_pipeline_names(tmp_path):
+    params = random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
+    diffusers_folder.save(tmp_path / "net", params, smoke_values(), "a card\n")
+    path, index = tmp_path / "net" / NOISE, tmp_path / "net" / "model_index.json"
+    path.write_text(json.dumps({"num_train_timesteps": 100}))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}))
+    holds(weights.describe(str(tmp_path / "net")).sample["clip_x0"] is False)
+
+
+# --- before version 0.9 ---
+
+
+@pytest.mark.parametrize("name", (*CLIPPING, *SOLVERS))
+def test_predict_epsilon_says_what_prediction_type_says_later(name):
+    holds(read(_class_name=name, predict_epsilon=False)[1] == "x0")
+    holds(read(_class_name=name, predict_epsilon=True)[1] == "eps")
+    holds(read(_class_name=name, predict_epsilon=False, prediction_type="sample")[1] == "x0")
+    holds(read(_class_name=name, predict_epsilon=True, prediction_type="epsilon")[1] == "eps")
+
+
+@pytest.mark.parametrize("epsilon, prediction", [(False, "epsilon"), (False, "v_prediction"), (True, "sample")])
+def test_the_two_must_not_contradict_each_other(epsilon, prediction):
+    refuses_values("predict_epsilon", predict_epsilon=epsilon, prediction_type=prediction)
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "false", [], {}], ids=repr)
+def test_predict_epsilon_is_a_bool(value):
+    refuses_values("predict_epsilon", predict_epsilon=value)
+
+
+def test_a_whole_folder_from_before(tmp_path):
+    """What it becomes is an x_0 prediction, to the command too."""
+    params = random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
+    diffusers_folder.save(tmp_path / "old", params, smoke_values(), "a card\n")
+    noise = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.6.0", "num_train_timesteps": 100}
+    noise |= {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None}
+    noise |= {"variance_type": "fixed_large", "clip_sample": True, "predict_epsilon": False}
+    (tmp_path / "old" / NOISE).write_text(json.dumps(noise))
+    holds(weights.describe(str(tmp_path / "old")).model.prediction == "x0")
+    done = ok(run("ddim_jax.convert", "--from", tmp_path / "old", "--to", tmp_path / "new"))
+    holds(json.loads((tmp_path / "new" / NOISE).read_text())["prediction_type"] == "sample")
+    (line,) = done.stderr.splitlines()
+    holds(line.startswith("note: ") and "variance_type = 'fixed_large'" in line, done.stderr)
+
+
+# --- fields ---
+
+
+@pytest.mark.parametrize("field", OTHER_NOISE)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_other_noise_is_refused(name, field):
+    refuses_values(field, _class_name=name, **{field: OTHER_NOISE[field]})
+
+
+@pytest.mark.parametrize("field", OWN)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_how_the_class_steps_is_named(name, field):
+    """It is not refused, and not passed over."""
+    values = {"_class_name": name, field: OWN[field]}
+    holds(read(**values) == read(_class_name=name))
+    note = diffusers_folder.own_steps(values, "here")
+    holds(field in note and "\n" not in note, note)
+
+
+@pytest.mark.parametrize("name", (*CLIPPING, *SOLVERS))
+def test_what_is_as_usual_is_not_worth_a_note(name):
+    values = {"_class_name": name, **diffusers_folder.SCHEDULERS[name].own_steps}
+    holds(diffusers_folder.own_steps(values, "here") == "")
+
+
+def misspelt(name):
+    """A letter left out, doubled, or another; two exchanged."""
+    i = len(name) // 2
+    yield from {name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:], name[:i] + "q" + name[i + 1 :], name + "s"}
+
+
+@pytest.mark.parametrize("field", [*diffusers_folder.NOISE, *OWN])
+def test_a_field_that_is_misspelt(field):
+    """Its nearest name is given."""
+    for wrong in misspelt(field):
+        refuses_values(wrong, "did you mean", **{wrong: diffusers_folder.NOISE.get(field, OWN.get(field))})
+
+
+@given(field=st.from_regex(r"[a-z][a-z_]{3,20}", fullmatch=True), value=st.sampled_from([None, 1, 0.5, True, "x", []]))
+def test_a_field_that_nobody_knows(field, value):
+    if field not in diffusers_folder.KNOWN:
+        refuses_values(field, **{field: value})
+
+
+def test_notes_of_diffusers_own_are_passed_over():
+    holds(read(_diffusers_version="0.6.0", _use_default_values=["x"], _name_or_path="y") == read())
+    holds(read(tensor_format="pt") == read())
+
+
+@given(
+    name=st.sampled_from([*CLIPPING, *SOLVERS]),
+    field=st.sampled_from([*diffusers_folder.NOISE, "predict_epsilon", "_class_name"]),
+    value=st.sampled_from(WRONG),
+)
+def test_a_value_of_another_kind(name, field, value):
+    """Refused in one line, or what a section of a config may be."""
+    values = {"_class_name": name, field: value}
+
+    def checked():
+        schedule, prediction, sample = diffusers_folder.noise_fields(values, "here")
+        try:
+            config_lib.section(config_lib.ScheduleConfig, schedule, "schedule")
+            config_lib.part_of_section(config_lib.SampleConfig, sample, "sample")
+        except config_lib.ConfigError as error:  # as `describe` does
+            raise CheckpointError(str(error)) from error
+        return prediction in ("eps", "x0", "v")
+
+    refuses_or(checked, bool)
+
+
+def test_the_note_is_one_line_beside_the_images(tmp_path):
+    """Once, though the checkpoint is looked at twice."""
+    params = random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
+    diffusers_folder.save(tmp_path / "net", params, smoke_values(), "a card\n")
+    path = pathlib.Path(tmp_path / "net" / NOISE)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_karras_sigmas": True, "solver_order": 3}))
+    given_ = ("--config", "configs/default.py", f"--config.pretrained={tmp_path / 'net'}", "--config.sample.steps=2")
+    done = ok(run("ddim_jax.sample", *given_, "--config.sample.num_images=2", "--out", tmp_path / "out"))
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    holds(len(notes) == 1 and "use_karras_sigmas = True" in notes[0] and "solver_order = 3" in notes[0], done.stderr)
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_what_ddim_jax_writes_it_reads():
+    """None of the above refuses its own."""
+    for prediction in ("eps", "x0", "v"):
+        values = smoke_values()
+        values["model"]["prediction"] = prediction
+        written = diffusers_folder.scheduler_config(values)
+        holds(diffusers_folder.noise_fields(written, "here")[1] == prediction)
+        holds(diffusers_folder.own_steps(written, "here") == "")
+
+
+def test_betas_of_a_config_are_its_levels(tmp_path):
+    """A schedule of 7 betas is written as one of 7 levels, whatever num_steps says beside it."""
+    values = smoke_values()
+    values["schedule"] |= {"name": "from_betas", "betas": (0.01,) * 7}
+    written = diffusers_folder.scheduler_config(values)
+    holds(written["num_train_timesteps"] == 7 and len(written["trained_betas"]) == 7)
+    mutations.refuses_or(lambda: diffusers_folder.noise_fields(written, "here"))
