@@ -121,7 +121,9 @@ def round_trip(
         """
         with error_context("--images"):
             batch = source[np.minimum(index, total - 1)]
-        own = batch.labels if config.model.num_classes else None
+            own = batch.labels if config.model.num_classes else None
+            if own is not None:
+                data.check_labels(own, config.model.num_classes, np.minimum(index, total - 1))
         return to_unit(batch.images), generate.labels_of(config, index) if own is None else own
 
     def encoded(first: int) -> Iterator[dict[str, np.ndarray]]:

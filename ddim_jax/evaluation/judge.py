@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from tqdm import tqdm
 
 from ddim_jax import files, sharding
-from ddim_jax.data import Source
+from ddim_jax.data import Source, check_labels
 from ddim_jax.evaluation import digits_classifier, frechet, inception, metrics
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output
 from ddim_jax.evaluation.frechet import Moments
@@ -190,6 +190,7 @@ def _confidence(samples: Judged, reference: Judged) -> dict[str, float]:
 
 
 def _agreement(samples: Judged, reference: Judged) -> dict[str, float]:
+    check_labels(samples.labels, samples.logits.shape[1])
     return {"agreement": float((samples.logits.argmax(axis=1) == samples.labels).mean())}
 
 

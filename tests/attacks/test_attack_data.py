@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 from attacking import holds, refuses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -118,7 +118,6 @@ def test_names_of_files_are_shown_escaped(name, content, folder):
 
 
 @given(st.data())
-@settings(max_examples=150)
 def test_images_that_were_changed(data):
     """Truncated, with flipped bits, with parts swapped, of another kind: refused, or of the size of the others."""
     import tempfile
@@ -224,7 +223,6 @@ def test_a_workdir_is_no_folder_of_images(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=200)
 def test_npz_files_that_were_changed(data):
     """Refused, or what was in them."""
     import tempfile
@@ -389,7 +387,6 @@ def test_labels_that_are_none(name, key, tmp_path):
     refuses(lambda: data.load("npz", str(tmp_path / "x.npz")), "x.npz", "labels", *words)
 
 
-@settings(max_examples=50)
 @given(st.lists(st.one_of(st.integers(-3, 12), st.floats(-2, 12), st.floats()), min_size=6, max_size=6))
 def test_labels_of_all_kinds(labels):
     wrong = [

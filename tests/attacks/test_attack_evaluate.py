@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 from attacking import holds, refused, refuses
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import run
 
@@ -132,7 +132,6 @@ def test_statistics_of_others(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=150)
 def test_statistics_that_were_changed(data):
     """Refused, naming the file, or what was in them."""
     save = data.draw(st.sampled_from([np.savez, np.savez_compressed]))
@@ -178,8 +177,8 @@ def test_a_mu_that_is_larger_than_the_memory(tmp_path, monkeypatch):
 
 def test_differences_are_shown_in_one_line():
     for value in ("x" * 10**6, "\x1b[31m", "a\nb"):
-        said = reference.difference(dataclasses.replace(ABOUT, data=value), ABOUT)
-        holds(said.isprintable() and len(said) < 500, said[:300])
+        message = reference.difference(dataclasses.replace(ABOUT, data=value), ABOUT)
+        holds(message.isprintable() and len(message) < 500, message[:300])
 
 
 def test_damaged_statistics_of_an_earlier_command_are_computed_again(tmp_path, capsys):
@@ -190,8 +189,8 @@ def test_damaged_statistics_of_an_earlier_command_are_computed_again(tmp_path, c
     stored.write_bytes(stored.read_bytes()[:-200])
     again = yardstick.build(config, network, mesh, (8, 8, 1), (), stored).reference
     holds((again.judged.moments.cov == whole.judged.moments.cov).all())
-    said = capsys.readouterr().err
-    holds(str(stored) in said and "computed again" in said, said)
+    message = capsys.readouterr().err
+    holds(str(stored) in message and "computed again" in message, message)
     holds((reference.load(stored).judged.moments.mean == whole.judged.moments.mean).all())
 
 
@@ -351,6 +350,12 @@ def test_labels_that_the_network_has_not(tmp_path):
         lambda: command(changes, digits_conditional, metric="bits_per_dim"),
         *("config.evaluate.reference", "labels must be whole numbers in 0..9", "image 9 is 10"),
     )
+
+
+def test_classes_that_the_classifier_has_not(tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=data.load("digits").images[:20], arr_1=np.arange(20))
+    changes = FEW | {"evaluate.metrics": "agreement"}
+    refuses(lambda: command(changes, samples=str(tmp_path / "s.npz")), "--samples", "0..9", "image 10 is 10")
 
 
 # --- how many ---
