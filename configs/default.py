@@ -93,8 +93,8 @@ def get_config() -> ConfigDict:
     sample.tau_offset = 0                 # added to every level of tau
     sample.tau_end = 0                    # the level that the last step ends at; 0: the image itself
     sample.num_images = 64
-    sample.batch_size = 64                # does not change the images
-    sample.seed = 0                       # image i depends on (seed, i) alone; below 2^32
+    sample.batch_size = 64                # does not change the images but for rounding
+    sample.seed = 0                       # the noise of image i depends on (seed, i) alone; below 2^32
     sample.clip_x0 = placeholder(bool)    # bound the predicted x_0; the paper does not;
                                           # open: as config.pretrained says, without one False
     sample.clip_range = 1.0               # with clip_x0: to [-1, 1]

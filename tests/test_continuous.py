@@ -190,7 +190,7 @@ def test_training_in_real_time_draws_all_of_it(mesh):
 
 
 @settings(max_examples=20)
-@given(st.lists(st.floats(0.01, 1000, width=32), min_size=1, max_size=12, unique=True))
+@given(st.lists(st.floats(0.0078125, 1000, width=32), min_size=1, max_size=12, unique=True))
 def test_configs_may_name_any_levels(levels):
     levels = sorted(levels)
     values = digits.get_config().to_dict()

@@ -227,7 +227,7 @@ ENTRIES = {
     "threshold_x0(quantile)": (reals(0, 1, True, True), lambda v: gaussian.threshold_x0(net, TABLE, v, 1.0)),
     "threshold_x0(maximum)": (reals(1), lambda v: gaussian.threshold_x0(net, TABLE, 0.5, v)),
     "guided(scale)": (
-        NOT_NUMBERS.filter(lambda v: v != (1, 2)) | NOT_FINITE | BOOLS,
+        NOT_NUMBERS.filter(lambda v: not isinstance(v, tuple)) | NOT_FINITE | BOOLS,
         lambda v: guidance.guided(net, net, v)(X, 5),
     ),  # fmt: skip
     "inpainted(mask)": (

@@ -169,7 +169,7 @@ def test_a_network_of_nan(command, damaged, tmp_path):
         *("--config", "configs/default.py", f"--config.pretrained={damaged}", "--config.data.name=digits"),
         *(*FEW, *more, "--out", tmp_path / "out"),
     )
-    refused(process, "image 0", "parameters of the network")
+    refused(process, "middle_block_0/conv_0/bias", "not finite")
     holds(not list((tmp_path / "out").glob("*.png")), "a picture was written")
 
 

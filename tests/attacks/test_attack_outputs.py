@@ -26,6 +26,7 @@ from processes import run, start
 from configs import digits, digits_conditional, smoke
 from ddim_jax import config as config_lib
 from ddim_jax import encode, fingerprint, generate, output, sample, samplers, schedule, trajectory, weights
+from ddim_jax.data.scaling import to_uint8
 from ddim_jax.data.sources import ArraySource
 from ddim_jax.errors import ConfigError
 from experiments import common
@@ -706,7 +707,7 @@ NAMED = {  # options that change the images -> their values
     "sampler": ["ddim", "ddpm_hat"],
     "model__dtype": ["float32", "bfloat16"],
 }
-FREE = {"batch_size": 7, "refine": 3, "model__dropout": 0.3, "model__remat": True, "clip_range": 2.0}
+FREE = {"batch_size": 7, "refine": 3, "model__dropout": 0.3, "model__remat": True}
 
 
 def made_from(config, digest="abc"):
@@ -776,7 +777,7 @@ def drawn(config, params, index):
     keys, x_T = generate.start(config, jnp.asarray(index))
     keys = keys if process.sampler.stochastic else None
     x_0 = samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x_T, keys)
-    return np.asarray(x_T), np.asarray(x_0), np.asarray(generate._to_uint8(x_0)).astype(int)
+    return np.asarray(x_T), np.asarray(x_0), np.asarray(to_uint8(x_0)).astype(int)
 
 
 def test_what_is_promised_of_image_i():

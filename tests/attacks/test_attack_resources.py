@@ -204,7 +204,8 @@ def test_a_batch_that_cannot_fit_is_refused(fields, mesh, monkeypatch):
 
 def test_a_network_that_cannot_fit_is_refused_before_anything_is_read(tmp_path):
     """Nothing is made of the folder either."""
-    huge = ("--config.model.channels=400000", "--config.data.name=npz", "--config.data.path=nowhere.npz")
+    huge = ("--config.model.channels=4096", "--config.model.channel_mult=(64,)")
+    huge += ("--config.data.name=npz", "--config.data.path=nowhere.npz")
     refused(run("ddim_jax.train", *SMOKE, *huge, "--workdir", tmp_path / "run"), "memory", "DDIM_JAX_NO_MEMORY_CHECK")
     holds(not (tmp_path / "run").exists())
 
