@@ -133,7 +133,7 @@ class Checkpoints:
         """What is wrong, in one line."""
         self._failed = True
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # the rest of that save
-        whole = self.steps()
+        whole = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())  # Orbax counts this one
         said = str(error) or repr(error)
         full = "No space left" in said or "RESOURCE_EXHAUSTED" in said
         code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", said)

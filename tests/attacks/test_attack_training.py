@@ -83,6 +83,8 @@ def test_a_state_that_is_not_finite_is_not_saved(field, value):
         refuses(lambda bad=bad: train.check_state(state._replace(**{field: bad})), "step 3", errors=(CheckpointError,))
 
 
+SLOW = pytest.mark.slow
+
 # --- a run ---
 
 
@@ -97,7 +99,7 @@ def saved(workdir):
         return checkpoints.steps()
 
 
-@pytest.mark.parametrize("factor", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("factor", [pytest.param(np.nan, marks=SLOW), pytest.param(np.inf, marks=SLOW), 1e38])
 def test_good_checkpoints_stay_while_updates_are_left_out(factor, tmp_path, mesh):
     """They were all replaced by later ones of the same parameters, or of worse ones; the sentence was not true."""
     fitted(tmp_path / "run", mesh, num_steps=10)
@@ -112,7 +114,7 @@ def test_good_checkpoints_stay_while_updates_are_left_out(factor, tmp_path, mesh
     holds(step == 10 and all((after[name] == before[name]).all() for name in before))
 
 
-@pytest.mark.parametrize("learning_rate", [1e25, 1e38, 3.4e38])
+@pytest.mark.parametrize("learning_rate", [pytest.param(1e25, marks=SLOW), pytest.param(1e38, marks=SLOW), 3.4e38])
 def test_parameters_that_overflow_end_training(learning_rate, tmp_path, mesh):
     """At once, and nothing of it is saved: they are as bad after each further update."""
     rate = {"learning_rate": learning_rate, "warmup": 0}
@@ -120,6 +122,7 @@ def test_parameters_that_overflow_end_training(learning_rate, tmp_path, mesh):
     holds(saved(tmp_path / "run") == [])
 
 
+@SLOW
 def test_the_last_step_is_saved_though_it_was_left_out(tmp_path, mesh):
     fitted(tmp_path / "run", mesh, num_steps=7)
     fitted(tmp_path / "run", mesh, np.nan, num_steps=9)
