@@ -133,7 +133,8 @@ class Checkpoints:
         """What is wrong, in one line."""
         self._failed = True
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # the rest of that save
-        whole = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())  # Orbax counts this one
+        # On the disk: Orbax counts the one that failed too.
+        whole = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
         said = str(error) or repr(error)
         full = "No space left" in said or "RESOURCE_EXHAUSTED" in said
         code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", said)
