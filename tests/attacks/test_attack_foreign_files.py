@@ -26,7 +26,7 @@ from test_unet import random_params
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import pretrained, weights
+from ddim_jax import files, pretrained, weights
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.errors import CheckpointError
 from ddim_jax.pretrained import diffusers_folder, names
