@@ -197,14 +197,20 @@ def check_memory(needed: int, what: str) -> None:
 
 def available_memory() -> int:
     """Bytes of memory that are free on this machine, at most what its container may use."""
+    free = machine_memory()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         found = re.search(r"^MemAvailable: +(\d+) kB$", pathlib.Path("/proc/meminfo").read_text(), re.MULTILINE)
-        free = int(found[1]) * 1024
-        for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
-                free = min(free, int(pathlib.Path(limit).read_text()))
-        return free
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = min(free, int(found[1]) * 1024)
+    return free
+
+
+def machine_memory() -> int:
+    """Bytes of memory of this machine, at most what its container may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max", no limit
+            total = min(total, int(pathlib.Path(limit).read_text()))
+    return total
 
 
 def check_name(name: str) -> None:

@@ -4,16 +4,16 @@ mesh of one.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ddim_jax import files
 
 
 def start_processes() -> None:
@@ -121,13 +121,7 @@ def device_memory() -> int | None:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    limits = []
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max"
-            limits.append(int(pathlib.Path(file).read_text()))
-    return min(limits) // jax.local_device_count() if limits else None
+    return files.machine_memory() // jax.local_device_count()
 
 
 def put_batch(mesh: Mesh, local: Any) -> Any:

@@ -17,16 +17,19 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import math
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
 
-from ddim_jax import cli
+from ddim_jax import cli, files
 from ddim_jax.config import Config
+from ddim_jax.errors import ConfigError
 from ddim_jax.train import RUN_ME_AGAIN
 from experiments import common, fit_classifier
 
@@ -48,34 +51,61 @@ def main(options: types.SimpleNamespace) -> None:
     judge = judge_of(config, out, options.classifier_steps)
     if not (out / "speed.json").exists():
         call("benchmarks.training", *given, f"--out={out / 'speed.json'}")
+    speed = read_speed(out / "speed.json")
     if minutes:
         train(given, run, 60 * minutes)
+    of_run = [arg for arg in given if not arg.startswith("--config.pretrained=")]
+    of_run.append(f"--config.pretrained={run}" if config.pretrained else f"--workdir={run}")
     losses = lines_of(run / "metrics.jsonl")
     common.plot(out / "loss.png", lambda figure: curves(figure, losses))
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     place = cli.writable_folder(out / f"step-{step}")
-    call("ddim_jax.sample", *given, f"--workdir={run}", f"--out={place / 'samples'}")
+    call("ddim_jax.sample", *of_run, f"--out={place / 'samples'}")
     table = place / "table1"
     call(
         "experiments.table1_fid",
-        *given,
+        *of_run,
         *judge,
-        f"--workdir={run}",
         f"--etas={options.etas}",
         f"--steps={options.steps}",
         f"--out={table}",
     )
-    common.write_text(place / "report.md", report(json.loads((out / "speed.json").read_text()), losses, step, table))
+    common.write_text(place / "report.md", report(speed, losses, step, (table / "table.md").read_text()))
     for path in (place / "report.md", out / "loss.png", place / "samples" / "grid.png", table / "table.md"):
         print(path)
 
 
 def call(module: str, *args: str) -> None:
-    """Runs a command; what it says of a mistake is said already."""
+    """Runs a command, whose exit code ends this one too if it is not 0; it has printed its error itself."""
     print(f"\npython -m {module} {' '.join(args)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", module, *args]).returncode
-    if code:
+    if code := run_child(module, *args):
         sys.exit(code)
+
+
+def run_child(module: str, *args: str, seconds: float = math.inf) -> int:
+    """The exit code of a command. It gets SIGTERM when this process gets a signal, and after so many seconds: it saves
+    its work, and then this process ends as the signal asks.
+    """
+    deadline = time.monotonic() + seconds
+    with interrupts.postponed() as signalled:
+        process = subprocess.Popen([sys.executable, "-m", module, *args])
+        sent = False
+        while process.poll() is None:
+            if not sent and (signalled() or time.monotonic() > deadline):
+                process.send_signal(signal.SIGTERM)
+                sent = True
+            time.sleep(0.1)
+    return process.returncode
+
+
+def read_speed(path: pathlib.Path) -> dict:
+    """What benchmarks.training wrote. ConfigError for a file that is something else."""
+    try:
+        speed = files.read_json(path)
+        report(speed, [{"loss": 0.0}], 0, "")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); remove it and the speed is measured again") from error
+    return speed
 
 
 def judge_of(config: Config, out: pathlib.Path, steps: str) -> list[str]:
@@ -96,13 +126,9 @@ def judge_of(config: Config, out: pathlib.Path, steps: str) -> list[str]:
 
 def train(given: list[str], run: pathlib.Path, seconds: float) -> None:
     """Trains for so long, or until it is done; the step that it was at is saved."""
-    process = subprocess.Popen([sys.executable, "-m", "ddim_jax.train", *given, f"--workdir={run}"])
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    if process.wait() not in (0, RUN_ME_AGAIN):
-        sys.exit(process.returncode)
+    code = run_child("ddim_jax.train", *given, f"--workdir={run}", seconds=seconds)
+    if code not in (0, RUN_ME_AGAIN):
+        sys.exit(code)
 
 
 def lines_of(path: pathlib.Path) -> list[dict]:
@@ -126,7 +152,7 @@ def curves(figure, losses: list[dict]) -> None:
     axes.grid(alpha=0.3)
 
 
-def report(speed: dict, losses: list[dict], step: int, table: pathlib.Path) -> str:
+def report(speed: dict, losses: list[dict], step: int, table: str) -> str:
     steady = [line["images_per_second"] for line in losses if line.get("images_per_second")]
     size = speed["config"]["train"]["batch_size"]
     return (
@@ -135,9 +161,9 @@ def report(speed: dict, losses: list[dict], step: int, table: pathlib.Path) -> s
         f"- one update of {size} images: {1e3 * speed['seconds_per_step']:.1f} ms, "
         f"{size / speed['seconds_per_step']:.0f} images/s, {speed['tflops']:.2f} TFLOP/s of the model, "
         f"{speed['tflops'] / speed['ceiling_tflops']:.1%} of one matrix product's {speed['ceiling_tflops']:.2f}\n"
-        f"- in training: {np.median(steady):.0f} images/s (median over the lines of metrics.jsonl)\n"
+        f"- in training: {np.median(steady or [np.nan]):.0f} images/s (median over the lines of metrics.jsonl)\n"
         f"- trained for {step:,} steps, {step * size:,} images; the last loss {losses[-1]['loss']:.4f}\n\n"
-        f"{(table / 'table.md').read_text()}"
+        f"{table}"
     )
 
 

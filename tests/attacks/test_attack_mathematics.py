@@ -474,6 +474,8 @@ def test_the_gradient_with_respect_to_eta(name, spacing, S):
             slope = float(jax.grad(end)(eta, jnp.float64))
             expected = (float(traced(eta + h, jnp.float64)) - float(traced(eta - h, jnp.float64))) / (2 * h)
             holds(abs(slope - expected) < 1e-5 * (1 + abs(expected)), f"{eta}: {slope} is not {expected}")
+            compiled = jax.jit(jax.value_and_grad(end), static_argnums=1)(eta, jnp.float64)[1]
+            holds(abs(slope - compiled) < 1e-9 * (1 + abs(slope)), f"{eta}: {slope} is not {compiled}")
 
 
 # --- half precision ---
