@@ -56,12 +56,12 @@ def measure(config, steps, params, noise_schedule):
     process = config_lib.process(dataclasses.replace(config.sample, steps=steps), noise_schedule)
     index = np.arange(config.sample.batch_size)
     keys, x = generate.start(config, jax.numpy.asarray(index))
-    eps_fn = generate.eps_fn(config, params, generate.labels_of(config, index))
+    denoiser = generate.denoiser(config, params, generate.labels_of(config, index))
     transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
     times = []
     for _ in range(REPEATS):
         lowered = samplers._scan.lower(
-            process.sampler, eps_fn, transitions, x, keys if process.sampler.stochastic else None, predict=None
+            process.sampler, denoiser, transitions, x, keys if process.sampler.stochastic else None, keep=False
         )
         begin = time.perf_counter()
         compiled = lowered.compile()

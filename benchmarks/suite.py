@@ -53,7 +53,7 @@ from ddim_jax import cli, data, generate, samplers, sharding, train, train_state
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
 from ddim_jax.errors import ConfigError, error_context
-from ddim_jax.gaussian import EpsFn
+from ddim_jax.gaussian import Denoise
 from ddim_jax.registry import lookup
 from ddim_jax.trajectory import Transitions
 from experiments import common
@@ -316,8 +316,8 @@ def labels_of(config: Config, batch: int) -> jax.Array | None:
 
 
 @jax.jit
-def _ask(eps_fn, x, t):
-    return eps_fn(x, t)
+def _ask(denoise, x, level):
+    return denoise(x, level).eps
 
 
 def counted(program: Any) -> float:
@@ -325,17 +325,18 @@ def counted(program: Any) -> float:
     return float((program.lower(lowering_platforms=("tpu",)).cost_analysis() or {}).get("flops", 0))
 
 
-def asked(setting: Setting, batch: int) -> tuple[EpsFn, jax.Array]:
+def asked(setting: Setting, batch: int) -> tuple[Denoise, jax.Array]:
     """The network and what it is asked about."""
     put, split = placed(batch)
     labels = labels_of(setting.config, batch)
-    return generate.eps_fn(setting.config, put(setting.params), labels), split(noise(setting.config, batch))
+    return generate.denoiser(setting.config, put(setting.params), labels), split(noise(setting.config, batch))
 
 
 def network_call(setting: Setting, batch: int) -> tuple[Callable[[], jax.Array], float]:
     """One call of the network, and its operations."""
-    eps_fn, x = asked(setting, batch)
-    return lambda: _ask(eps_fn, x, 500), counted(_ask.trace(eps_fn, x, 500))
+    denoise, x = asked(setting, batch)
+    level = jax.tree.map(jnp.asarray, config_lib.noise_schedule(setting.config.schedule).level(500))
+    return lambda: _ask(denoise, x, level), counted(_ask.trace(denoise, x, level))
 
 
 def transitions_of(config: Config, S: int) -> Transitions:
@@ -347,16 +348,16 @@ def transitions_of(config: Config, S: int) -> Transitions:
 def whole_run(setting: Setting, batch: int, S: int) -> tuple[Callable[[], jax.Array], float]:
     """All steps of DDIM, and their operations."""
     transitions = transitions_of(setting.config, S)
-    eps_fn, x = asked(setting, batch)
+    denoise, x = asked(setting, batch)
     _, flops = network_call(setting, batch)
-    return lambda: samplers.integrate(samplers.ddim(), eps_fn, transitions, x), S * flops
+    return lambda: samplers.integrate(samplers.ddim(), denoise, transitions, x), S * flops
 
 
 def lowered_run(setting: Setting, batch: int, S: int) -> Any:
     transitions = jax.tree.map(jnp.asarray, transitions_of(setting.config, S))
     run = jax.jit(lambda *args: samplers.integrate(samplers.ddim(), *args))
-    eps_fn, x = asked(setting, batch)
-    return run.lower(eps_fn, transitions, x)
+    denoise, x = asked(setting, batch)
+    return run.lower(denoise, transitions, x)
 
 
 def compiled_update(config: Config) -> tuple[Any, Any, jax.Array, float]:

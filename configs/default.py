@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     schedule.betas = ()                   # of from_betas: beta_1 .. beta_T
     schedule.log_snr_max = 13.3           # of log_snr: log(alpha_bar / (1 - alpha_bar)) at t = 0, and at t = T
     schedule.log_snr_min = -10.0
+    schedule.zero_terminal_snr = False    # no signal at T (Lin et al. 2023), for prediction x0 and v
 
     config.train = train = ConfigDict()
     train.num_steps = 800_000
@@ -92,6 +93,7 @@ def get_config() -> ConfigDict:
                                           # open: as config.pretrained says, without one uniform
     sample.tau_offset = 0                 # added to every level of tau
     sample.tau_end = 0                    # the level that the last step ends at; 0: the image itself
+    sample.fixed_stride = False           # every step from t to t - T // S, as in diffusers, whatever level comes next
     sample.num_images = 64
     sample.batch_size = 64                # does not change the images but for rounding
     sample.seed = 0                       # the noise of image i depends on (seed, i) alone; below 2^32
@@ -100,6 +102,7 @@ def get_config() -> ConfigDict:
     sample.clip_range = 1.0               # with clip_x0: to [-1, 1]
     sample.clip_quantile = 0.0            # with clip_x0, above 0: dynamic thresholding, the bound is this quantile of
                                           # |x_0|, but at least 1 and at most clip_range, and x_0 is divided by it
+    sample.keep_eps = False               # with clip_x0: eps stays as predicted, as in diffusers
     sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
     sample.refine = 0                     # of encoding: network calls a step that solve it, so that decoding returns
                                           # the image (10 to 20); 0: the paper's explicit step

@@ -26,7 +26,7 @@ from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.files import shown
 from ddim_jax.models.unet import HALVE_PADDING, UNet
 from ddim_jax.samplers import Sampler
-from ddim_jax.schedule import Schedule
+from ddim_jax.schedule import Schedule, zero_terminal_snr
 from ddim_jax.trajectory import Transitions
 
 INT = 2**31 - 1  # steps and indices have 32 bits on the devices
@@ -143,6 +143,7 @@ class ScheduleConfig:
     betas: tuple[float, ...] = _at_most_so_many(MOST_STEPS)
     log_snr_max: float = _field()
     log_snr_min: float = _field()
+    zero_terminal_snr: bool = _field()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +183,12 @@ class SampleConfig:
     tau: str = _field()
     tau_offset: int = _at_least(0, MOST_STEPS)
     tau_end: int = _at_least(0, MOST_STEPS)
+    fixed_stride: bool = _field()
     num_images: int = _at_least(1)
     batch_size: int = _at_least(1)
     seed: int = _at_least(0, SEED)
     clip_x0: bool = _field()
+    keep_eps: bool = _field()
     clip_range: float = _above_zero()
     clip_quantile: float = _below_one()
     ema: bool = _field()
@@ -248,7 +251,7 @@ BEFORE = {
         "label_dropout": 0.0,
         "remat": False,
     },
-    "schedule": {"log_snr_max": 13.3, "log_snr_min": -10.0},
+    "schedule": {"log_snr_max": 13.3, "log_snr_min": -10.0, "zero_terminal_snr": False},
     "train": {
         "accumulate": 1,
         "real_time": False,
@@ -258,7 +261,16 @@ BEFORE = {
         "wandb": "",
     },
     "mesh": {"data": -1, "fsdp": 1},
-    "sample": {"tau_offset": 0, "tau_end": 0, "clip_range": 1.0, "clip_quantile": 0.0, "guidance": 1.0, "refine": 0},
+    "sample": {
+        "tau_offset": 0,
+        "tau_end": 0,
+        "fixed_stride": False,
+        "clip_range": 1.0,
+        "clip_quantile": 0.0,
+        "keep_eps": False,
+        "guidance": 1.0,
+        "refine": 0,
+    },
     "evaluate": {
         "features": "inception",
         "weights": "",
@@ -290,6 +302,13 @@ def parse(values: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"config.sample.eta: the sampler {sample.sampler!r} has no eta, leave it at 0; got {sample.eta}"
         )
+    if config.schedule.zero_terminal_snr and model.prediction == "eps":
+        raise ConfigError(
+            "config.schedule.zero_terminal_snr: needs config.model.prediction x0 or v: at T nothing of x_0 follows "
+            "from eps"
+        )
+    if sample.keep_eps and not sample.clip_x0:
+        raise ConfigError("config.sample.keep_eps: has no effect without config.sample.clip_x0=True; got True")
     if not sample.clip_x0:
         check_without_effect(dataclasses.asdict(sample), "clip_x0", "without config.sample.clip_x0=True")
     if sample.label >= max(model.num_classes, 1) or (sample.label >= 0 and not model.num_classes):
@@ -541,7 +560,9 @@ def check_same(config: Config, saved: Config, fields: tuple[str, ...], where: st
 def noise_schedule(config: ScheduleConfig) -> Schedule:
     """The schedule that config.schedule names. Its factory gets those fields that its signature names."""
     with error_context("config.schedule"):
-        return registry.build(registry.lookup(registry.SCHEDULES, config.name), dataclasses.asdict(config))
+        made = registry.build(registry.lookup(registry.SCHEDULES, config.name), dataclasses.asdict(config))
+    with error_context("config.schedule.zero_terminal_snr"):
+        return zero_terminal_snr(made) if config.zero_terminal_snr else made
 
 
 def network(config: ModelConfig) -> UNet:
@@ -565,6 +586,7 @@ class Process(NamedTuple):
     sampler: Sampler
     tau: np.ndarray  # (S+1,), from config.sample.tau_end up
     transitions: Transitions  # leaves (S,)
+    stride: int  # of config.sample.fixed_stride, 0 for none
 
 
 def process(config: SampleConfig, schedule: Schedule) -> Process:
@@ -587,12 +609,13 @@ def process(config: SampleConfig, schedule: Schedule) -> Process:
                 tau = registry.SPACINGS[config.tau](schedule, config.steps)
     with error_context("config.sample.tau_offset and tau_end"):
         tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
-    with error_context("config.sample.tau"):
-        transitions = trajectory.descend(schedule, tau, config.tau_end)
+        stride = schedule.num_steps // (len(tau) - 1) if config.fixed_stride else 0
+    with error_context("config.sample.fixed_stride" if stride else "config.sample.tau"):
+        transitions = trajectory.descend(schedule, tau, config.tau_end, stride)
     with _named_in_message({"eta": "eta", "steps": "tau" if given else "steps", "tau": "tau"}):
         sampler = registry.build(registry.SAMPLERS[config.sampler], dataclasses.asdict(config))
         sampler.check(transitions)
-    return Process(sampler, tau, transitions)
+    return Process(sampler, tau, transitions, stride)
 
 
 @contextlib.contextmanager

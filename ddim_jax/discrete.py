@@ -4,9 +4,9 @@
 Here sigma is the probability that x_s is x_t itself, so that, other than for Gaussians, the largest sigma is the least
 stochastic process: the discrete DDIM.
 
-A network, `LogProbsFn`, tells the class of every place of x_0; it stands where an EpsFn stands, and `DiscreteDDIM` runs
-under `samplers.integrate` as any sampler. The data are as independent given x_t as the network says: places are drawn
-one by one.
+A network, `LogProbsFn`, predicts the class of every place of x_0. `from_log_probs` makes a denoiser of it, and
+`DiscreteDDIM` runs under `samplers.integrate` as any sampler. Given x_t the network's places are independent, and are
+drawn so.
 """
 
 from __future__ import annotations
@@ -17,13 +17,51 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import register_pytree_node_class
 
 from ddim_jax import checks, gaussian, samplers
 from ddim_jax import trajectory as tau_lib
+from ddim_jax.gaussian import Denoise
 from ddim_jax.schedule import Array, Level, precision
 from ddim_jax.trajectory import Transition, Transitions
 
 LogProbsFn = Callable[[Array, Array], Array]  # (x_t (B, ..., K), t () or (B,)) -> log f_theta (B, ..., K)
+
+
+@register_pytree_node_class
+class _FromLogProbs(Denoise):
+    """args: (log_probs_fn,). static: the dtype that it is given."""
+
+    def __init__(self, log_probs_fn: LogProbsFn, dtype):
+        self.args, self.dtype = [checks.function("log_probs_fn", log_probs_fn)], dtype
+
+    def __call__(self, x_t, level):
+        given = x_t if self.dtype is None else x_t.astype(self.dtype)
+        found = checks.output("log_probs_fn", self.args[0](given, level.t), x_t).astype(precision(x_t.dtype))
+        return Categorical(jnp.exp(found), found)
+
+    def tree_flatten(self):
+        return self.args, self.dtype
+
+    @classmethod
+    def tree_unflatten(cls, dtype, children):
+        self = object.__new__(cls)
+        self.args, self.dtype = list(children), dtype
+        return self
+
+
+class Categorical(NamedTuple):
+    """What a network predicts of x_t."""
+
+    x_0: Array  # (B, ..., K): probabilities f_theta
+    log_x_0: Array  # their logarithms
+
+
+def from_log_probs(log_probs_fn: LogProbsFn, dtype: jnp.dtype | None = None) -> Denoise:
+    """The denoiser of a function (x_t, t) -> log f_theta, for `DiscreteDDIM`: its prediction is a `Categorical`. A
+    plain function or a pytree; dtype: as of `gaussian.from_eps`.
+    """
+    return _FromLogProbs(log_probs_fn, dtype)
 
 
 def q_marginal(x_0: Array, level: Level) -> Array:
@@ -82,19 +120,14 @@ class DiscreteDDIM(NamedTuple):
     def init(self, x: Array) -> tuple:
         return ()
 
-    def step(self, x_t, state, transition, log_probs_fn, noise):
-        x_0 = jnp.exp(log_probs_fn(x_t, transition.t))
+    def step(self, x_t, state, transition, denoise, noise):
+        x_0 = denoise(x_t, transition.level_t).x_0
         return draw(posterior(x_t, x_0, transition, self.share * sigma_limit(transition)), noise), state
 
 
 def discrete_ddim(share: float = 1.0) -> DiscreteDDIM:
     """The family over sigma. ValueError for a share outside [0, 1]."""
     return DiscreteDDIM(checks.real("share", share, 0, 1))
-
-
-def predicted(x_t: Array, said: Array, level: Level) -> Array:
-    """The predicted x_0, probabilities: what `samplers.trajectory` keeps with `predict=discrete.predicted`."""
-    return jnp.exp(said)
 
 
 def cross_entropy(log_probs_fn: LogProbsFn, x_0: Array, t: Array, level: Level, noise: Array) -> Array:
@@ -125,16 +158,16 @@ def j_sigma(log_probs_fn: LogProbsFn, transitions: Transitions, x_0: Array, keys
     transitions: `descend` to 0. keys: (B,), one for each x_0. share: of the limit of sigma, see `DiscreteDDIM`.
     ValueError for what these cannot be.
     """
-    sampler, log_probs_fn, transitions, x_0, keys = samplers.checked(
-        DiscreteDDIM(share), log_probs_fn, transitions, x_0, keys
-    )
+    x_0 = checks.batch("x_0", x_0)
+    denoise = from_log_probs(log_probs_fn, x_0.dtype)
+    sampler, denoise, transitions, x_0, keys = samplers.checked(DiscreteDDIM(share), denoise, transitions, x_0, keys)
     tau_lib.check_to_image(transitions)
-    return _bound(log_probs_fn, transitions, x_0, keys, sampler.share)
+    return _bound(denoise, transitions, x_0, keys, sampler.share)
 
 
 @jax.jit
-def _bound(log_probs_fn, transitions, x_0, keys, share):
-    given, x_0 = x_0.dtype, x_0.astype(precision(x_0.dtype))
+def _bound(denoise, transitions, x_0, keys, share):
+    x_0 = x_0.astype(precision(x_0.dtype))
     transitions = samplers.rounded(transitions, x_0.dtype)
     top = q_marginal(x_0, jax.tree.map(lambda leaf: leaf[0], transitions.level_t))
     prior = jnp.sum(top * jnp.log(top * x_0.shape[-1]), axis=tuple(range(1, x_0.ndim)))
@@ -143,8 +176,8 @@ def _bound(log_probs_fn, transitions, x_0, keys, share):
         noise = gaussian.noise(keys, transition.t, x_0.shape[1:], x_0.dtype)
         x_t = draw(q_marginal(x_0, transition.level_t), noise)
         # To the image q is x_0 itself, and KL what the network pays for it.
-        said, sigma = log_probs_fn(x_t.astype(given), transition.t), share * sigma_limit(transition)
-        told = -jnp.sum(x_0 * said, axis=tuple(range(1, x_0.ndim)))
-        return total + jnp.where(transition.s > 0, kl(x_t, x_0, said, transition, sigma), told), None
+        log_probs, sigma = denoise(x_t, transition.level_t).log_x_0, share * sigma_limit(transition)
+        nats = -jnp.sum(x_0 * log_probs, axis=tuple(range(1, x_0.ndim)))
+        return total + jnp.where(transition.s > 0, kl(x_t, x_0, log_probs, transition, sigma), nats), None
 
     return jax.lax.scan(body, prior, transitions)[0]

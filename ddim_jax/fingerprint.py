@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import files, generate, registry, samplers
+from ddim_jax import files, gaussian, generate, registry, samplers
 from ddim_jax.config import FREE_OF_NETWORK, Config, ModelConfig, Process, ScheduleConfig
 from ddim_jax.samplers import Sampler
 from ddim_jax.trajectory import Transitions
@@ -26,6 +26,8 @@ FAR = 1e12  # what is infinite
 
 # Fields of config.sample that images do not depend on, or through tau and the weights alone.
 WITHOUT_EFFECT = ("batch_size", "refine", "steps", "tau_offset", "ema")
+# Fields that folders of earlier versions do not record: they are recorded where they are set.
+ADDED_LATER = ("keep_eps", "fixed_stride")
 
 
 def of_images(config: Config, process: Process) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def of_images(config: Config, process: Process) -> dict[str, Any]:
 def sample(config: Config) -> dict[str, Any]:
     """The fields of config.sample that change its images."""
     fields = dataclasses.asdict(config.sample)
-    unused = set(WITHOUT_EFFECT)
+    unused = set(WITHOUT_EFFECT) | {name for name in ADDED_LATER if not fields[name]}
     if not config.sample.clip_x0:
         unused |= {"clip_range", "clip_quantile"}
     if not config.model.num_classes:
@@ -58,6 +60,8 @@ def model(config: ModelConfig) -> dict[str, Any]:
 def schedule(config: ScheduleConfig) -> dict[str, Any]:
     """The name of a schedule, and the fields that its factory takes."""
     taken = registry.accepts(registry.SCHEDULES[config.name]) | {"name"}
+    if config.zero_terminal_snr:
+        taken |= {"zero_terminal_snr"}
     return {name: value for name, value in dataclasses.asdict(config).items() if name in taken}
 
 
@@ -96,10 +100,10 @@ def _probe(sampler: Sampler, transitions: Transitions, shape: tuple[int, ...], x
 
 @jax.jit
 def _run(sampler, transitions, x, noise):
-    eps_fn = lambda x, t: 0.9 * x + 0.1 * jnp.sin(3 * x + t / 1000)
+    denoise = gaussian.from_eps(lambda x, t: 0.9 * x + 0.1 * jnp.sin(3 * x + t / 1000))
 
     def body(carry, transition):
-        x_s, state = sampler.step(*carry, transition, eps_fn, noise)
+        x_s, state = sampler.step(*carry, transition, denoise, noise)
         x_s = x_s.astype(x.dtype)
         return (x_s, state), x_s
 

@@ -1,51 +1,127 @@
-"""The Gaussians of the paper: q(x_t | x_0), q_sigma(x_s | x_t, x_0), and what a prediction of eps says about x_0.
+"""The Gaussians of the paper: q(x_t | x_0), q_sigma(x_s | x_t, x_0), and the two halves of a prediction, x_0 and eps.
 
 Everywhere `x_0`, `x_t`, `eps` are (B, ...) and a `Level` or a `Transition` has leaves that broadcast against them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
+from jax.tree_util import Partial, register_pytree_node_class
 
 from ddim_jax import checks
-from ddim_jax.schedule import Array, Level, Levels, check_levels, level_at, precision
+from ddim_jax.schedule import Array, Level, precision
 
 EpsFn = Callable[[Array, Array], Array]  # (x_t (B, ...), t () or (B,) in 1..T) -> eps (B, ...)
 
 
-def as_eps_fn(eps_fn: EpsFn, name: str = "eps_fn") -> EpsFn:
-    """The same function as a pytree, for the entry of every function and combinator that takes one: a plain function
-    becomes a `jax.tree_util.Partial`, see `checks.function`.
-
-    What it returns is checked while it is traced, and is computed with in the precision of x_t, at least float32.
-    ValueError, naming it, for what cannot be called, and for an output that is not of the shape of x_t or not of
-    floating point.
+class Prediction(NamedTuple):
+    """What a network predicts of x_t, as both halves of `x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`. Both are
+    kept, because at alpha_bar = 0 nothing of x_0 follows from eps, and at alpha_bar = 1 nothing of eps from x_0.
     """
-    if isinstance(eps_fn, Partial) and isinstance(eps_fn.func, _Checked):
-        return eps_fn
-    return Partial(_Checked(name), checks.function(name, eps_fn))
+
+    x_0: Array  # (B, ...)
+    eps: Array  # (B, ...)
 
 
-class _Checked:
-    """Calls a function and checks its output. All are equal: the name is for messages alone."""
+@register_pytree_node_class
+class Denoise:
+    """A denoiser, (x_t (B, ...), level) -> `Prediction`: `function(*args, x_t, level)`. Made by `from_eps`, by
+    `models.denoiser.Denoiser`, and by the combinators `clip_x0`, `threshold_x0`, `guidance.guided`,
+    `guidance.inpainted`.
 
-    def __init__(self, name: str):
-        self._name = name
+    A pytree whose children are the args: other values of the same shapes compile nothing. function is static, see
+    `checks.function`. The level has the leaves () or, for a t (B,), alpha_bar (B, 1, ..., 1). Both halves are checked
+    while they are traced: ValueError unless they are of the shape of x_t and of floating point. They are computed with
+    in the precision of x_t, at least float32.
+    """
 
-    def __call__(self, eps_fn, x_t, t):
+    def __init__(self, function: Callable[..., Prediction], *args: Any):
+        self.function, self.args = checks.function("function", function), args
+
+    def predict(self, x_t: Array, level: Level) -> Prediction:
+        return self.function(*self.args, x_t, level)
+
+    def check(self, alpha_bar: Array) -> None:
+        """ValueError where the prediction is undefined at one of these levels. On the host."""
+        for arg in self.args:
+            if isinstance(arg, Denoise):
+                arg.check(alpha_bar)
+
+    def __call__(self, x_t: Array, level: Level) -> Prediction:
         x_t = jnp.asarray(x_t)
-        return checks.output(self._name, eps_fn(x_t, t), x_t).astype(precision(x_t.dtype))
+        x_0, eps = self.predict(x_t, level)
+        of = lambda name, value: checks.output(f"the {name} of a denoiser", value, x_t).astype(precision(x_t.dtype))
+        return Prediction(of("x_0", x_0), of("eps", eps))
 
-    def __eq__(self, other):
-        return isinstance(other, _Checked)
+    def tree_flatten(self):
+        return (self.function, *self.args), None
 
-    def __hash__(self):
-        return hash(_Checked)
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        self = object.__new__(cls)
+        self.function, *self.args = children
+        return self
+
+
+@register_pytree_node_class
+class _FromEps(Denoise):
+    """args: (eps_fn,). What is static: the dtype that eps_fn is given, and its name in messages."""
+
+    def __init__(self, eps_fn: EpsFn, dtype: jnp.dtype | None, name: str):
+        self.args, self.dtype, self.name = [checks.function(name, eps_fn)], dtype, name
+
+    def predict(self, x_t, level):
+        given = x_t if self.dtype is None else x_t.astype(self.dtype)
+        eps = checks.output(self.name, self.args[0](given, level.t), x_t).astype(precision(x_t.dtype))
+        return from_eps_output(x_t, eps, level)
+
+    def check(self, alpha_bar):
+        if not checks.traced(alpha_bar) and (np.asarray(alpha_bar) == 0).any():
+            raise ValueError(
+                f"{self.name} must predict x_0 or v where alpha_bar = 0: there nothing of x_0 follows from eps"
+            )
+
+    def tree_flatten(self):
+        return self.args, _Name(self.dtype, self.name)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        self = object.__new__(cls)
+        self.args, self.dtype, self.name = list(children), static.dtype, static.name
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class _Name:
+    """Equal to another of the same dtype: the name is for messages alone, and compiles nothing."""
+
+    dtype: jnp.dtype | None
+    name: str = dataclasses.field(compare=False)
+
+
+Model = Denoise | EpsFn  # what every function and combinator takes
+
+
+def from_eps(eps_fn: EpsFn, dtype: jnp.dtype | None = None, name: str = "eps_fn") -> Denoise:
+    """The denoiser of a function (x_t, t) -> eps, with the x_0 that follows by Eq. (9). eps_fn: a plain function or a
+    pytree such as `jax.tree_util.Partial`, see `checks.function`. dtype: what x_t is cast to for eps_fn alone; default:
+    as it comes. name: of the function in messages. ValueError for what cannot be called, and, while it is traced, for
+    an output that is not of the shape of x_t or not of floating point.
+    """
+    return _FromEps(eps_fn, dtype, name)
+
+
+def as_denoise(model: Model, dtype: jnp.dtype | None = None, name: str = "model") -> Denoise:
+    """The denoiser itself, or `from_eps` of a function: for the entry of every function and combinator that takes one
+    or the other.
+    """
+    return model if isinstance(model, Denoise) else from_eps(model, dtype, name)
 
 
 def noise(keys: Array, t: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
@@ -83,17 +159,24 @@ def predict_v(x_0: Array, eps: Array, level: Level) -> Array:
     return jnp.sqrt(level.alpha_bar) * eps - jnp.sqrt(level.one_minus_alpha_bar) * x_0
 
 
-def eps_from_v(x_t: Array, v: Array, level: Level) -> Array:
-    """`eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t`: (x_t, v) is (x_0, eps) turned by an angle."""
-    return jnp.sqrt(level.alpha_bar) * v + jnp.sqrt(level.one_minus_alpha_bar) * x_t
+def from_eps_output(x_t: Array, eps: Array, level: Level) -> Prediction:
+    """Of a network that predicts eps: x_0 by Eq. (9). Undefined at alpha_bar = 0."""
+    return Prediction(predict_x0(x_t, eps, level), eps)
 
 
-# What a network may predict, as the eps that follows from it: (x_t, prediction, level) -> eps.
-PREDICTIONS = {
-    "eps": lambda x_t, eps, level: eps,
-    "x0": predict_eps,
-    "v": eps_from_v,
-}
+def from_x0_output(x_t: Array, x_0: Array, level: Level) -> Prediction:
+    """Of a network that predicts x_0: eps by Eq. (9). Undefined at alpha_bar = 1."""
+    return Prediction(x_0, predict_eps(x_t, x_0, level))
+
+
+def from_v_output(x_t: Array, v: Array, level: Level) -> Prediction:
+    """Of a network that predicts v: (x_t, v) is (x_0, eps) turned by an angle. Defined at every level."""
+    signal, noise = jnp.sqrt(level.alpha_bar), jnp.sqrt(level.one_minus_alpha_bar)
+    return Prediction(signal * x_t - noise * v, signal * v + noise * x_t)
+
+
+# What a network may predict: (x_t, output of the network, level) -> Prediction.
+PREDICTIONS = {"eps": from_eps_output, "x0": from_x0_output, "v": from_v_output}
 
 
 def sigma(eta: Array, transition) -> Array:
@@ -191,33 +274,34 @@ def q_sigma_forward(x_s: Array, x_0: Array, transition, sigma2: Array) -> tuple[
     return jnp.sqrt(transition.alpha_bar_t) * x_0 + k * r * residual, sigma2 * r
 
 
-def clip_x0(eps_fn: EpsFn, table: Levels, low: float = -1.0, high: float = 1.0) -> EpsFn:
-    """An eps_fn whose predicted x_0 stays in [low, high], for any sampler.
+def clip_x0(model: Model, low: float = -1.0, high: float = 1.0, *, keep_eps: bool = False) -> Denoise:
+    """A denoiser whose predicted x_0 stays in [low, high], for any sampler.
 
-    eps is derived again from the clipped x_0, see `with_x0`. table: `schedule.levels(...)`. The paper
-    does not clip; most published samplers of DDPM do. ValueError unless low is below high.
+    eps is derived again from the clipped x_0, see `with_x0`; keep_eps: it stays what it was, as in diffusers'
+    schedulers with clip_sample. The paper does not clip; most published samplers of DDPM do. ValueError unless low is
+    below high.
     """
     checks.real("low", low)
     checks.real("high", high)
     if not checks.traced(low, high) and not low < high:
         raise ValueError(f"low must be below high, got {low} and {high}")
-    return with_x0(eps_fn, table, Partial(_clip, low, high))
+    return with_x0(model, Partial(_clip, low, high), keep_eps=keep_eps)
 
 
 def _clip(low, high, x_0):
     return jnp.clip(x_0, low, high)
 
 
-def threshold_x0(eps_fn: EpsFn, table: Levels, quantile: float, maximum: float) -> EpsFn:
-    """An eps_fn with dynamic thresholding (Saharia et al. 2022, section 2.3), for any sampler.
+def threshold_x0(model: Model, quantile: float, maximum: float, *, keep_eps: bool = False) -> Denoise:
+    """A denoiser with dynamic thresholding (Saharia et al. 2022, section 2.3), for any sampler.
 
     The predicted x_0 of each image is clipped to [-s, s] and divided by s, where s is the quantile of its absolute
-    values, but at least 1 and at most maximum. eps is derived again, as in `clip_x0`. ValueError for a quantile
-    outside (0, 1) and for a maximum below 1.
+    values, but at least 1 and at most maximum. eps is derived again, or kept, as in `clip_x0`. ValueError for a
+    quantile outside (0, 1) and for a maximum below 1.
     """
     checks.real("quantile", quantile, 0, 1, open=True)
     checks.real("maximum", maximum, 1)
-    return with_x0(eps_fn, table, Partial(_threshold, quantile, maximum))
+    return with_x0(model, Partial(_threshold, quantile, maximum), keep_eps=keep_eps)
 
 
 def _threshold(quantile, maximum, x_0):
@@ -226,15 +310,24 @@ def _threshold(quantile, maximum, x_0):
     return jnp.clip(x_0, -s, s) / s
 
 
-def with_x0(eps_fn: EpsFn, table: Levels, change: Callable[[Array], Array]) -> EpsFn:
-    """An eps_fn whose predicted x_0 is `change` of what it was, and whose eps is derived again from that, so that (9)
-    holds between the two. At t = 0, where x_t is x_0 whatever eps is, eps stays. eps_fn, change: functions or pytrees.
+def with_x0(model: Model, change: Callable[[Array], Array], *, keep_eps: bool = False) -> Denoise:
+    """A denoiser whose predicted x_0 is `change` of what it was, and whose eps is derived again from that, so that (9)
+    holds between the two; keep_eps: eps stays. At alpha_bar = 1, where x_t is x_0 whatever is predicted, both stay.
+    change: a function or a pytree, see `checks.function`.
     """
-    return Partial(_eps_with_x0, as_eps_fn(eps_fn), check_levels(table), checks.function("change", change))
+    function = _with_x0_and_same_eps if keep_eps else _with_x0
+    return Denoise(function, as_denoise(model), checks.function("change", change))
 
 
-def _eps_with_x0(eps_fn, table, change, x_t, t):
-    level, eps = level_at(table, t, x_t), eps_fn(x_t, t)
+def _with_x0(model, change, x_t, level):
+    before = model(x_t, level)
     noisy = level.one_minus_alpha_bar > 0
     safe = level._replace(one_minus_alpha_bar=jnp.where(noisy, level.one_minus_alpha_bar, 1))
-    return jnp.where(noisy, predict_eps(x_t, change(predict_x0(x_t, eps, level)), safe), eps)
+    changed = change(before.x_0)
+    after = Prediction(changed, predict_eps(x_t, changed, safe))
+    return jax.tree.map(lambda after, before: jnp.where(noisy, after, before), after, before)
+
+
+def _with_x0_and_same_eps(model, change, x_t, level):
+    before = model(x_t, level)
+    return Prediction(jnp.where(level.one_minus_alpha_bar > 0, change(before.x_0), before.x_0), before.eps)

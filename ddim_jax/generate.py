@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import guidance, inversion, losses, samplers, schedule, sharding
-from ddim_jax.config import Config, Process, network, noise_schedule
+from ddim_jax import guidance, inversion, losses, samplers, sharding
+from ddim_jax.config import Config, Process, ScheduleConfig, network, noise_schedule
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
-from ddim_jax.gaussian import EpsFn, clip_x0, threshold_x0
-from ddim_jax.models import adapter
+from ddim_jax.gaussian import Denoise, clip_x0, threshold_x0
+from ddim_jax.models.denoiser import Denoiser
+from ddim_jax.schedule import Level
 
 _image_keys = jax.jit(samplers.image_keys)
 _initial_noise = jax.jit(samplers.initial_noise, static_argnums=1)
@@ -36,22 +38,27 @@ def labels_of(config: Config, index: np.ndarray) -> np.ndarray | None:
     return (index % classes if label < 0 else np.full_like(index, label)).astype(np.int32)
 
 
-def eps_fn(config: Config, params: Any, labels: jax.Array | None = None) -> EpsFn:
+def denoiser(config: Config, params: Any, labels: jax.Array | None = None) -> Denoise:
     """The network of config.model with these parameters, guided by config.sample.guidance, its x_0 bounded where
     config.sample.clip_x0 says so.
     """
-    sample = config.sample
-    table = schedule.levels(noise_schedule(config.schedule))
-    of_class = lambda labels: adapter.eps_fn(network(config.model), params, table, config.model.prediction, labels)
-    said = of_class(labels)
+    sample, lowest = config.sample, _lowest(config.schedule)
+    of_class = lambda labels: Denoiser(network(config.model), params, config.model.prediction, labels, lowest)
+    model = of_class(labels)
     if sample.guidance != 1:
-        said = guidance.guided(said, of_class(jnp.full_like(labels, config.model.num_classes)), sample.guidance)
+        model = guidance.guided(model, of_class(jnp.full_like(labels, config.model.num_classes)), sample.guidance)
     if not sample.clip_x0:
-        return said
+        return model
     if sample.clip_quantile:
         with error_context("config.sample.clip_range"):
-            return threshold_x0(said, table, sample.clip_quantile, sample.clip_range)
-    return clip_x0(said, table, -sample.clip_range, sample.clip_range)
+            return threshold_x0(model, sample.clip_quantile, sample.clip_range, keep_eps=sample.keep_eps)
+    return clip_x0(model, -sample.clip_range, sample.clip_range, keep_eps=sample.keep_eps)
+
+
+@functools.cache
+def _lowest(config: ScheduleConfig) -> Level:
+    """The lowest level that a network is trained on."""
+    return jax.tree.map(np.float32, noise_schedule(config).level(1))._replace(t=np.int32(1))
 
 
 def start(config: Config, index: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +89,7 @@ def batches(config: Config, process: Process, params: Any, mesh: Mesh, first: in
             keys, x = start(config, sharding.split_batch(mesh, index))
             x = samplers.integrate(
                 process.sampler,
-                eps_fn(config, params, labels),
+                denoiser(config, params, labels),
                 process.transitions,
                 x,
                 keys if process.sampler.stochastic else None,
@@ -139,13 +146,13 @@ def encode(
     of the process's tau, each step solved where config.sample.refine asks for it. B: a multiple of the devices. labels:
     (B,) ints for a network with classes. ConfigError where a latent is not finite; first: the index of the first image.
     """
-    said, x_0 = eps_fn(config, params, _split(mesh, labels)), sharding.split_batch(mesh, x_0)
+    model, x_0 = denoiser(config, params, _split(mesh, labels)), sharding.split_batch(mesh, x_0)
     noise = noise_schedule(config.schedule)
     end, refine = config.sample.tau_end, config.sample.refine
     if refine:
-        x_T = inversion.invert(said, noise, process.tau, x_0, refine, end).x_T
+        x_T = inversion.invert(model, noise, process.tau, x_0, refine, end, process.stride).x_T
     else:
-        x_T = samplers.invert(said, noise, process.tau, x_0, end=end)
+        x_T = samplers.invert(model, noise, process.tau, x_0, end=end, stride=process.stride)
     return _checked_on_host("the latent of image", x_T, process, first, params)
 
 
@@ -161,8 +168,8 @@ def decode(
     """What the process makes of latents x_T (B, H, W, C): images in [-1, 1] and a little beyond, float32 on the host.
     The process must be deterministic. ConfigError where an image is not finite; first: the index of the first.
     """
-    said = eps_fn(config, params, _split(mesh, labels))
-    x_0 = samplers.integrate(process.sampler, said, process.transitions, sharding.split_batch(mesh, x_T))
+    model = denoiser(config, params, _split(mesh, labels))
+    x_0 = samplers.integrate(process.sampler, model, process.transitions, sharding.split_batch(mesh, x_T))
     return _checked_on_host("image", x_0, process, first, params)
 
 
@@ -179,10 +186,10 @@ def bound(
     and config.sample.eta. The draws of image i depend on (config.sample.seed, i) alone. ValueError for an eta of 0,
     and where a bound is not finite.
     """
-    said = eps_fn(config, params, _split(mesh, labels))
+    model = denoiser(config, params, _split(mesh, labels))
     keys = _image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
     x_0 = sharding.split_batch(mesh, to_unit(images))
-    nats = losses.j_sigma(said, process.transitions, x_0, keys, config.sample.eta, "pixels")
+    nats = losses.j_sigma(model, process.transitions, x_0, keys, config.sample.eta, "pixels")
     nats = np.asarray(sharding.to_host(nats), np.float64)
     _check_images("the bound of image", np.isfinite(nats), int(index[0]), params)
     return nats

@@ -7,11 +7,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from ddim_jax import checks, gaussian, samplers
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.schedule import Array, Schedule, level_at, levels, precision
+from ddim_jax.gaussian import Denoise
+from ddim_jax.schedule import Array, Schedule, precision
 
 
 def backward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
@@ -24,15 +24,15 @@ def backward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, 
     keys = samplers.image_keys(key, jnp.arange(len(x_0)))
     top = samplers.initial_noise(keys, x_0.shape[1:], x_0.dtype)
     transitions = tau_lib.descend(noise_schedule, tau)
-    table = levels(noise_schedule)
-    x_T = gaussian.q_marginal(x_0, top, level_at(table, transitions.t[0], x_0)).astype(x_0.dtype)
-    known = Partial(_known_eps, table, x_0)
+    first = jax.tree.map(lambda leaf: leaf[0], samplers.rounded(transitions, precision(x_0.dtype)).level_t)
+    x_T = gaussian.q_marginal(x_0, top, first).astype(x_0.dtype)
+    known = Denoise(_known, x_0.astype(precision(x_0.dtype)))
     _, path = samplers.trajectory(samplers.ddim(eta), known, transitions, x_T, keys)
     return path.x[:-1]
 
 
-def _known_eps(table, x_0, x_t, t):
-    return gaussian.predict_eps(x_t, x_0, level_at(table, t, x_t))
+def _known(x_0, x_t, level):
+    return gaussian.from_x0_output(x_t, x_0, level)
 
 
 def forward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:

@@ -18,7 +18,7 @@ from jax.tree_util import register_static
 
 from ddim_jax import checks, samplers
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.gaussian import EpsFn
+from ddim_jax.gaussian import Model
 from ddim_jax.multistep import moved, sigma_bars
 from ddim_jax.schedule import Array, Schedule
 from ddim_jax.trajectory import Transitions
@@ -32,19 +32,18 @@ class Inverted(NamedTuple):
 
 
 def invert(
-    eps_fn: EpsFn, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, refine: int = 10, end: int = 0
+    model: Model, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, refine: int = 10, end: int = 0, stride: int = 0
 ) -> Inverted:
     """Encodes images into latents whose DDIM decoding over the same tau is the image again, as far as the residual is
     small.
 
     refine: iterations in each step, one network call each, beside the explicit one that they begin with. Where a step
     has no fixed point nearby, as the first often has not (what decoding removes altogether cannot be encoded), the
-    iterate with the smallest residual is kept. end: the level of x_0 that tau begins with. As in `samplers.integrate`,
-    a plain eps_fn is compiled with the arrays that it holds: parameters that change belong into a
-    `jax.tree_util.Partial`. ValueError for a refine below 1, and as there.
+    iterate with the smallest residual is kept. end, stride: as of `trajectory.ascend`. ValueError for a refine
+    below 1, for a schedule that ends at alpha_bar = 0, and as in `samplers.integrate`, where the model is explained.
     """
-    transitions, x_0 = tau_lib.ascend(noise_schedule, tau, end), checks.batch("x_0", x_0)
-    x_T, residual = samplers.run(Implicit(checks.integer("refine", refine, 1)), eps_fn, transitions, x_0)
+    transitions, x_0 = tau_lib.ascend(noise_schedule, tau, end, stride), checks.batch("x_0", x_0)
+    x_T, residual = samplers.run(Implicit(checks.integer("refine", refine, 1)), model, transitions, x_0)
     return Inverted(x_T, residual)
 
 
@@ -62,14 +61,15 @@ class Implicit:
         if not checks.traced(*transitions):
             if (np.asarray(transitions.s) < np.asarray(transitions.t)).any():
                 raise ValueError("transitions must ascend: an implicit step encodes")
+        tau_lib.check_signal(transitions, "an implicit step")
 
     def init(self, x: Array) -> Array:
         return jnp.zeros(x.shape[0], x.dtype)
 
-    def step(self, x_t, state, transition, eps_fn, noise):
+    def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
-        explicit = moved(x_t, transition, (end - begin) * eps_fn(x_t, transition.t))
-        equation = lambda x: moved(x_t, transition, (end - begin) * eps_fn(x, transition.s))
+        explicit = moved(x_t, transition, (end - begin) * denoise(x_t, transition.level_t).eps)
+        equation = lambda x: moved(x_t, transition, (end - begin) * denoise(x, transition.level_s).eps)
         x_s, residual = fixed_point(equation, explicit, self.refine)
         return x_s, jnp.maximum(state, residual)
 

@@ -10,35 +10,39 @@ import numpy as np
 
 from ddim_jax import checks, gaussian
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.gaussian import EpsFn
+from ddim_jax.gaussian import Model
 from ddim_jax.schedule import Array, Levels, check_levels, level_at, precision
 from ddim_jax.trajectory import Transitions
 
-# gamma as a function of the level. One network trained with any gamma > 0 serves all sampling processes (Theorem 1).
+# Whose error is gamma_t times the error of eps, as a function of a prediction and a level: the error of eps itself
+# (the paper's, gamma = 1), of x_0 (gamma = (1 - ab) / ab) and of v (gamma = 1 / ab), each taken where it does not
+# cancel. One network trained with any gamma > 0 serves all sampling processes (Theorem 1).
 GAMMAS = {
-    "one": lambda level: jnp.ones_like(level.alpha_bar),  # the paper's: the plain error of eps
-    "x0": lambda level: level.one_minus_alpha_bar / level.alpha_bar,  # the plain error of the predicted x_0
-    "v": lambda level: 1 / level.alpha_bar,  # the plain error of v
+    "one": lambda prediction, level: prediction.eps,
+    "x0": lambda prediction, level: prediction.x_0,
+    "v": lambda prediction, level: gaussian.predict_v(*prediction, level),
 }
 
 
-def l_gamma(eps_fn: EpsFn, table: Levels, x_0: Array, t: Array, eps: Array, gamma: str = "one") -> Array:
+def l_gamma(model: Model, table: Levels, x_0: Array, t: Array, eps: Array, gamma: str = "one") -> Array:
     """The terms of Eq. (5): `gamma_t || eps_theta(x_t) - eps ||^2 / d`, with x_t of Eq. (4), one for each image.
 
-    table: `schedule.levels(...)`. x_0, eps: (B, ...) with eps ~ N(0, I). t: (B,) in [1, T]. gamma: a name in
-    GAMMAS. Returns (B,) float32. Divided by the dimension d, as in DDPM's code, so that gradient norms do not
-    depend on the image size; the mean over t uniform in 1..T and over the data is L_gamma / (T d). ValueError for
-    arguments of other shapes, dtypes or ranges.
+    model: as in `samplers.integrate`. table: `schedule.levels(...)`. x_0, eps: (B, ...) with eps ~ N(0, I). t: (B,) in
+    [1, T]. gamma: a name in GAMMAS. Returns (B,) float32. Divided by the dimension d, as in DDPM's code, so that
+    gradient norms do not depend on the image size; the mean over t uniform in 1..T and over the data is
+    L_gamma / (T d). ValueError for arguments of other shapes, dtypes or ranges.
     """
     x_0 = checks.batch("x_0", x_0)
     eps, t = checks.floating("eps", eps, x_0.shape), checks.reals("t", t, 1, check_levels(table).num_steps)
     if np.shape(t) != x_0.shape[:1]:
         raise ValueError(f"t must have the shape {x_0.shape[:1]}, got {np.shape(t)}")
-    weight = checks.lookup(GAMMAS, gamma, "gamma")
+    what = checks.lookup(GAMMAS, gamma, "gamma")
+    denoise = gaussian.as_denoise(model, x_0.dtype)
+    denoise.check(table.alpha_bar_T)
     level = level_at(table, t, x_0)
     x_t = gaussian.q_marginal(x_0, eps, level).astype(x_0.dtype)
-    error = gaussian.as_eps_fn(eps_fn)(x_t, t) - eps
-    return jnp.mean(weight(level) * error**2, axis=tuple(range(1, x_0.ndim)))
+    error = what(denoise(x_t, level), level) - what(gaussian.Prediction(x_0, eps), level)
+    return jnp.mean(error**2, axis=tuple(range(1, x_0.ndim)))
 
 
 def gamma_exact(transitions: Transitions, sigma2: Array) -> np.ndarray:
@@ -108,7 +112,7 @@ def sigma2_of(transitions: Transitions, eta: float) -> np.ndarray:
 
 
 def j_sigma(
-    eps_fn: EpsFn, transitions: Transitions, x_0: Array, keys: Array, eta: float = 1.0, decoder: str = "gaussian"
+    model: Model, transitions: Transitions, x_0: Array, keys: Array, eta: float = 1.0, decoder: str = "gaussian"
 ) -> Array:
     """The objective of Theorem 1, Eq. (11): an upper bound of `-log p(x_0)` in nats, (B,), estimated with one draw of
     every x_t.
@@ -123,14 +127,15 @@ def j_sigma(
     checks.real("eta", eta, 0, open=True)  # at 0 J_sigma is infinite
     transitions, x_0 = tau_lib.check_transitions(transitions), checks.batch("x_0", x_0)
     tau_lib.check_to_image(transitions)
+    tau_lib.check_signal(transitions, "J_sigma")
     keys, sigma2 = checks.keys("keys", keys, x_0.shape[:1]), sigma2_of(transitions, eta)
     steps = transitions, sigma2, gamma_exact(transitions, sigma2)
-    return _bound(gaussian.as_eps_fn(eps_fn), steps, x_0, keys, decoder)
+    return _bound(gaussian.as_denoise(model, x_0.dtype), steps, x_0, keys, decoder)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def _bound(eps_fn, steps, x_0, keys, decoder):
-    given, x_0 = x_0.dtype, x_0.astype(precision(x_0.dtype))
+def _bound(denoise, steps, x_0, keys, decoder):
+    x_0 = x_0.astype(precision(x_0.dtype))
     floats = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x_0.dtype)
     steps = jax.tree.map(lambda leaf: floats(jnp.asarray(leaf)), steps)
     axes = tuple(range(1, x_0.ndim))
@@ -141,9 +146,9 @@ def _bound(eps_fn, steps, x_0, keys, decoder):
         transition, sigma2, gamma = step
         eps = gaussian.noise(keys, transition.t, x_0.shape[1:], x_0.dtype)
         x_t = gaussian.q_marginal(x_0, eps, transition.level_t)
-        said = eps_fn(x_t.astype(given), transition.t)
-        kl = gamma * jnp.sum((said - eps) ** 2, axis=axes)
-        told = DECODERS[decoder](x_0, gaussian.predict_x0(x_t, said, transition.level_t), sigma2)
-        return total + jnp.where(transition.s > 0, kl, told), None
+        predicted = denoise(x_t, transition.level_t)
+        kl = gamma * jnp.sum((predicted.eps - eps) ** 2, axis=axes)
+        nats = DECODERS[decoder](x_0, predicted.x_0, sigma2)
+        return total + jnp.where(transition.s > 0, kl, nats), None
 
     return jax.lax.scan(body, jnp.sum(prior, axis=axes), steps)[0]

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_static
 
-from ddim_jax import checks, gaussian
+from ddim_jax import checks
 from ddim_jax.schedule import Array
-from ddim_jax.trajectory import Transition, Transitions
+from ddim_jax.trajectory import Transition, Transitions, check_signal
 
 FAR = 1e12  # beyond all levels; its powers are still float32
 
@@ -71,8 +71,8 @@ def _times(powers: list[Array], offset: Array) -> list[Array]:
 
 
 def _in_sequence(name: str, least: int, transitions: Transitions) -> None:
-    """ValueError for fewer steps than that, for steps that ascend or do not begin where the last one ended, and for
-    levels that float32 cannot tell apart: what a step remembers is divided by their distance.
+    """ValueError for fewer steps than that, for steps that ascend or do not begin where the last one ended, for a level
+    without signal, and for levels that float32 cannot tell apart: what a step remembers is divided by their distance.
     """
     if checks.traced(*transitions):
         return
@@ -83,6 +83,7 @@ def _in_sequence(name: str, least: int, transitions: Transitions) -> None:
         raise ValueError(
             f"transitions do not fit: {name} descends from level to level, no step may ascend, or leave a level out"
         )
+    check_signal(transitions, name)
     sigma_bar, _ = sigma_bars(Transition(*(np.asarray(leaf, np.float32) for leaf in transitions)))
     for at in (sigma_bar, np.asarray(transitions.lambda_t, np.float32)) if least > 1 else ():
         if len(same := np.flatnonzero(np.diff(at) == 0)):
@@ -122,13 +123,13 @@ class AdamsBashforth:
     def init(self, x: Array) -> tuple[Array, Memory]:
         return jnp.zeros((), jnp.int32), _empty(x, self.order)  # steps done
 
-    def step(self, x_t, state, transition, eps_fn, noise):
+    def step(self, x_t, state, transition, denoise, noise):
         (done, memory), (begin, end) = state, sigma_bars(transition)
-        memory = _with(memory, begin, eps_fn(x_t, transition.t))
+        memory = _with(memory, begin, denoise(x_t, transition.level_t).eps)
         ahead = moved(x_t, transition, _integral(polynomial(memory), end - begin))
 
         def corrected(_):
-            more = _with(memory, end, eps_fn(ahead, transition.s))
+            more = _with(memory, end, denoise(ahead, transition.level_s).eps)
             return moved(x_t, transition, -_integral(polynomial(more), begin - end))
 
         x_s = jax.lax.cond(done < self.order - 1, corrected, lambda _: ahead, None)
@@ -164,12 +165,12 @@ class PLMS(NamedTuple):
     def init(self, x: Array) -> tuple:
         return jnp.zeros((), jnp.int32), (jnp.zeros_like(x),) * 3  # steps done, and what was said in the last three
 
-    def step(self, x_t, state, transition, eps_fn, noise):
+    def step(self, x_t, state, transition, denoise, noise):
         done, before = state
-        eps, (begin, end) = eps_fn(x_t, transition.t), sigma_bars(transition)
+        eps, (begin, end) = denoise(x_t, transition.level_t).eps, sigma_bars(transition)
         euler = moved(x_t, transition, (end - begin) * eps)
         weights = jnp.asarray(PLMS_WEIGHTS, x_t.dtype)[jnp.minimum(done, 3)]
-        first = lambda _: (eps + eps_fn(euler, transition.s)) / 2
+        first = lambda _: (eps + denoise(euler, transition.level_s).eps) / 2
         later = lambda _: sum(weights[k] * said for k, said in enumerate((eps, *before)))
         mixed = jax.lax.cond(done == 0, first, later, None)
         return moved(x_t, transition, (end - begin) * mixed), (done + 1, (eps, *before[:-1]))
@@ -196,10 +197,10 @@ class Heun(NamedTuple):
     def init(self, x: Array) -> tuple:
         return ()
 
-    def step(self, x_t, state, transition, eps_fn, noise):
-        eps, (begin, end) = eps_fn(x_t, transition.t), sigma_bars(transition)
+    def step(self, x_t, state, transition, denoise, noise):
+        eps, (begin, end) = denoise(x_t, transition.level_t).eps, sigma_bars(transition)
         euler = moved(x_t, transition, (end - begin) * eps)
-        twice = lambda _: moved(x_t, transition, (end - begin) * (eps + eps_fn(euler, transition.s)) / 2)
+        twice = lambda _: moved(x_t, transition, (end - begin) * (eps + denoise(euler, transition.level_s).eps) / 2)
         return jax.lax.cond(end > 0, twice, lambda _: euler, None), state
 
 
@@ -237,8 +238,8 @@ class DPMSolverPP:
     def init(self, x: Array) -> Memory:
         return _empty(x, self.order)
 
-    def step(self, x_t, state, transition, eps_fn, noise):
-        x_0 = gaussian.predict_x0(x_t, eps_fn(x_t, transition.t), transition.level_t)
+    def step(self, x_t, state, transition, denoise, noise):
+        x_0 = denoise(x_t, transition.level_t).x_0
         state, h = _with(state, transition.lambda_t, x_0), _finite_step(transition)
         _, *coefficients = polynomial(state)
         weights = self._weights(h)
@@ -287,8 +288,8 @@ class UniPC(NamedTuple):
         memory = _empty(x, 3)
         return UniPCState(jnp.zeros((), jnp.int32), x, memory, Transition(*[nothing] * len(Transition._fields)))
 
-    def step(self, x_t, state, transition, eps_fn, noise):
-        x_0 = gaussian.predict_x0(x_t, eps_fn(x_t, transition.t), transition.level_t)
+    def step(self, x_t, state, transition, denoise, noise):
+        x_0 = denoise(x_t, transition.level_t).x_0
         corrected = jnp.where(state.done > 0, self._corrected(state, x_0), x_t)
         memory = _without_last(_with(state.memory, transition.lambda_t, x_0))
         h, slope = _finite_step(transition), _slope(memory)

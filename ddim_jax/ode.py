@@ -18,10 +18,10 @@ from jax.tree_util import register_static
 
 from ddim_jax import checks, samplers
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.gaussian import EpsFn
+from ddim_jax.gaussian import Denoise, Model
 from ddim_jax.multistep import moved, sigma_bars
-from ddim_jax.schedule import Array, Schedule
-from ddim_jax.trajectory import Transitions
+from ddim_jax.schedule import Array, Level, Schedule
+from ddim_jax.trajectory import Transitions, check_signal
 
 
 class SigmaEuler(NamedTuple):
@@ -30,14 +30,14 @@ class SigmaEuler(NamedTuple):
     stochastic = False
 
     def check(self, transitions: Transitions) -> None:
-        pass
+        check_signal(transitions, "the ODE")
 
     def init(self, x: Array) -> tuple:
         return ()
 
-    def step(self, x_t, state, transition, eps_fn, noise):
+    def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
-        return moved(x_t, transition, (end - begin) * eps_fn(x_t, transition.t)), state
+        return moved(x_t, transition, (end - begin) * denoise(x_t, transition.level_t).eps), state
 
 
 class FlowEuler(NamedTuple):
@@ -48,17 +48,18 @@ class FlowEuler(NamedTuple):
     def check(self, transitions: Transitions) -> None:
         if not checks.traced(transitions.t) and (np.asarray(transitions.t) == 0).any():
             raise ValueError("transitions must begin above 0: Eq. (15) has no step from level 0")
+        check_signal(transitions, "Eq. (15)")
 
     def init(self, x: Array) -> tuple:
         return ()
 
-    def step(self, x_t, state, transition, eps_fn, noise):
+    def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
-        return moved(x_t, transition, (end**2 - begin**2) / (2 * begin) * eps_fn(x_t, transition.t)), state
+        return moved(x_t, transition, (end**2 - begin**2) / (2 * begin) * denoise(x_t, transition.level_t).eps), state
 
 
 def log_likelihood(
-    eps_fn: EpsFn, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array | None = None
+    model: Model, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array | None = None
 ) -> Array:
     """`log p(x_0)` in nats, (B,), of what the ODE makes of N(0, I), by the instantaneous change of variables:
 
@@ -69,7 +70,7 @@ def log_likelihood(
     `v^T J v` with v ~ N(0, I), drawn anew in each step. x_0: (B, ...).
     """
     transitions, x_0 = tau_lib.ascend(noise_schedule, tau), checks.batch("x_0", x_0)
-    x_T, grown = samplers.run(_Likelihood(exact=key is None), eps_fn, transitions, x_0, key)
+    x_T, grown = samplers.run(_Likelihood(exact=key is None), model, transitions, x_0, key)
     density = -(x_T**2) / 2 - np.log(2 * np.pi) / 2 + np.log(transitions.alpha_bar_s[-1]) / 2
     return jnp.sum(density.reshape(len(x_T), -1), axis=1) + grown
 
@@ -86,24 +87,24 @@ class _Likelihood:
         return not self.exact
 
     def check(self, transitions: Transitions) -> None:
-        pass
+        check_signal(transitions, "the ODE")
 
     def init(self, x: Array) -> Array:
         return jnp.zeros(x.shape[0], x.dtype)
 
-    def step(self, x_t, state, transition, eps_fn, noise):
+    def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
-        eps, trace = _with_trace(eps_fn, x_t, transition.t, noise)
+        eps, trace = _with_trace(denoise, x_t, transition.level_t, noise)
         ahead = moved(x_t, transition, (end - begin) * eps)
-        eps_ahead, trace_ahead = _with_trace(eps_fn, ahead, transition.s, noise)
+        eps_ahead, trace_ahead = _with_trace(denoise, ahead, transition.level_s, noise)
         x_s = moved(x_t, transition, (end - begin) * (eps + eps_ahead) / 2)
         traces = jnp.sqrt(transition.alpha_bar_t) * trace + jnp.sqrt(transition.alpha_bar_s) * trace_ahead
         return x_s, state + (end - begin) * traces / 2
 
 
-def _with_trace(eps_fn: EpsFn, x: Array, t: Array, noise: Array | None) -> tuple[Array, Array]:
+def _with_trace(denoise: Denoise, x: Array, level: Level, noise: Array | None) -> tuple[Array, Array]:
     """eps (B, ...) and the trace of d eps / d x, (B,): exact, or by noise. Backwards: that is what networks can do."""
-    eps, pull = jax.vjp(lambda x: eps_fn(x, t), x)
+    eps, pull = jax.vjp(lambda x: denoise(x, level).eps, x)
     along = lambda direction: jnp.sum((direction * pull(direction)[0]).reshape(len(x), -1), axis=1)
     if noise is not None:
         return eps, along(noise)

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import checks, gaussian, samplers
-from ddim_jax.gaussian import EpsFn
+from ddim_jax.gaussian import Denoise, Model
 from ddim_jax.samplers import Sampler
 from ddim_jax.schedule import Array, precision
-from ddim_jax.trajectory import Transition, Transitions
+from ddim_jax.trajectory import Transition, Transitions, check_signal
 
 
 class Parallel(NamedTuple):
@@ -30,7 +30,7 @@ class Parallel(NamedTuple):
 
 def integrate(
     sampler: Sampler,
-    eps_fn: EpsFn,
+    model: Model,
     transitions: Transitions,
     x: Array,
     key: Array | None = None,
@@ -44,12 +44,13 @@ def integrate(
 
     window: steps at once; 0 for all. Memory is that of so many network calls. tolerance: by how much, root mean square
     of an image's x_t, a point may still move when it counts as found; at 0 the result is that of the steps one by one.
-    sharding: where the window's points (window, B, ...) live, to divide them over devices; default: as x is. As in
-    `samplers.integrate`, a plain eps_fn is compiled with the arrays that it holds: parameters that change belong into a
-    `jax.tree_util.Partial`. ValueError for a sampler that remembers, for a window or a tolerance below 0, and as there.
+    sharding: where the window's points (window, B, ...) live, to divide them over devices; default: as x is. ValueError
+    for a sampler that remembers, for a window or a tolerance below 0, for a level without signal, and as in
+    `samplers.integrate`, where the model is explained.
     """
-    sampler, eps_fn, transitions, x, keys = samplers.checked(sampler, eps_fn, transitions, x, key)
+    sampler, denoise, transitions, x, keys = samplers.checked(sampler, model, transitions, x, key)
     check_memory(sampler)
+    check_signal(transitions, "parallel.integrate")
     steps = len(transitions.t)
     window = min(checks.integer("window", window, 0) or steps, steps)
     checks.real("tolerance", tolerance, 0)
@@ -57,7 +58,7 @@ def integrate(
         raise ValueError(f"sharding must be a jax.sharding.Sharding, got {checks.shown(sharding)}")
     # The window may stand beyond the last step; what it does there is not used.
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], window, 0)]), transitions)
-    return _rounds(sampler, eps_fn, padded, x, keys, tolerance, window=window, steps=steps, sharding=sharding)
+    return _rounds(sampler, denoise, padded, x, keys, tolerance, window=window, steps=steps, sharding=sharding)
 
 
 def check_memory(sampler: Sampler) -> None:
@@ -73,23 +74,23 @@ class _Window(NamedTuple):
 
 
 @jax.jit(static_argnames=("window", "steps", "sharding"))
-def _rounds(sampler, eps_fn, transitions, x, keys, tolerance, *, window, steps, sharding):
+def _rounds(sampler, denoise, transitions, x, keys, tolerance, *, window, steps, sharding):
     given, wide = x.dtype, precision(x.dtype)
     transitions, x = samplers.rounded(transitions, wide), x.astype(wide)
     scale = lambda alpha_bar: jnp.sqrt(alpha_bar).reshape(-1, *[1] * x.ndim)
     noise_of = lambda t: None if keys is None else gaussian.noise(keys, t, x.shape[1:], wide)
 
-    def take(x_t: Array, transition: Transition, eps_fn: EpsFn) -> tuple[Array, Array]:
-        """(x_s, output of the network at x_t)."""
-        recorded, outputs = samplers.recording(eps_fn, given)
+    def take(x_t: Array, transition: Transition, denoise: Denoise) -> tuple[Array, Array]:
+        """(x_s, eps at x_t)."""
+        recorded, predictions = samplers.recording(denoise)
         x_s, _ = sampler.step(x_t, (), transition, recorded, noise_of(transition.t))
-        return x_s.astype(wide), outputs[0]
+        return x_s.astype(wide), predictions[0].eps
 
     def onwards(x_t: Array, eps: Array, ahead: Transitions) -> Array:
-        """(window, B, ...): the next points, if the network went on to say eps."""
+        """(window, B, ...): the next points, if eps stayed the same."""
 
         def body(x_t, transition):
-            x_s, _ = take(x_t, transition, lambda x, t: eps)
+            x_s, _ = take(x_t, transition, lambda x, level: gaussian.from_eps_output(x, eps, level))
             return x_s, x_s
 
         return jax.lax.scan(body, x_t, ahead)[1]
@@ -100,7 +101,7 @@ def _rounds(sampler, eps_fn, transitions, x, keys, tolerance, *, window, steps, 
     def round_(state: _Window) -> _Window:
         now = at(state.begin)
         starts = state.x[:-1] if sharding is None else jax.lax.with_sharding_constraint(state.x[:-1], sharding)
-        ends, said = jax.vmap(lambda x_t, transition: take(x_t, transition, eps_fn))(starts, now)
+        ends, said = jax.vmap(lambda x_t, transition: take(x_t, transition, denoise))(starts, now)
         added = ends / scale(now.alpha_bar_s) - starts / scale(now.alpha_bar_t)
         first = state.x[:1] / scale(now.alpha_bar_t[:1])
         found = (first + jnp.cumsum(added, axis=0)) * scale(now.alpha_bar_s)

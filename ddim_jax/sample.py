@@ -124,9 +124,9 @@ def film(config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh)
     """The first images on their way, x_t and the predicted x_0: uint8 (S+1, B, H, W, C), both."""
     index = np.arange(min(FILM_IMAGES, config.sample.num_images))
     keys, x = generate.start(config, sharding.put_replicated(mesh, index))
-    eps_fn = generate.eps_fn(config, params, sharding.put_replicated(mesh, generate.labels_of(config, index)))
+    denoiser = generate.denoiser(config, params, sharding.put_replicated(mesh, generate.labels_of(config, index)))
     _, path = samplers.trajectory(
-        process.sampler, eps_fn, process.transitions, x, keys if process.sampler.stochastic else None
+        process.sampler, denoiser, process.transitions, x, keys if process.sampler.stochastic else None
     )
     x_t, x_0 = (to_uint8(sharding.to_host(leaf)) for leaf in path)  # (S+1, B, ...), (S, B, ...)
     return x_t, np.concatenate([x_0, x_t[-1:]])  # beside the final image, itself

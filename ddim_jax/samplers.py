@@ -7,7 +7,6 @@ is the short way to write one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,9 +15,9 @@ import numpy as np
 
 from ddim_jax import checks, gaussian
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.gaussian import EpsFn
+from ddim_jax.gaussian import Denoise, Model, Prediction
 from ddim_jax.gaussian import max_eta as max_eta
-from ddim_jax.schedule import Array, Level, Schedule, precision
+from ddim_jax.schedule import Array, Schedule, precision
 from ddim_jax.trajectory import Transition, Transitions
 
 
@@ -36,10 +35,10 @@ class Sampler(Protocol):
         """The state before the first step, a pytree. A multistep method makes its first step first order by it."""
 
     def step(
-        self, x_t: Array, state: Any, transition: Transition, eps_fn: EpsFn, noise: Array | None
+        self, x_t: Array, state: Any, transition: Transition, denoise: Denoise, noise: Array | None
     ) -> tuple[Array, Any]:
-        """(x_s, state) from x_t (B, ...). Pure; draws nothing: noise ~ N(0, I) is an argument, None if not
-        stochastic.
+        """(x_s, state) from x_t (B, ...), with the network's prediction `denoise(x_t, transition.level_t)`. Pure; draws
+        nothing: noise ~ N(0, I) is an argument, None if not stochastic.
         """
 
 
@@ -58,9 +57,8 @@ class DDIM(NamedTuple):
     def init(self, x: Array) -> tuple:
         return ()
 
-    def step(self, x_t, state, transition, eps_fn, noise):
-        eps = eps_fn(x_t, transition.t)
-        x_0 = gaussian.predict_x0(x_t, eps, transition.level_t)  # (9)
+    def step(self, x_t, state, transition, denoise, noise):
+        x_0, eps = denoise(x_t, transition.level_t)  # (9)
         kept = gaussian.direction_variance(transition, gaussian.sigma_squared(self.eta, transition))
         x_s = jnp.sqrt(transition.alpha_bar_s) * x_0 + gaussian.root(kept) * eps  # (12)
         return x_s if noise is None else x_s + gaussian.sigma(self.eta, transition) * noise, state  # (16)
@@ -84,8 +82,8 @@ class DDPMHat(NamedTuple):
     def init(self, x: Array) -> tuple:
         return ()
 
-    def step(self, x_t, state, transition, eps_fn, noise):
-        mean, _ = DDIM(eta=1.0).step(x_t, state, transition, eps_fn, noise=None)
+    def step(self, x_t, state, transition, denoise, noise):
+        mean, _ = DDIM(eta=1.0).step(x_t, state, transition, denoise, noise=None)
         variance = jnp.where(transition.s > 0, transition.beta, 0)
         return mean + jnp.sqrt(variance) * noise, state
 
@@ -115,69 +113,59 @@ class Trajectory(NamedTuple):
     x_0: Array  # (S, B, ...): the x_0 predicted in each step, Eq. (9)
 
 
-def integrate(sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None) -> Array:
+def integrate(sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None = None) -> Array:
     """Runs a sampler over all transitions and returns the last x: x_0 for `descend`, x_T for `ascend`.
 
-    sampler: see `Sampler`. eps_fn: (x_t, t) -> eps, of the shape of x_t. A plain function is compiled once, with the
-    arrays that it holds as constants: parameters that change belong into a `jax.tree_util.Partial(function,
-    parameters)`, which also compiles nothing again; in a plain function only an array that was replaced is noticed, see
-    `checks.function`. transitions: leaves (S,). x: (B, ...), of floating point: the network is given its dtype, and
-    what is around the network is computed in float32 at least. key: one key, from which image i of the batch gets
-    `fold_in(key, i)`, or (B,) keys, see `image_keys`. The noise of an image depends on its own key and on the level
+    sampler: see `Sampler`. model: a function (x_t, t) -> eps of the shape of x_t, or a `gaussian.Denoise`. A plain
+    function is compiled once, with the arrays that it holds as constants: parameters that change belong into a
+    `jax.tree_util.Partial(function, parameters)`, which also compiles nothing again; in a plain function only an array
+    that was replaced is noticed, see `checks.function`. transitions: leaves (S,). x: (B, ...), of floating point: a
+    function is given its dtype, and what is around the network is computed in float32 at least. key: one key, from
+    which image i of the batch gets `fold_in(key, i)`, or (B,) keys, see `image_keys`. The noise of an image depends on
+    its own key and on the level
     alone, and is the same bits in every batch; images are the same to rounding. Without a key nothing is drawn:
     ValueError if the sampler is stochastic, and for every other argument that cannot be. Memory does not grow with S,
     and a new S is the only thing that compiles again.
     """
-    return run(sampler, eps_fn, transitions, x, key)[0]
+    return run(sampler, model, transitions, x, key)[0]
 
 
 def run(
-    sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None = None
+    sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None = None
 ) -> tuple[Array, Any]:
     """`integrate` that also returns the sampler's last state: what it has to tell of the run."""
-    return _run(sampler, eps_fn, transitions, x, key)[0]
+    return _run(sampler, model, transitions, x, key, keep=False)[0]
 
 
 def trajectory(
-    sampler: Sampler,
-    eps_fn: EpsFn,
-    transitions: Transitions,
-    x: Array,
-    key: Array | None = None,
-    predict: Callable[[Array, Array, Level], Array] = gaussian.predict_x0,
+    sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None = None
 ) -> tuple[Array, Trajectory]:
-    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S. As there, a
-    plain eps_fn is compiled with the arrays that it holds: parameters that change belong into a
-    `jax.tree_util.Partial`.
-
-    predict: (x_t, output of the network, level) -> x_0: Eq. (9), where the output is eps.
-    """
-    if not callable(predict):
-        raise ValueError(f"predict must be a function (x_t, eps, level) -> x_0, got {checks.shown(predict)}")
-    (last, _), (states, x_0) = _run(sampler, eps_fn, transitions, x, key, predict)
+    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S."""
+    (last, _), (states, x_0) = _run(sampler, model, transitions, x, key, keep=True)
     return last, Trajectory(jnp.concatenate([jnp.asarray(x, last.dtype)[None], states]), x_0)
 
 
 def invert(
-    eps_fn: EpsFn,
+    model: Model,
     noise_schedule: Schedule,
     tau: np.ndarray,
     x_0: Array,
     evaluate_at: str = "current",
     end: int = 0,
+    stride: int = 0,
 ) -> Array:
     """Encodes images into latents: Eq. (13) integrated from 0 to tau[S], the steps of tau upwards. Returns x_T
     (B, ...).
 
     Deterministic, one network call a step; not the noising process (4). `integrate(ddim(0.), ...)` over `descend`
     of the same tau decodes, with an error that falls like 1/S. evaluate_at: the timestep passed to the network in
-    the step t -> s, s > t: "current", t, the level that x is at (explicit Euler), or "next", s, as in other
-    implementations. end: the level of x_0 that tau begins with. As in `integrate`, a plain eps_fn is compiled with the
-    arrays that it holds: parameters that change belong into a `jax.tree_util.Partial`.
+    the step t -> s, s > t: "current", t, the level that x is at (explicit Euler), or "next", s, as in diffusers'
+    inverse scheduler; x_0 and eps follow from the output at the level t that x is at. end, stride: as
+    of `trajectory.ascend`. model, and what is raised: as in `integrate`.
     """
-    transitions = tau_lib.ascend(noise_schedule, tau, end)
+    transitions = tau_lib.ascend(noise_schedule, tau, end, stride)
     times = checks.lookup({"current": transitions.t, "next": transitions.s}, evaluate_at, "evaluate_at")
-    return integrate(ddim(0.0), eps_fn, transitions._replace(t=times), checks.batch("x_0", x_0))
+    return integrate(ddim(0.0), model, transitions._replace(t=times), checks.batch("x_0", x_0))
 
 
 def image_keys(key: Array, index: Array) -> Array:
@@ -193,15 +181,15 @@ def initial_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Arr
     return gaussian.noise(checks.keys("keys", keys, (None,)), 0, shape, dtype)
 
 
-def _run(sampler, eps_fn, transitions, x, key, predict=None):
-    return _scan(*checked(sampler, eps_fn, transitions, x, key), predict=predict)
+def _run(sampler, model, transitions, x, key, keep):
+    return _scan(*checked(sampler, model, transitions, x, key), keep=keep)
 
 
 def checked(
-    sampler: Sampler, eps_fn: EpsFn, transitions: Transitions, x: Array, key: Array | None
-) -> tuple[Sampler, EpsFn, Transitions, Array, Array | None]:
-    """The arguments of a loop over a sampler's steps, as it takes them: eps_fn a pytree, transitions and x arrays, key
-    (B,) keys or None. ValueError, naming the argument, for what they cannot be.
+    sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None
+) -> tuple[Sampler, Denoise, Transitions, Array, Array | None]:
+    """The arguments of a loop over a sampler's steps, as it takes them: the model a `Denoise`, transitions and x
+    arrays, key (B,) keys or None. ValueError, naming the argument, for what they cannot be.
     """
     _check_sampler(sampler)
     transitions = tau_lib.check_transitions(transitions)
@@ -212,7 +200,9 @@ def checked(
     if key is not None:
         key = checks.keys("key", key, (), x.shape[:1])
         key = key if key.ndim else image_keys(key, jnp.arange(x.shape[0]))
-    return sampler, gaussian.as_eps_fn(eps_fn), transitions, x, key
+    denoise = gaussian.as_denoise(model, x.dtype)
+    denoise.check(transitions.alpha_bar_t)
+    return sampler, denoise, transitions, x, key
 
 
 def _check_sampler(sampler: Sampler) -> None:
@@ -229,31 +219,29 @@ def rounded(transitions: Transitions, dtype: jnp.dtype) -> Transitions:
     )
 
 
-def recording(eps_fn: EpsFn, dtype: jnp.dtype) -> tuple[EpsFn, list[Array]]:
-    """eps_fn as a step of a sampler calls it, for a network that is given x in this dtype; and its outputs so far in
-    the step, of which the first is at x_t.
-    """
-    outputs = []
+def recording(denoise: Denoise) -> tuple[Denoise, list[Prediction]]:
+    """The denoiser as a step of a sampler calls it, and its predictions so far in the step; the first is at x_t."""
+    predictions = []
 
-    def recorded(x, t):
-        outputs.append(eps_fn(x.astype(dtype), t))
-        return outputs[-1]
+    def recorded(x, level):
+        predictions.append(denoise(x, level))
+        return predictions[-1]
 
-    return recorded, outputs
+    return recorded, predictions
 
 
-@jax.jit(static_argnames="predict")
-def _scan(sampler, eps_fn, transitions, x, keys, *, predict):
+@jax.jit(static_argnames="keep")
+def _scan(sampler, denoise, transitions, x, keys, *, keep):
     wide = precision(x.dtype)
     transitions = rounded(transitions, wide)
 
     def body(carry, transition):
         x_t, state = carry
-        recorded, outputs = recording(eps_fn, x.dtype)
+        recorded, predictions = recording(denoise)
         noise = None if keys is None else gaussian.noise(keys, transition.t, x.shape[1:], wide)
         x_s, state = sampler.step(x_t, state, transition, recorded, noise)
-        kept = None if predict is None else (x_s, predict(x_t, outputs[0], transition.level_t))
-        return (x_s.astype(wide), state), jax.tree.map(lambda leaf: leaf.astype(x.dtype), kept)
+        kept = (x_s.astype(x.dtype), predictions[0].x_0.astype(x.dtype)) if keep else None
+        return (x_s.astype(wide), state), kept
 
     start = x.astype(wide)
     (last, state), kept = jax.lax.scan(body, (start, sampler.init(start)), transitions)

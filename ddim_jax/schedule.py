@@ -36,8 +36,11 @@ SMALLEST = float(np.finfo(np.float32).tiny)  # what is below counts as 0 in floa
 
 
 class Level(NamedTuple):
-    """What Eq. (4) needs to know of a noise level. Leaves of any one shape: (), (B, 1, ..., 1), (S,)."""
+    """A noise level: t, which a network is given, and what Eq. (4) needs to know. Leaves () or (S,); for a batch with a
+    level for each image t is (B,), the others (B, 1, ..., 1).
+    """
 
+    t: Array  # int or real, in [0, T]
     alpha_bar: Array
     one_minus_alpha_bar: Array  # subtracted in float64
 
@@ -45,8 +48,9 @@ class Level(NamedTuple):
 class NoiseSchedule(NamedTuple):
     """The noise levels of a diffusion; all other quantities follow from `alpha_bar`.
 
-    alpha_bar: (T+1,) float64 on the host, `alpha_bar[0] = 1`, strictly decreasing, above 0. Between two levels
-    log(alpha_bar) is linear in t: noise comes at the rate with which it is there by the next one.
+    alpha_bar: (T+1,) float64 on the host, `alpha_bar[0] = 1`, strictly decreasing, above 0; at T alone it may be 0, see
+    `zero_terminal_snr`. Between two levels log(alpha_bar) is linear in t: noise comes at the rate with which it is
+    there by the next one. Before an alpha_bar of 0, alpha_bar itself is linear.
     """
 
     alpha_bar: Array
@@ -60,12 +64,13 @@ class NoiseSchedule(NamedTuple):
         """Levels t, ints or reals in [0, T], in float64 on the host. ValueError for another t."""
         table, t = self.levels(), checks.reals("t", t, 0, self.num_steps)
         if np.issubdtype(np.asarray(t).dtype, np.integer):
-            return Level(table.alpha_bar[t], table.one_minus_alpha_bar[t])
-        return _from_log(np.interp(t, np.arange(self.num_steps + 1), table.log_alpha_bar), np)
+            return Level(t, table.alpha_bar[t], table.one_minus_alpha_bar[t])
+        return _between(table.log_alpha_bar, t, np)
 
     def levels(self) -> LevelTable:
         alpha_bar = np.asarray(self.alpha_bar, np.float64)
-        return LevelTable(alpha_bar, 1 - alpha_bar, np.log(alpha_bar))
+        with np.errstate(divide="ignore"):  # log(0) = -inf
+            return LevelTable(alpha_bar, 1 - alpha_bar, np.log(alpha_bar))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,23 +97,41 @@ class ContinuousSchedule:
         """Levels t, in [0, T], in float64 on the host. ValueError for another t."""
         t = np.asarray(checks.reals("t", t, 0, self.num_steps), np.float64)
         with np.errstate(all="ignore"):  # at 0, where the formula is not asked
-            return _from_log(np.where(t > 0, self.log_alpha_bar(t), 0.0), np)
+            return _from_log(t, np.where(t > 0, self.log_alpha_bar(t), 0.0), np)
 
     def levels(self) -> ContinuousSchedule:
         return self
+
+    @property
+    def alpha_bar_T(self) -> np.ndarray:
+        return np.exp(self.log_alpha_bar(np.float64(self.num_steps)))
 
     def at(self, t: Array, dtype: jnp.dtype) -> Level:
         """Levels t, see `Levels`."""
         t = t.astype(jnp.promote_types(dtype, jnp.float32))
         log = jnp.where(t > 0, self.log_alpha_bar(jnp.where(t > 0, t, 1)), 0)
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), _from_log(log, jnp))
+        return _cast(_from_log(t, log, jnp), dtype)
 
 
 Schedule = NoiseSchedule | ContinuousSchedule
 
 
-def _from_log(log_alpha_bar, numpy):
-    return Level(numpy.exp(log_alpha_bar), 0 - numpy.expm1(log_alpha_bar))  # 0 at the image, not -0
+def _from_log(t, log_alpha_bar, numpy):
+    return Level(t, numpy.exp(log_alpha_bar), 0 - numpy.expm1(log_alpha_bar))  # 0 at the image, not -0
+
+
+def _between(log_alpha_bar, t, numpy):
+    """Real levels t of a table of log(alpha_bar), (T+1,)."""
+    below = numpy.clip(numpy.floor(t), 0, len(log_alpha_bar) - 2).astype(numpy.int32)
+    low, high, part = log_alpha_bar[below], log_alpha_bar[below + 1], (t - below).astype(log_alpha_bar.dtype)
+    ends_at_0 = numpy.isneginf(high)
+    level = _from_log(t, low + part * numpy.where(ends_at_0, 0, high - low), numpy)
+    alpha_bar = numpy.where(ends_at_0, (1 - part) * level.alpha_bar, level.alpha_bar)
+    return Level(t, alpha_bar, numpy.where(ends_at_0, 1 - alpha_bar, level.one_minus_alpha_bar))
+
+
+def _cast(level, dtype):
+    return Level(level.t, level.alpha_bar.astype(dtype), level.one_minus_alpha_bar.astype(dtype))
 
 
 class Levels(Protocol):
@@ -116,6 +139,9 @@ class Levels(Protocol):
 
     @property
     def num_steps(self) -> int: ...
+
+    @property
+    def alpha_bar_T(self) -> Array: ...
 
     def at(self, t: Array, dtype: jnp.dtype) -> Level:
         """Levels t, ints or reals in [0, T], of any shape. Traceable."""
@@ -132,14 +158,16 @@ class LevelTable(NamedTuple):
     def num_steps(self) -> int:
         return self.alpha_bar.shape[0] - 1
 
+    @property
+    def alpha_bar_T(self) -> Array:
+        return self.alpha_bar[-1]
+
     def at(self, t, dtype):
         if jnp.issubdtype(t.dtype, jnp.integer):
             exact = self.alpha_bar, self.one_minus_alpha_bar
-            return Level(*(jnp.asarray(leaf).astype(dtype)[t] for leaf in exact))
-        log = jnp.asarray(self.log_alpha_bar).astype(jnp.promote_types(dtype, jnp.float32))
-        below = jnp.clip(jnp.floor(t), 0, self.num_steps - 1).astype(jnp.int32)
-        between = log[below] + (t - below).astype(log.dtype) * (log[below + 1] - log[below])
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), _from_log(between, jnp))
+            return Level(t, *(jnp.asarray(leaf).astype(dtype)[t] for leaf in exact))
+        log_alpha_bar = jnp.asarray(self.log_alpha_bar).astype(jnp.promote_types(dtype, jnp.float32))
+        return _cast(_between(log_alpha_bar, t, jnp), dtype)
 
 
 def levels(noise_schedule: Schedule) -> Levels:
@@ -151,7 +179,7 @@ def levels(noise_schedule: Schedule) -> Levels:
 
 def check(noise_schedule: Schedule) -> Schedule:
     """The schedule itself. ValueError unless alpha_bar begins with 1, falls strictly, and stays above what is 0 in
-    float32; of a formula, at up to 1000 levels.
+    float32, but for an alpha_bar[T] that is exactly 0; of a formula, at up to 1000 levels.
     """
     if isinstance(noise_schedule, NoiseSchedule):
         alpha_bar = np.asarray(checks.reals("noise_schedule.alpha_bar", noise_schedule.alpha_bar, 0, 1), np.float64)
@@ -165,7 +193,7 @@ def check(noise_schedule: Schedule) -> Schedule:
         raise ValueError(
             f"noise_schedule must be a NoiseSchedule or a ContinuousSchedule, got {checks.shown(noise_schedule)}"
         )
-    if alpha_bar.min() < SMALLEST:
+    if 0 < alpha_bar[-1] < SMALLEST or alpha_bar[:-1].min() < SMALLEST:
         raise ValueError(f"noise_schedule falls to alpha_bar = {alpha_bar.min():.3g}, which is 0 in float32")
     if alpha_bar[0] != 1 or not ((np.diff(alpha_bar) < 0) | (np.diff(noise) > 0)).all():
         raise ValueError("noise_schedule must begin with alpha_bar = 1 and fall strictly")
@@ -187,31 +215,46 @@ def precision(dtype: jnp.dtype) -> jnp.dtype:
 def level_at(table: Levels, t: Array, x: Array) -> Level:
     """Level t, shaped to broadcast against a batch.
 
-    table: `levels(...)`. t: ints or reals in [0, T], () or (B,). x: (B, ...), gives dtype and rank. Returns leaves ()
-    or (B, 1, ..., 1), in the dtype of x, at least float32. ValueError for another t, as far as it is known.
+    table: `levels(...)`. t: ints or reals in [0, T], () or (B,). x: (B, ...), gives dtype and rank. Returns t as it
+    is, and leaves () or (B, 1, ..., 1) in the dtype of x, at least float32. ValueError for another t, as far as it is
+    known.
     """
     t = jnp.asarray(checks.reals("t", t, 0, table.num_steps))
     if t.ndim and t.shape != x.shape[:1]:
         raise ValueError(f"t must have the shape () or {x.shape[:1]}, got {t.shape}")
     shape = t.shape + (1,) * (x.ndim - 1 if t.ndim else 0)
-    return jax.tree.map(lambda leaf: leaf.reshape(shape), table.at(t, precision(x.dtype)))
+    _, alpha_bar, one_minus_alpha_bar = table.at(t, precision(x.dtype))
+    return Level(t, alpha_bar.reshape(shape), one_minus_alpha_bar.reshape(shape))
 
 
 def from_betas(betas) -> NoiseSchedule:
     """`alpha_bar[t] = prod_{i<=t} (1 - beta[i])`, with `alpha_bar[0] = 1`.
 
-    betas: (T,), each in (0, 1). Raises ValueError otherwise, and where the product falls below what float32 can hold.
+    betas: (T,), each in (0, 1), the last at most 1: a beta_T of 1 leaves no signal, see `zero_terminal_snr`. Raises
+    ValueError otherwise, and where the product falls below what float32 can hold.
     """
     betas = np.asarray(checks.reals("betas", betas), np.float64)
     if betas.ndim != 1 or not betas.size:
         raise ValueError(f"betas must be a list of at least one number, got shape {betas.shape}")
-    outside = np.flatnonzero(~((betas > 0) & (betas < 1)))
+    outside = np.flatnonzero(~((betas > 0) & (betas < 1) | (betas == 1) & (np.arange(betas.size) == betas.size - 1)))
     if outside.size:
         raise ValueError(f"betas must lie in (0, 1), got beta[{outside[0] + 1}] = {betas[outside[0]]}")
     alpha_bar = np.concatenate([[1.0], np.cumprod(1 - betas)])
-    if alpha_bar[-1] < SMALLEST:
+    if alpha_bar[-2 if betas[-1] == 1 else -1] < SMALLEST:
         raise ValueError(f"alpha_bar[T] = {alpha_bar[-1]:.3g} is 0 in float32: too many or too large betas")
     return check(NoiseSchedule(alpha_bar))
+
+
+def zero_terminal_snr(noise_schedule: NoiseSchedule) -> NoiseSchedule:
+    """The schedule without signal at T, `alpha_bar[T] = 0` (Lin et al. 2023, Algorithm 1): sqrt(alpha_bar) is shifted
+    to end at 0, and scaled to begin at alpha_bar[1] as before. For networks that predict x_0 or v; from eps nothing of
+    x_0 follows at T. ValueError for a schedule in closed form, and for T = 1.
+    """
+    if not isinstance(check(noise_schedule), NoiseSchedule) or noise_schedule.num_steps < 2:
+        raise ValueError("noise_schedule must be a NoiseSchedule of at least 2 levels, not one in closed form")
+    root = np.sqrt(np.asarray(noise_schedule.alpha_bar, np.float64)[1:])
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return check(NoiseSchedule(np.concatenate([[1.0], root**2])))
 
 
 def _check_range(num_steps: int, beta_start: float, beta_end: float) -> None:

@@ -22,7 +22,7 @@ class Transition(NamedTuple):
     """One step from level t to level s, with what float32 would lose taken from the host's float64.
 
     As `Transitions` every leaf is (S,), in the order of the steps; inside a step every leaf is a scalar.
-    `t` is the level at which the network is asked; all coefficients come from the other leaves.
+    `t` is the timestep passed to the network; all coefficients come from the other leaves.
     """
 
     t: Array  # ints or reals in [0, T]
@@ -38,7 +38,11 @@ class Transition(NamedTuple):
 
     @property
     def level_t(self) -> Level:
-        return Level(self.alpha_bar_t, self.one_minus_alpha_bar_t)
+        return Level(self.t, self.alpha_bar_t, self.one_minus_alpha_bar_t)
+
+    @property
+    def level_s(self) -> Level:
+        return Level(self.s, self.alpha_bar_s, self.one_minus_alpha_bar_s)
 
 
 Transitions = Transition
@@ -48,8 +52,7 @@ def transitions(noise_schedule: Schedule, t: Sequence[float], s: Sequence[float]
     """The steps t[i] -> s[i], (S,) ints or reals each, in [0, T], t[i] != s[i]; ValueError otherwise, and for a level
     above 0 that is 0 in float32. Leaves (S,), on the host, read-only.
 
-    A step need not begin where the one before it ended, so the habits of other samplers can be followed: diffusers
-    steps from t to t - T // S whatever level comes next.
+    A step need not begin where the one before it ended, as with a stride, see `descend`.
     """
     T = schedule_lib.check(noise_schedule).num_steps
     t, s = (np.array(checks.reals(name, levels)) for name, levels in (("t", t), ("s", s)))
@@ -61,11 +64,11 @@ def transitions(noise_schedule: Schedule, t: Sequence[float], s: Sequence[float]
     if t.shape != s.shape or (t == s).any():
         where = f"{t.size} and {s.size} levels" if t.shape != s.shape else f"{t[t == s][0]} -> {t[t == s][0]}"
         raise ValueError(f"t and s must be of one length and differ in every step, got {where}")
-    (ab_t, rest_t), (ab_s, rest_s) = noise_schedule.level(t), noise_schedule.level(s)
+    (_, ab_t, rest_t), (_, ab_s, rest_s) = noise_schedule.level(t), noise_schedule.level(s)
     for name, levels, rest in (("t", t, rest_t), ("s", s, rest_s)):
         if (small := levels[(levels > 0) & (rest < SMALLEST)]).size:
             raise ValueError(f"{name} must be 0, or have a noise that is not 0 in float32, got {small[0]}")
-    beta = np.maximum(1 - ab_t / ab_s, 0)
+    beta = np.where(t > s, 1 - ab_t / np.where(t > s, ab_s, 1), 0.0)
     posterior_variance = np.divide(rest_s * beta, rest_t, out=np.zeros_like(beta), where=t > s)
     lambda_t, lambda_s = _lambda(ab_t, rest_t), _lambda(ab_s, rest_s)
     step = lambda_s - lambda_t
@@ -97,13 +100,22 @@ def check_transitions(transitions: Transitions) -> Transitions:
         return checked
     for level in "ts":
         alpha_bar, rest = (np.asarray(getattr(checked, f"{of}alpha_bar_{level}")) for of in ("", "one_minus_"))
-        if alpha_bar.min() < SMALLEST:
-            raise ValueError(f"transitions.alpha_bar_{level} must be in (0, 1], got {alpha_bar.min()}")
+        if ((alpha_bar < SMALLEST) & (alpha_bar != 0)).any():
+            small = alpha_bar[alpha_bar != 0].min()
+            raise ValueError(f"transitions.alpha_bar_{level} must be 0, or not be 0 in float32, got {small}")
         if np.abs(alpha_bar + rest - 1).max() > 1e-3:
             raise ValueError(f"transitions.one_minus_alpha_bar_{level} must be 1 - alpha_bar_{level}")
     if not any(isinstance(leaf, np.ndarray) and leaf.flags.writeable for leaf in leaves):
         _known = checked
     return checked
+
+
+def check_signal(transitions: Transitions, name: str) -> None:
+    """ValueError, naming what needs it, where a step begins or ends at alpha_bar = 0: there sigma_bar is infinite."""
+    if checks.traced(*transitions):
+        return
+    if not (np.asarray(transitions.alpha_bar_t).all() and np.asarray(transitions.alpha_bar_s).all()):
+        raise ValueError(f"transitions must have alpha_bar above 0 for {name}; from 0 ddim, ddpm and ddpm_hat can step")
 
 
 def check_to_image(transitions: Transitions) -> None:
@@ -123,21 +135,30 @@ def _lambda(alpha_bar: np.ndarray, one_minus_alpha_bar: np.ndarray) -> np.ndarra
         return np.log(alpha_bar / one_minus_alpha_bar) / 2
 
 
-def descend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0) -> Transitions:
+def descend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0, stride: int = 0) -> Transitions:
     """The steps of the generative process: tau[S] -> tau[S-1] -> ... -> tau[0] = end. Leaves (S,), on the host.
 
-    end: 0, the image itself, or the level that tau begins with and the process is to stop at.
+    end: 0, the image itself, or the level that tau begins with and the process is to stop at. stride: above 0, every
+    step is from t to t - stride instead, at least end, whatever level comes next: with T // S the step of diffusers'
+    DDIMScheduler.
     """
-    tau = check(schedule_lib.check(noise_schedule).num_steps, tau, end)[::-1]
-    return transitions(noise_schedule, tau[:-1], tau[1:])
+    t, s = _pairs(noise_schedule, tau, end, stride)
+    return transitions(noise_schedule, t[::-1], s[::-1])
 
 
-def ascend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0) -> Transitions:
+def ascend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0, stride: int = 0) -> Transitions:
     """The same pairs the other way, end = tau[0] -> ... -> tau[S]: the steps that encode an image. Leaves (S,), on
     the host.
     """
+    t, s = _pairs(noise_schedule, tau, end, stride)
+    return transitions(noise_schedule, s, t)
+
+
+def _pairs(noise_schedule, tau, end, stride):
+    """The upper and the lower level of every step, upwards."""
+    checks.integer("stride", stride)
     tau = check(schedule_lib.check(noise_schedule).num_steps, tau, end)
-    return transitions(noise_schedule, tau[:-1], tau[1:])
+    return tau[1:], np.maximum(tau[1:] - stride, end) if stride else tau[:-1]
 
 
 def check(num_train_steps: int, tau: Sequence[float], end: int = 0) -> np.ndarray:
@@ -289,6 +310,8 @@ def _at_least_one(num_steps: int) -> int:
 def _spaced(noise_schedule, num_steps, to, back):
     """0, then levels from 1 to T whose `to(sigma_bar)` are evenly spaced; a single step is from T."""
     T = schedule_lib.check(noise_schedule).num_steps
+    if noise_schedule.level(T).alpha_bar == 0:
+        raise ValueError("noise_schedule must not end at alpha_bar = 0 here: sigma_bar is infinite there")
     low, high = (to(_sigma_bar(noise_schedule, t)) for t in (1.0, float(T)))
     wanted = back(np.linspace(low, high, _at_least_one(num_steps))[1:-1])
     inner = [_time_of(noise_schedule, wanted), [float(T)]] if num_steps > 1 else [[float(T)]]

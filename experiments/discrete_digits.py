@@ -43,7 +43,7 @@ from ddim_jax.config import Config
 from ddim_jax.data.scaling import from_one_hot, to_one_hot
 from ddim_jax.discrete import LogProbsFn
 from ddim_jax.errors import ConfigError, error_context
-from ddim_jax.models import adapter
+from ddim_jax.models.denoiser import log_probs_fn
 from ddim_jax.pretrained.tensors import digest
 from ddim_jax.trajectory import Transitions
 from experiments import common, grid
@@ -91,15 +91,15 @@ def main(options: types.SimpleNamespace) -> None:
     out.claim()
     params = train.run(network, objective, source, cli.writable_folder(out / "training"), mesh)
     params = sharding.put_replicated(mesh, jax.device_get(params))
-    log_probs_fn = adapter.log_probs_fn(config_lib.network(network.model), params)
+    predict = log_probs_fn(config_lib.network(network.model), params)
 
     def measure(share: float, S: int, folder: Any) -> dict[str, Any]:
-        drawn = draw(config, log_probs_fn, share, transitions_of[S], mesh)
+        drawn = draw(config, predict, share, transitions_of[S], mesh)
         images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
         numbers = yardstick.judge_samples(config, measured, data.ArraySource(drawn), mesh, "the samples")
         x_0 = to_one_hot(LEVELS, test[np.arange(min(held_out, len(test)))].images)
         keys = samplers.image_keys(jax.random.key(config.sample.seed), jnp.arange(len(x_0)))
-        nats = discrete.j_sigma(log_probs_fn, transitions_of[S], x_0, keys, share)
+        nats = discrete.j_sigma(predict, transitions_of[S], x_0, keys, share)
         bits = float(nats.mean()) / (np.log(2) * np.prod(source.image_shape))
         return {**numbers, "bits_per_dim": bits, "images": len(drawn)}
 
@@ -160,7 +160,7 @@ def draw(config: Config, log_probs_fn: LogProbsFn, share: float, steps: Transiti
     sampler = discrete.discrete_ddim(share)
     for index in generate.batch_indices(config, mesh, 0, total):
         keys = samplers.image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
-        x_0 = samplers.integrate(sampler, log_probs_fn, steps, _initial(keys, shape), keys)
+        x_0 = samplers.integrate(sampler, discrete.from_log_probs(log_probs_fn), steps, _initial(keys, shape), keys)
         drawn.append(from_one_hot(sharding.to_host(x_0))[: total - index[0]])
     return np.concatenate(drawn)
 

@@ -1,4 +1,4 @@
-"""Fills in what is hidden of real images: known pixels as a combinator around eps_fn.
+"""Fills in what is hidden of real images: known pixels as a combinator around the denoiser.
 
     python -m experiments.inpainting --config configs/digits.py --out DIR
 
@@ -21,8 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import config as config_lib
-from ddim_jax import data, generate, guidance, images, output, samplers, schedule, sharding, weights, yardstick
+from ddim_jax import data, generate, guidance, images, output, samplers, sharding, weights, yardstick
 from ddim_jax.config import Config
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
@@ -63,9 +62,8 @@ def main(options: types.SimpleNamespace) -> None:
     x_0, mask = to_unit(real.images), hidden(source.image_shape)
     index = np.arange(count)
     labels = generate.labels_of(config, index)
-    table = schedule.levels(config_lib.noise_schedule(config.schedule))
-    network = generate.eps_fn(config, found.params, None if labels is None else jnp.asarray(labels))
-    led = guidance.inpainted(network, table, x_0, ~mask)
+    network = generate.denoiser(config, found.params, None if labels is None else jnp.asarray(labels))
+    inpainted = guidance.inpainted(network, x_0, ~mask)
 
     def seen(pixels: np.ndarray) -> float:
         judged = judge.judge(features, data.ArraySource(pixels, real.labels), mesh, 500, {"logits", "labels"})
@@ -74,7 +72,7 @@ def main(options: types.SimpleNamespace) -> None:
     def measure(cell: Config, process: Any, folder: output.Folder) -> dict[str, Any]:
         keys, x_T = generate.start(cell, jnp.asarray(index))
         keys = keys if process.sampler.stochastic else None
-        drawn = np.asarray(samplers.integrate(process.sampler, led, process.transitions, x_T, keys))
+        drawn = np.asarray(samplers.integrate(process.sampler, inpainted, process.transitions, x_T, keys))
         images.write_png(folder / "first.png", images.grid(to_uint8(drawn[:PICTURED]), PICTURED))
         known = np.abs(drawn - x_0)[np.broadcast_to(~mask, drawn.shape)].max()
         return {"agreement": seen(to_uint8(drawn)), "known": float(known), "images": count}

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import config as config_lib
-from ddim_jax import data, fingerprint, images, oracle, output, samplers
+from ddim_jax import data, fingerprint, gaussian, images, oracle, output, samplers
 from ddim_jax.config import Process
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.errors import ConfigError, error_context
@@ -158,10 +158,10 @@ def law(process: Process, eps_fn: Any) -> tuple[float, float]:
     """
     probe = jnp.array([[0.0], [1.0], [0.0]])
     noise = jnp.array([[0.0], [0.0], [1.0]]) if process.sampler.stochastic else None
-    mean, variance = 0.0, 1.0
+    mean, variance, denoise = 0.0, 1.0, gaussian.as_denoise(eps_fn)
     for i in range(len(process.tau) - 1):
         transition = jax.tree.map(lambda leaf, i=i: leaf[i], process.transitions)
-        x_s, _ = process.sampler.step(probe, process.sampler.init(probe), transition, eps_fn, noise)
+        x_s, _ = process.sampler.step(probe, process.sampler.init(probe), transition, denoise, noise)
         b, one, noisy = np.asarray(x_s, np.float64)[:, 0]
         a, c = one - b, noisy - b
         mean, variance = a * mean + b, a**2 * variance + c**2

@@ -61,12 +61,12 @@ def main(options: types.SimpleNamespace) -> None:
     index = np.arange(count)
     keys, x_T = generate.start(config, jnp.asarray(index))
     labels = generate.labels_of(config, index)
-    eps_fn = generate.eps_fn(config, found.params, None if labels is None else jnp.asarray(labels))
+    denoiser = generate.denoiser(config, found.params, None if labels is None else jnp.asarray(labels))
 
     @functools.cache
     def one_by_one(S: int) -> tuple[np.ndarray, float]:
         process = processes[S]
-        return timed(lambda: samplers.integrate(process.sampler, eps_fn, process.transitions, x_T, keys_of(process)))
+        return timed(lambda: samplers.integrate(process.sampler, denoiser, process.transitions, x_T, keys_of(process)))
 
     def keys_of(process: Process) -> jax.Array | None:
         return keys if process.sampler.stochastic else None
@@ -76,7 +76,7 @@ def main(options: types.SimpleNamespace) -> None:
         (x_0, rounds), seconds = timed(
             lambda: parallel.integrate(
                 process.sampler,
-                eps_fn,
+                denoiser,
                 process.transitions,
                 x_T,
                 keys_of(process),

@@ -107,9 +107,9 @@ def way(config: Config, process: Process, params: Any, mesh: Any, index: np.ndar
     """The images (B, H, W, C) with these indices, and the x_0 predicted on the way to them (S, B, H, W, C); uint8."""
     keys, x_T = generate.start(config, sharding.split_batch(mesh, index))
     labels = generate.labels_of(config, index)
-    eps_fn = generate.eps_fn(config, params, None if labels is None else sharding.split_batch(mesh, labels))
+    denoiser = generate.denoiser(config, params, None if labels is None else sharding.split_batch(mesh, labels))
     sampler, transitions = process.sampler, process.transitions
-    x, path = samplers.trajectory(sampler, eps_fn, transitions, x_T, keys if sampler.stochastic else None)
+    x, path = samplers.trajectory(sampler, denoiser, transitions, x_T, keys if sampler.stochastic else None)
     return tuple(to_uint8(sharding.to_host(leaf)) for leaf in (x, path.x_0))
 
 

@@ -14,7 +14,7 @@ from processes import xla_flags
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"ddim_jax_tests_{getpass.getuser()}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = xla_flags(8)
-os.environ.update(JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5")
+os.environ.update(JAX_COMPILATION_CACHE_DIR=str(CACHE), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -184,6 +184,7 @@ def test_compiled_programs_are_kept_where_nobody_else_can_write(switch, mode, ke
     assert any(folder.glob("jit__scan-*-cache")) == kept
 
 
+@pytest.mark.slow
 def test_a_run_s_own_checkpoint_is_sampled_the_same_on_eight_devices(trained, tmp_path):
     for devices in (1, 8):
         ok(
@@ -202,6 +203,7 @@ def test_a_run_s_own_checkpoint_is_sampled_the_same_on_eight_devices(trained, tm
     assert abs(one - eight).max() <= 1 and one.std() > 10
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_draws_no_batch_twice(trained, tmp_path):
     """kill -9 when two parts are there; the second process leaves them as they are and ends with the same images."""
     args = (

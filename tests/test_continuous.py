@@ -14,7 +14,7 @@ from test_update import KEY, MODEL, begun
 from configs import digits
 from ddim_jax import config as config_lib
 from ddim_jax import gaussian, ode, oracle, registry, samplers, schedule, trajectory, update
-from ddim_jax.models import adapter
+from ddim_jax.models.denoiser import Denoiser
 
 LINEAR, VP, LOG_SNR = schedule.linear(), schedule.vp(), schedule.log_snr()
 ALL = {"linear": LINEAR, "cosine": schedule.cosine(), "vp": VP, "log_snr": LOG_SNR}
@@ -35,7 +35,7 @@ def test_a_whole_t_is_a_level(name):
     for level in (noise_schedule.level(t), noise_schedule.level(t.astype(float))):
         np.testing.assert_allclose(level.alpha_bar, noise_schedule.alpha_bar, rtol=1e-12)
         np.testing.assert_allclose(level.one_minus_alpha_bar, 1 - noise_schedule.alpha_bar, atol=1e-15)
-    assert noise_schedule.level(np.array([0.0])) == schedule.Level(np.array([1.0]), np.array([0.0]))
+    assert noise_schedule.level(np.array([0.0])) == schedule.Level(np.array([0.0]), np.array([1.0]), np.array([0.0]))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -166,10 +166,10 @@ def test_a_network_is_told_real_times():
         def apply(self, variables, x, time, labels, train, rngs):
             return x * 0 + time.reshape(-1, 1)
 
-    said = adapter.eps_fn(Echo(), {}, schedule.levels(LINEAR))
-    x = jnp.ones((3, 1))
-    np.testing.assert_allclose(said(x, jnp.array([0.25, 1.5, 999.75]))[:, 0], [0, 0.5, 998.75])
-    np.testing.assert_allclose(said(x, jnp.float32(17.5))[:, 0], 16.5)
+    table, x = schedule.levels(LINEAR), jnp.ones((3, 1))
+    eps = lambda t: Denoiser(Echo(), {})(x, schedule.level_at(table, t, x)).eps
+    np.testing.assert_allclose(eps(jnp.array([0.25, 1.5, 999.75]))[:, 0], [0, 0.5, 998.75])
+    np.testing.assert_allclose(eps(jnp.float32(17.5))[:, 0], 16.5)
 
 
 def test_training_in_real_time_draws_all_of_it(mesh):

@@ -81,7 +81,7 @@ def test_a_place_with_a_known_law(S, share):
     np.testing.assert_allclose(x_T.mean(0), 1 / 3, atol=0.012)
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, S))
     sampler = discrete.discrete_ddim(share)
-    x_0 = samplers.integrate(sampler, exact(LINEAR), transitions, x_T, keys)
+    x_0 = samplers.integrate(sampler, discrete.from_log_probs(exact(LINEAR)), transitions, x_T, keys)
     np.testing.assert_array_equal(jnp.unique(x_0), [0, 1])
     np.testing.assert_allclose(x_0.mean(0), LAW, atol=5 * 0.5 / np.sqrt(count))
 
@@ -94,7 +94,7 @@ def test_the_largest_sigma_keeps_what_it_has():
     x = jnp.tile(jnp.array([[1.0, 0, 0]]), (5000, 1))
     for share, moves in ((1.0, False), (0.0, True)):
         _, path = samplers.trajectory(
-            discrete.discrete_ddim(share), network, transitions, x, jax.random.key(1), predict=discrete.predicted
+            discrete.discrete_ddim(share), discrete.from_log_probs(network), transitions, x, jax.random.key(1)
         )
         assert bool((path.x[:, :, 0] == 0).any()) == moves
         np.testing.assert_allclose(path.x_0, jnp.broadcast_to(jnp.array([1.0, 0, 0]), (10, 5000, 3)), atol=1e-6)
@@ -154,7 +154,11 @@ def test_sigma_beyond_its_limit_is_refused(share):
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
     with pytest.raises(ValueError, match=rf"share must be in \[0, 1\], got {share}"):
         samplers.integrate(
-            discrete.discrete_ddim(share), exact(LINEAR), transitions, jnp.ones((1, 3)), jax.random.key(0)
+            discrete.discrete_ddim(share),
+            discrete.from_log_probs(exact(LINEAR)),
+            transitions,
+            jnp.ones((1, 3)),
+            jax.random.key(0),
         )
     with pytest.raises(ValueError, match="discrete_ddim cannot ascend"):
         discrete.discrete_ddim().check(trajectory.ascend(LINEAR, trajectory.uniform(1000, 5)))

@@ -151,6 +151,7 @@ def test_nearest_by_hand():
     assert metrics.nearest(np.array([[0.0, 0], [3, 4]]), np.array([[3.0, 4], [60, 80]])) == pytest.approx(2.5)
 
 
+@pytest.mark.slow
 def test_the_digits_classifier_that_ships_knows_digits_it_never_saw():
     train, held_out = (data.load("digits", split=split) for split in data.SPLITS)
     right = lambda params: (

@@ -230,7 +230,10 @@ SCRIPTS = [
         marks=pytest.mark.slow,  # it is table 1
     ),
     ("table2_reconstruction", ("--steps=5,10", "--count=12"), ["errors.png"], "std of the latents"),
-    ("fig3_fig5_consistency", ("--steps=5,10", "--etas=0,1", "--count=9"), [], "twin is nearest"),
+    pytest.param(
+        *("fig3_fig5_consistency", ("--steps=5,10", "--etas=0,1", "--count=9"), [], "twin is nearest"),
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         "fig4_wallclock",
         ("--steps=5,10,20", "--repeats=2", "--config.sample.batch_size=8"),
@@ -238,14 +241,22 @@ SCRIPTS = [
         "R^2 = ",
         marks=pytest.mark.slow,
     ),
-    (
-        "fig6_interpolation",
-        ("--config.sample.steps=5", "--lines=2", "--points=3", "--side=3"),
-        ["random_lines.png", "random_grid.png", "encoded_lines.png", "encoded_grid.png"],
-        "distance of the ends",
+    pytest.param(
+        *(
+            "fig6_interpolation",
+            ("--config.sample.steps=5", "--lines=2", "--points=3", "--side=3"),
+            ["random_lines.png", "random_grid.png", "encoded_lines.png", "encoded_grid.png"],
+            "distance of the ends",
+        ),
+        marks=pytest.mark.slow,
     ),
-    ("inversion", ("--explicit=5,10", "--solved=5", "--refine=2", "--count=9"), [], "iterations a step"),
-    ("inpainting", ("--steps=5", "--etas=0,1", "--count=20"), [], "the upper halves alone"),
+    pytest.param(
+        *("inversion", ("--explicit=5,10", "--solved=5", "--refine=2", "--count=9"), [], "iterations a step"),
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        *("inpainting", ("--steps=5", "--etas=0,1", "--count=20"), [], "the upper halves alone"), marks=pytest.mark.slow
+    ),
     pytest.param(
         *(
             "parallel_sampling",

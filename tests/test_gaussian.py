@@ -59,7 +59,7 @@ def test_lemma_1_by_moments(eta, build_tau):
     count, x_0 = 200_000, 0.7
     rng = np.random.default_rng(0)
     transitions = trajectory.descend(LINEAR, build_tau(1000, 7))
-    level = schedule.Level(transitions.alpha_bar_t[0], transitions.one_minus_alpha_bar_t[0])
+    level = schedule.Level(1000, transitions.alpha_bar_t[0], transitions.one_minus_alpha_bar_t[0])
     x = gaussian.q_marginal(np.full(count, x_0), rng.standard_normal(count), level)
     for i in range(7):
         transition = jax.tree.map(lambda leaf: leaf[i], transitions)  # noqa: B023
@@ -100,41 +100,42 @@ def test_both_directions_are_one_joint_law(pair, eta):
 
 
 @given(st.integers(1, 1000), st.floats(-2, 2), st.floats(-3, 3))
-def test_every_prediction_says_the_same_eps(t, x_0, eps):
+def test_every_output_has_the_same_two_halves(t, x_0, eps):
     with jax.enable_x64(True):
-        level = schedule.Level(TABLE.alpha_bar[t], TABLE.one_minus_alpha_bar[t])
+        level = schedule.Level(t, TABLE.alpha_bar[t], TABLE.one_minus_alpha_bar[t])
         x_t = gaussian.q_marginal(x_0, eps, level)
         said = {"eps": eps, "x0": x_0, "v": gaussian.predict_v(x_0, eps, level)}
         assert set(said) == set(registry.PREDICTIONS)
         for name, value in said.items():
-            assert registry.PREDICTIONS[name](x_t, value, level) == pytest.approx(eps, abs=1e-9)
+            assert registry.PREDICTIONS[name](x_t, value, level) == pytest.approx((x_0, eps), abs=1e-9)
         assert gaussian.predict_x0(x_t, eps, level) == pytest.approx(x_0, abs=1e-9)
 
 
 def test_clipping_keeps_x0_and_eps_in_agreement(x64):
     """The trap: a clipped x_0 beside the eps from before."""
     x = jnp.linspace(-3.0, 3.0, 7)[:, None]
-    clipped = gaussian.clip_x0(lambda x, t: 0.1 * x, TABLE)
     level = schedule.level_at(TABLE, 400, x)
     free = gaussian.predict_x0(x, 0.1 * x, level)
-    x_0 = gaussian.predict_x0(x, clipped(x, 400), level)
+    x_0, eps = gaussian.clip_x0(lambda x, t: 0.1 * x)(x, level)
     assert (abs(free) > 1).any() and (abs(free) < 1).any()
     np.testing.assert_allclose(x_0, np.clip(free, -1, 1), rtol=1e-12)
-    np.testing.assert_allclose(gaussian.q_marginal(x_0, clipped(x, 400), level), x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gaussian.q_marginal(x_0, eps, level), x, rtol=1e-12, atol=1e-12)
+    kept = gaussian.clip_x0(lambda x, t: 0.1 * x, keep_eps=True)(x, level)
+    np.testing.assert_array_equal(kept.x_0, x_0)
+    np.testing.assert_array_equal(kept.eps, 0.1 * x)
 
 
 def test_thresholding_is_the_one_of_imagen(x64):
     """For each image by itself: the bound is a quantile of its own absolute values, in [1, maximum]."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 5, 5, 3)) * np.array([0.1, 0.5, 0.6, 40.0]).reshape(4, 1, 1, 1))
-    bounded = gaussian.threshold_x0(lambda x, t: 0.1 * x, TABLE, 0.9, 3.0)
     level = schedule.level_at(TABLE, 400, x)
     free = np.asarray(gaussian.predict_x0(x, 0.1 * x, level))
-    x_0 = gaussian.predict_x0(x, bounded(x, 400), level)
+    x_0, eps = gaussian.threshold_x0(lambda x, t: 0.1 * x, 0.9, 3.0)(x, level)
     reached = []
     for image, before in zip(np.asarray(x_0), free, strict=True):
         s = min(max(np.quantile(abs(before), 0.9), 1), 3)
         reached.append(s)
         np.testing.assert_allclose(image, np.clip(before, -s, s) / s, rtol=1e-10, atol=1e-12)
     assert reached[0] == 1 and 1 < reached[2] < 3 and reached[3] == 3
-    np.testing.assert_allclose(gaussian.q_marginal(x_0, bounded(x, 400), level), x, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gaussian.q_marginal(x_0, eps, level), x, rtol=1e-12, atol=1e-12)

@@ -64,7 +64,7 @@ def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(
         return sharding.to_host(
             samplers.integrate(
                 process.sampler,
-                generate.eps_fn(config, params),
+                generate.denoiser(config, params),
                 process.transitions,
                 x,
                 keys if process.sampler.stochastic else None,
@@ -122,7 +122,9 @@ def test_clipping_keeps_the_last_prediction_in_range():
         params = jax.tree.map(lambda leaf: 3 * leaf, params_of(config))
         reach.append(
             float(
-                abs(samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x)).max()
+                abs(
+                    samplers.integrate(process.sampler, generate.denoiser(config, params), process.transitions, x)
+                ).max()
             )
         )
     assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4 and reach[2] <= 0.5 + 1e-4 and reach[3] <= 1 + 1e-4

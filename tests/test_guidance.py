@@ -29,8 +29,8 @@ def test_between_gaussians_guidance_moves_the_mean(scale, t):
     nothing, class_ = (oracle.gaussian(LINEAR, mean, 0.5) for mean in (-0.2, 0.9))
     x = jnp.linspace(-3, 3, 7)[:, None]
     beyond = oracle.gaussian(LINEAR, -0.2 + scale * 1.1, 0.5)
-    found = guidance.guided(class_, nothing, scale)(x, jnp.int32(t))
-    np.testing.assert_allclose(found, beyond(x, jnp.int32(t)), rtol=1e-4, atol=1e-4)
+    found = guidance.guided(class_, nothing, scale)(x, schedule.level_at(TABLE, t, x))
+    np.testing.assert_allclose(found.eps, beyond(x, jnp.int32(t)), rtol=1e-4, atol=1e-4)
 
 
 def test_another_scale_compiles_nothing():
@@ -40,7 +40,7 @@ def test_another_scale_compiles_nothing():
         traces.append(t)
         return 0.1 * x
 
-    run = jax.jit(lambda led, x: led(x, jnp.int32(5)))
+    run = jax.jit(lambda model, x: model(x, schedule.level_at(TABLE, 5, x)))
     network = jax.tree_util.Partial(eps_fn)
     for scale in (0.0, 1.0, 3.0):
         run(guidance.guided(network, network, scale), jnp.ones((2, 3)))
@@ -55,11 +55,11 @@ def test_unknown_pixels_follow_the_known_ones(eta, share):
     """Of two modes, the one that the known value belongs to; that value itself comes back as it was given."""
     count, mask = 400, jnp.array([True, False])[None]
     known = jnp.where(jnp.arange(count)[:, None] % 2 == 0, 0.9, -1.1) * jnp.array([[1.0, jnp.nan]])
-    led = guidance.inpainted(oracle.mixture(LINEAR, MODES, np.full(2, 0.1)), TABLE, known, mask)
+    model = guidance.inpainted(oracle.mixture(LINEAR, MODES, np.full(2, 0.1)), known, mask)
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(count))
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 50))
     x_T = samplers.initial_noise(keys, (2,))
-    x_0, path = samplers.trajectory(samplers.ddim(eta), led, transitions, x_T, keys)
+    x_0, path = samplers.trajectory(samplers.ddim(eta), model, transitions, x_T, keys)
     np.testing.assert_allclose(x_0[:, 0], known[:, 0], atol=2e-5)
     right = np.abs(np.asarray(x_0[:, 1]) - np.sign(known[:, 0])) < 0.5
     assert right.mean() > share
@@ -114,9 +114,11 @@ def test_images_are_guided_as_the_config_says():
     keys, x = generate.start(config, jnp.arange(3))
     drawn = np.concatenate(list(generate.batches(config, process, params, mesh)))
     plain = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=1.0))
-    one, none = (generate.eps_fn(plain, params, jnp.array(labels)) for labels in ([0, 1, 2], [3, 3, 3]))
-    eps_fn = lambda x, t: 2.5 * one(x, t) - 1.5 * none(x, t)
-    x_0 = samplers.integrate(process.sampler, eps_fn, process.transitions, x)
+    one, none = (generate.denoiser(plain, params, jnp.array(labels)) for labels in ([0, 1, 2], [3, 3, 3]))
+    model = gaussian.Denoise(
+        lambda x, level: gaussian.from_eps_output(x, 2.5 * one(x, level).eps - 1.5 * none(x, level).eps, level)
+    )
+    x_0 = samplers.integrate(process.sampler, model, process.transitions, x)
     assert np.abs(np.asarray(to_uint8(x_0)).astype(int) - drawn).max() <= 1
     assert np.abs(np.concatenate(list(generate.batches(plain, process, params, mesh))).astype(int) - drawn).max() > 5
 

@@ -180,8 +180,8 @@ def ours(where, params, x, steps, labels=None):
     values["sample"]["steps"] = steps
     config = config_lib.parse(weights.completed(values))
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    eps_fn = generate.eps_fn(config, params, labels)
-    return np.asarray(samplers.integrate(process.sampler, eps_fn, process.transitions, x))
+    model = generate.denoiser(config, params, labels)
+    return np.asarray(samplers.integrate(process.sampler, model, process.transitions, x))
 
 
 def config_of(where):
@@ -192,6 +192,11 @@ def config_of(where):
     return values
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=[] if name in ("ddpm", "classes") else [pytest.mark.slow]) for name in VARIANTS],
+    indirect=True,
+)
 @pytest.mark.parametrize("clip", [False, True])
 def test_fifty_steps_end_where_diffusers_s_do(variant, tmp_path, clip):
     net, _ = variant
@@ -273,7 +278,7 @@ def convert_(source, to, format_=None):
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=[pytest.mark.slow] if name == "ddpm" else []) for name in VARIANTS],
+    [pytest.param(name, marks=[] if name == "classes" else [pytest.mark.slow]) for name in VARIANTS],
     indirect=True,
 )
 def test_to_ddim_jax_and_back_is_the_same_bit_for_bit(variant, tmp_path):
@@ -308,7 +313,7 @@ def test_our_network_samples_the_same_in_ddim_pipeline(tmp_path):
     config = dataclasses.replace(digits, sample=dataclasses.replace(digits.sample, steps=50, num_images=9))
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     params = weights.find(config, None, meshes()[0]).params
-    ours = samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x)
+    ours = samplers.integrate(process.sampler, generate.denoiser(config, params), process.transitions, x)
     assert difference(ours, theirs) < 1e-4
     assert len(pipeline(batch_size=2, num_inference_steps=2, output_type="np").images) == 2
     card = (tmp_path / "digits" / "README.md").read_text()
@@ -563,6 +568,18 @@ def model_output(x, time, xp):
     return xp.sin(2 * x) + 0.3 * xp.cos(0.01 * time + 3 * x)
 
 
+def bounded(prediction, sample, keep_eps):
+    """The denoiser that model_output is, with x_0 bounded as a scheduler's settings say."""
+    model = gaussian.Denoise(
+        lambda x, level: gaussian.PREDICTIONS[prediction](x, model_output(x, level.t - 1, jnp), level)
+    )
+    if sample["clip_x0"] and sample["clip_quantile"]:
+        return gaussian.threshold_x0(model, sample["clip_quantile"], sample["clip_range"], keep_eps=keep_eps)
+    if sample["clip_x0"]:
+        return gaussian.clip_x0(model, -sample["clip_range"], sample["clip_range"], keep_eps=keep_eps)
+    return model
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("settings", GRID, ids=lambda settings: "-".join(map(str, settings))[:60] or "defaults")
 def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
@@ -581,17 +598,8 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
     moves = t != s  # to itself: where set_alpha_to_one is False and t = 1
     transitions = trajectory.transitions(noise_schedule, t[moves], s[moves])
 
-    def said(x, t):
-        level = schedule.level_at(table, t, x)
-        return gaussian.PREDICTIONS[prediction](x, model_output(x, t - 1, jnp), level)
-
-    eps_fn = said
-    if sample["clip_x0"] and sample["clip_quantile"]:
-        eps_fn = gaussian.threshold_x0(said, table, sample["clip_quantile"], sample["clip_range"])
-    elif sample["clip_x0"]:
-        eps_fn = gaussian.clip_x0(said, table, -sample["clip_range"], sample["clip_range"])
-    sampler = samplers.ddim(eta)
-    step = jax.jit(lambda x, transition, noise: sampler.step(x, (), transition, eps_fn, noise)[0])
+    sampler, denoise = samplers.ddim(eta), bounded(prediction, sample, keep_eps=False)
+    step = jax.jit(lambda x, transition, noise: sampler.step(x, (), transition, denoise, noise)[0])
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 4, 4, 3))
@@ -611,6 +619,85 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
         else:
             np.testing.assert_allclose(x, from_torch(theirs), rtol=1e-5, atol=1e-5)
         x = from_torch(theirs)
+
+
+LOOPS = [  # whole loops as diffusers runs them by default: eps stays as it was predicted where x_0 is bounded
+    *(
+        dict(prediction_type=prediction, timestep_spacing=spacing, rescale_betas_zero_snr=zero, clip_sample=clip)
+        for prediction in ("epsilon", "sample", "v_prediction")
+        for spacing in ("leading", "trailing", "linspace")
+        for zero in (False, True)
+        for clip in (False, True)
+        if not (zero and prediction == "epsilon")
+    ),
+    dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", thresholding=True),
+    dict(prediction_type="sample", set_alpha_to_one=False, beta_schedule="squaredcos_cap_v2"),
+]
+
+
+def loop(settings, stepping=diffusers.DDIMScheduler, steps=30, **fields):
+    """(a scheduler, in float64, over our process of the same settings; the process; the denoiser)."""
+    scheduler = stepping(**settings)
+    noise, prediction, sample = pretrained.diffusers_folder.noise_fields(
+        {**scheduler.config, "_class_name": "DDIMScheduler"}, "test"
+    )
+    values = config_of("")
+    values["schedule"] |= noise
+    values["model"]["prediction"] = prediction
+    values["sample"] |= sample | fields | {"steps": steps, "fixed_stride": True}
+    values["sample"]["keep_eps"] = values["sample"]["clip_x0"]
+    config = config_lib.typed(values)
+    noise_schedule = config_lib.noise_schedule(config.schedule)
+    np.testing.assert_allclose(scheduler.alphas_cumprod, noise_schedule.alpha_bar[1:], rtol=1e-4, atol=1e-7)
+    scheduler.alphas_cumprod = torch.tensor(noise_schedule.alpha_bar[1:])
+    final = 1.0 if settings.get("set_alpha_to_one", True) else noise_schedule.alpha_bar[1]
+    scheduler.final_alpha_cumprod = scheduler.initial_alpha_cumprod = torch.tensor(final, dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    process = config_lib.process(config.sample, noise_schedule)
+    return scheduler, noise_schedule, process, bounded(prediction, values["sample"], keep_eps=True)
+
+
+@pytest.mark.parametrize("settings", LOOPS, ids=lambda settings: "-".join(map(str, settings.values()))[:60])
+def test_loops_of_diffusers(settings, x64):
+    """From the same x_T to the same image: in float64 to 1e-9, and in float32 as near as diffusers' own is."""
+    scheduler, _, process, denoise = loop(settings)
+    x = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
+
+    def theirs(dtype):
+        x_t = to_torch(x).to(dtype)
+        for time in scheduler.timesteps:
+            x_t = scheduler.step(model_output(x_t, float(time), torch), time, x_t).prev_sample.to(dtype)
+        return from_torch(x_t).astype(np.float64)
+
+    ours = lambda dtype: samplers.integrate(samplers.ddim(), denoise, process.transitions, jnp.asarray(x, dtype))
+    exact = theirs(torch.float64)
+    np.testing.assert_allclose(ours(jnp.float64), exact, rtol=1e-9, atol=1e-9)
+    spread = np.abs(theirs(torch.float32) - exact).max()
+    assert np.abs(ours(jnp.float32) - exact).max() <= 10 * max(spread, 1e-6)
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_the_inverse_loops_of_diffusers(prediction, spacing, end, x64):
+    """The network gets the timestep stepped to, its output is read at the level that x is at. From x_0 at alpha_bar = 1
+    no eps follows, in either.
+    """
+    if prediction == "sample" and end:
+        pytest.skip("from x_0 at alpha_bar = 1 no eps follows: diffusers divides by 0")
+    settings = dict(prediction_type=prediction, timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=end)
+    scheduler, noise_schedule, process, denoise = loop(settings, diffusers.DDIMInverseScheduler)
+    x = np.random.default_rng(1).normal(size=(2, 4, 4, 3))
+    x_t = to_torch(x)
+    visited = []
+    for time in scheduler.timesteps:
+        visited.append(int(time) + 1)
+        x_t = scheduler.step(model_output(x_t, float(time), torch), time, x_t).prev_sample
+    tau = [0 if end else 1, *visited]
+    if visited[0] == tau[0]:  # a step from a level to itself
+        tau = tau[1:]
+    ours = samplers.invert(denoise, noise_schedule, tau, x, "next", tau[0], process.stride)
+    np.testing.assert_allclose(ours, from_torch(x_t), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", pretrained.diffusers_folder.SCHEDULERS)

@@ -232,6 +232,7 @@ def sampled(home, *options):
 DIGITS = ("--config", "configs/digits.py")
 
 
+@pytest.mark.slow
 def test_sample_another_option_sample_evaluate(home):
     """Each into its own folder, the first again into its own; the folder is what is evaluated."""
     first = sampled(home, *DIGITS)

@@ -57,14 +57,14 @@ MOMENTS = {
 def test_moments_of_gaussian_data(name, eta, S, x64):
     sampler = registry.build(registry.SAMPLERS[name], {"eta": eta})
     transitions = trajectory.descend(LINEAR, trajectory.official_uniform(1000, S))
-    eps_fn = oracle.gaussian(LINEAR, 0.3, 0.5)
+    denoise = gaussian.from_eps(oracle.gaussian(LINEAR, 0.3, 0.5))
     probes, noise = (
         jnp.asarray([[0.0], [1.0], [0.0]]),
         jnp.asarray([[0.0], [0.0], [1.0]]),
     )  # offset, slope in x, slope in noise
 
     def body(moments, transition):
-        out, _ = sampler.step(probes, sampler.init(probes), transition, eps_fn, noise)
+        out, _ = sampler.step(probes, sampler.init(probes), transition, denoise, noise)
         offset, slope, scale = out[0, 0], out[1, 0] - out[0, 0], out[2, 0] - out[0, 0]
         mean, variance = moments
         return (offset + slope * mean, slope**2 * variance + scale**2), None
@@ -108,11 +108,10 @@ def test_the_golden_loop_of_diffusers(prediction, beta_start, total, mean):
     = 0.
     """
     noise_schedule = schedule.linear(beta_start=beta_start)
-    table = schedule.levels(noise_schedule)
-    eps_fn = lambda x, t: registry.PREDICTIONS[prediction](x, golden_network(x, t), schedule.level_at(table, t, x))
+    denoise = gaussian.Denoise(lambda x, level: registry.PREDICTIONS[prediction](x, golden_network(x, level.t), level))
     x = samplers.integrate(
         samplers.ddim(),
-        eps_fn,
+        denoise,
         trajectory.descend(noise_schedule, trajectory.leading(1000, 10)),
         deterministic_sample(),
     )
@@ -364,7 +363,9 @@ def test_memory_does_not_grow_with_S(name):
 
     def peak(S):
         transitions = jax.tree.map(jnp.asarray, trajectory.descend(LINEAR, trajectory.uniform(1000, S)))
-        compiled = samplers._scan.lower(sampler, Partial(golden_network), transitions, x, keys, predict=None).compile()
+        compiled = samplers._scan.lower(
+            sampler, gaussian.from_eps(golden_network), transitions, x, keys, keep=False
+        ).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     tables = 8 * 4 * 990  # the leaves of the transitions themselves

@@ -229,6 +229,7 @@ JUDGED = (
 )
 
 
+@pytest.mark.slow
 def test_evaluations_on_the_way_are_those_of_an_undisturbed_run(tmp_path, whole):
     """Also where the run stopped between a checkpoint and its evaluation; they change nothing of the training."""
     workdir = tmp_path / "run"

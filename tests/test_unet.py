@@ -9,7 +9,7 @@ import pytest
 
 from ddim_jax import config as config_lib
 from ddim_jax import samplers, schedule, train_state, trajectory
-from ddim_jax.models import adapter
+from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.unet import Attention, Dropout, GroupNorm, UNet, depth_to_space, sinusoid, space_to_depth
 
 CONFIGS = sorted(
@@ -45,6 +45,7 @@ def test_the_cifar10_network_has_the_published_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(like)) == 35_746_307
 
 
+@pytest.mark.slow
 def test_a_patch_is_a_position():
     """Pixel (2 i + a, 2 j + b) is channel (a, b) of position (i, j), and a network of patches is one of positions."""
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -216,26 +217,24 @@ def test_sizes_that_do_not_fit_are_refused(sizes, said):
         TINY.clone(**sizes).check()
 
 
-def test_the_adapter_tells_time_from_zero():
-    """Level t is time t - 1; level 0, where encoding starts, is told as the lowest."""
+def test_the_denoiser_counts_time_from_zero():
+    """Level t is time t - 1; at level 0, where encoding starts, the network is evaluated as at level 1."""
 
     class Echo(nn.Module):
         def __call__(self, x, time, labels=None, train=False):
             return jnp.broadcast_to(time.astype(jnp.float32)[:, None], x.shape)
 
-    table = schedule.levels(schedule.linear())
-    eps_fn = adapter.eps_fn(Echo(), {}, table)
-    x = jnp.zeros((3, 2))
-    assert eps_fn(x, jnp.asarray([1, 500, 1000]))[:, 0].tolist() == [0, 499, 999]
-    assert eps_fn(x, 0)[0, 0] == 0 and eps_fn(x, 1000)[0, 0] == 999
+    table, x = schedule.levels(schedule.linear()), jnp.zeros((3, 2))
+    eps = lambda t: Denoiser(Echo(), {})(x, schedule.level_at(table, t, x)).eps
+    assert eps(jnp.asarray([1, 500, 1000]))[:, 0].tolist() == [0, 499, 999]
+    assert eps(0)[0, 0] == 0 and eps(1000)[0, 0] == 999
 
 
 def test_a_network_of_the_same_shape_compiles_nothing_new():
     transitions = trajectory.descend(schedule.linear(), [0, 10, 1000])
-    table = schedule.levels(schedule.linear())
     x = jnp.ones((2, 8, 8, 1))
     run = lambda seed: samplers.integrate(
-        samplers.ddim(), adapter.eps_fn(TINY.clone(), random_params(TINY, seed), table), transitions, x
+        samplers.ddim(), Denoiser(TINY.clone(), random_params(TINY, seed)), transitions, x
     )
     first = run(0)
     size = samplers._scan._cache_size()

@@ -13,7 +13,7 @@ from conftest import meshes
 
 from ddim_jax import data, losses, schedule, sharding, train_state, update
 from ddim_jax.data.scaling import to_unit
-from ddim_jax.models import adapter
+from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.unet import UNet
 
 # One resolution: what compiles in seconds has every kind of layer but the change of resolution.
@@ -105,6 +105,7 @@ def test_eight_devices_train_as_one(fsdp):
     assert moments and all(leaf.sharding == kernel.sharding for leaf in moments)
 
 
+@pytest.mark.slow
 def test_the_collectives_of_an_update():
     """Data-parallel training adds up gradients and metrics and does nothing else; divided parameters are gathered too.
     Nothing is ever exchanged in another way.
@@ -184,7 +185,7 @@ def test_one_step_by_hand(mesh):
     images = to_unit(next(data.batches(data.Plan(data.load("digits"), 16, seed=0))).images)
     t_key, eps_key, _ = jax.random.split(jax.random.fold_in(KEY, 0), 3)
     t, eps = jax.random.randint(t_key, (16,), 1, 101), jax.random.normal(eps_key, images.shape)
-    loss = lambda params: losses.l_gamma(adapter.eps_fn(model, params, TABLE), TABLE, images, t, eps).mean()
+    loss = lambda params: losses.l_gamma(Denoiser(model, params), TABLE, images, t, eps).mean()
     value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))
     assert metrics.loss == pytest.approx(float(value), rel=1e-5)

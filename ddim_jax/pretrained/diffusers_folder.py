@@ -92,7 +92,6 @@ NOISE = {
 }
 # Those that change what the network's output or its time means, which must have the one value here.
 FIXED_NOISE = {
-    "rescale_betas_zero_snr": (False, "False: with alpha_bar_T = 0 no eps tells x_0"),
     "use_flow_sigmas": (False, "False: the noise of flow matching is not that of DDPM"),
     "use_dynamic_shifting": (False, "False: the noise of flow matching is not that of DDPM"),
     "timestep_type": ("discrete", "'discrete': the network counts levels"),
@@ -384,6 +383,8 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
             refuse(PREDICT_EPSILON, values[PREDICT_EPSILON], f"what prediction_type, {prediction!r}, means too")
         prediction = meant
 
+    if noise["rescale_betas_zero_snr"] and prediction == "epsilon":
+        refuse("rescale_betas_zero_snr", True, "False, or a prediction_type sample or v_prediction")
     betas, steps = noise["trained_betas"], noise["num_train_timesteps"]
     if betas is None and noise["beta_schedule"] not in SCHEDULES:
         refuse("beta_schedule", noise["beta_schedule"], ", ".join(SCHEDULES))
@@ -396,6 +397,7 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
         "beta_start": noise["beta_start"],
         "beta_end": noise["beta_end"],
         "betas": tuple(betas or ()),
+        "zero_terminal_snr": noise["rescale_betas_zero_snr"],
     }
     thresholding = noise["thresholding"]
     sample = {
@@ -472,7 +474,8 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     theirs = {ours: name for name, ours in SCHEDULES.items() if ours != "sigmoid"}  # which DDIMScheduler has not
     betas = None
     if noise["name"] not in theirs:
-        alpha_bar = config_lib.noise_schedule(config_lib.section(ScheduleConfig, noise, "schedule")).alpha_bar
+        plain = {**noise, "zero_terminal_snr": False}
+        alpha_bar = config_lib.noise_schedule(config_lib.section(ScheduleConfig, plain, "schedule")).alpha_bar
         betas = list(noise["betas"]) or (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
     thresholding = bool(sample["clip_x0"] and sample["clip_quantile"])
     clip_range = {"sample_max_value" if thresholding else "clip_sample_range": sample["clip_range"]}
@@ -484,6 +487,7 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "beta_end": noise["beta_end"],
         "beta_schedule": theirs.get(noise["name"], "linear"),
         "trained_betas": betas,
+        "rescale_betas_zero_snr": noise["zero_terminal_snr"],
         "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[config["model"]["prediction"]],
         "clip_sample": bool(sample["clip_x0"]) and not thresholding,
         "thresholding": thresholding,

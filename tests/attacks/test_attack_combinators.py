@@ -45,10 +45,10 @@ FUNCTIONS = {
     "functools.partial": functools.partial(network, 0.4),
 }
 COMBINATORS = {
-    "clip_x0": lambda f: gaussian.clip_x0(f, TABLE, -0.5, 0.6),
-    "threshold_x0": lambda f: gaussian.threshold_x0(f, TABLE, 0.6, 1.5),
+    "clip_x0": lambda f: gaussian.clip_x0(f, -0.5, 0.6),
+    "threshold_x0": lambda f: gaussian.threshold_x0(f, 0.6, 1.5),
     "guided": lambda f: guidance.guided(f, lambda x, t: network(0.1, x, t), 1.7),
-    "inpainted": lambda f: guidance.inpainted(f, TABLE, KNOWN, MASK),
+    "inpainted": lambda f: guidance.inpainted(f, KNOWN, MASK),
 }
 RUNNERS = {
     "integrate": lambda f: samplers.integrate(samplers.ddim(), f, DOWN, X),
@@ -110,7 +110,7 @@ def test_every_function_where_steps_are_solved_or_weighed(function):
     for run in (
         lambda f: inversion.invert(f, LINEAR, TAU, X, refine=3).x_T,
         lambda f: ode.log_likelihood(f, LINEAR, TAU, X),
-        lambda f: guidance.guided(reference, f, 2.0)(X, 7),
+        lambda f: guidance.guided(reference, f, 2.0)(X, schedule.level_at(TABLE, 7, X)).eps,
     ):
         holds(np.allclose(run(eps_fn), run(reference), rtol=1e-4, atol=1e-4), function)
 
@@ -178,7 +178,7 @@ def test_an_object_that_cannot_be_hashed_is_refused_with_the_remedy():
             return x
 
     for call in (RUNNERS["integrate"], RUNNERS["invert"], COMBINATORS["clip_x0"], COMBINATORS["guided"]):
-        refuses(lambda call=call: call(Unhashable()), "eps_fn", "Partial")
+        refuses(lambda call=call: call(Unhashable()), "model", "Partial")
 
 
 # --- what a function must not return ---
@@ -201,14 +201,14 @@ WRONG_OUTPUTS = {
 def test_outputs_that_only_broadcast_are_refused(name):
     wrong = WRONG_OUTPUTS[name]
     for run in RUNNERS.values():
-        refuses(lambda run=run: run(wrong), "eps_fn", "return")
+        refuses(lambda run=run: run(wrong), "model", "return")
     for combinator in COMBINATORS.values():
-        refuses(lambda combinator=combinator: RUNNERS["integrate"](combinator(wrong)), "eps_fn", "return")
+        refuses(lambda combinator=combinator: RUNNERS["integrate"](combinator(wrong)), "model", "return")
     refuses(lambda: RUNNERS["integrate"](guidance.guided(plain, wrong, 2.0)), "unguided", "return")
-    refuses(lambda: samplers.integrate(ode.SigmaEuler(), wrong, DOWN, X), "eps_fn", "return")
+    refuses(lambda: samplers.integrate(ode.SigmaEuler(), wrong, DOWN, X), "model", "return")
 
 
 @pytest.mark.parametrize("wrong", ["eps", 3, None, jnp.ones(3), {"a": 1}, oracle.gaussian(LINEAR)(X, 5)])
 def test_what_cannot_be_called_is_refused(wrong):
     for run in (*RUNNERS.values(), *COMBINATORS.values()):
-        refuses(lambda run=run: run(wrong), "eps_fn")
+        refuses(lambda run=run: run(wrong), "model")

@@ -29,7 +29,7 @@ from ddim_jax import (
     trajectory,
 )
 from ddim_jax.evaluation import frechet
-from ddim_jax.models import adapter
+from ddim_jax.models.denoiser import Denoiser
 
 LINEAR = schedule.linear()
 TABLE = schedule.levels(LINEAR)
@@ -42,6 +42,7 @@ MASK = np.array([[True, False, False, True]])
 DDIM = samplers.ddim()
 SLOW = pytest.mark.slow
 net = lambda x, t: 0.4 * x
+LEVEL = schedule.level_at(TABLE, 5, X)
 
 # --- what no argument of a kind may be ---
 
@@ -126,7 +127,7 @@ ENTRIES = {
     "log_snr(log_snr_min)": (reals(-80, 13.3, False, True), lambda v: schedule.log_snr(10, 13.3, v)),
     "from_betas(betas)": (
         NOT_NUMBERS
-        | st.sampled_from([0.1, [[0.1]], [0.0], [1.0], [0.1, float("nan")], ["0.1"], [True], [0.9] * 99, [1e-20]]),
+        | st.sampled_from([0.1, [[0.1]], [0.0], [1.0, 0.1], [0.1, float("nan")], ["0.1"], [True], [0.9] * 99, [1e-20]]),
         schedule.from_betas,
         "alpha_bar",
     ),
@@ -180,9 +181,9 @@ ENTRIES = {
         lambda v: samplers.integrate(DDIM, net, v, X),
     ),
     "trajectory(x)": (NOT_ARRAYS, lambda v: samplers.trajectory(DDIM, net, DOWN, v)),
-    "trajectory(predict)": (
+    "trajectory(model)": (
         st.sampled_from(["x_0", 3, X]),
-        lambda v: samplers.trajectory(DDIM, net, DOWN, X, predict=v),
+        lambda v: samplers.trajectory(DDIM, v, DOWN, X),
     ),
     "invert(noise_schedule)": (NOT_SCHEDULES, lambda v: samplers.invert(net, v, TAU, X)),
     "invert(tau)": (NOT_TAUS, lambda v: samplers.invert(net, LINEAR, v, X)),
@@ -221,14 +222,14 @@ ENTRIES = {
     "forward(x_0)": (NOT_ARRAYS, lambda v: inference.forward(LINEAR, TAU, v, KEY)),
     "forward(key)": (NOT_KEYS, lambda v: inference.forward(LINEAR, TAU, X, v)),
     # combinators
-    "clip_x0(low)": (reals(None, 1, False, True), lambda v: gaussian.clip_x0(net, TABLE, v, 1.0)),
-    "clip_x0(high)": (reals(-1, None, True), lambda v: gaussian.clip_x0(net, TABLE, -1.0, v)),
-    "clip_x0(table)": (NOT_TABLES, lambda v: gaussian.clip_x0(net, v)),
-    "threshold_x0(quantile)": (reals(0, 1, True, True), lambda v: gaussian.threshold_x0(net, TABLE, v, 1.0)),
-    "threshold_x0(maximum)": (reals(1), lambda v: gaussian.threshold_x0(net, TABLE, 0.5, v)),
+    "clip_x0(low)": (reals(None, 1, False, True), lambda v: gaussian.clip_x0(net, v, 1.0)),
+    "clip_x0(high)": (reals(-1, None, True), lambda v: gaussian.clip_x0(net, -1.0, v)),
+    "clip_x0(low), a table": (NOT_TABLES | st.just(TABLE), lambda v: gaussian.clip_x0(net, v), "low"),
+    "threshold_x0(quantile)": (reals(0, 1, True, True), lambda v: gaussian.threshold_x0(net, v, 1.0)),
+    "threshold_x0(maximum)": (reals(1), lambda v: gaussian.threshold_x0(net, 0.5, v)),
     "guided(scale)": (
         NOT_NUMBERS.filter(lambda v: not isinstance(v, tuple)) | NOT_FINITE | BOOLS,
-        lambda v: guidance.guided(net, net, v)(X, 5),
+        lambda v: guidance.guided(net, net, v)(X, LEVEL),
     ),  # fmt: skip
     "inpainted(mask)": (
         st.sampled_from(
@@ -244,13 +245,12 @@ ENTRIES = {
                 np.array([["a"]]),
             ]  # fmt: skip
         ),
-        lambda v: guidance.inpainted(net, TABLE, X, v),
+        lambda v: guidance.inpainted(net, X, v),
     ),
     "inpainted(known)": (
         NOT_ARRAYS | st.just(np.where(MASK, np.nan, X)),
-        lambda v: guidance.inpainted(net, TABLE, v, MASK),
+        lambda v: guidance.inpainted(net, v, MASK),
     ),
-    "inpainted(table)": (NOT_TABLES, lambda v: guidance.inpainted(net, v, X, MASK)),
     # the rest
     "q_sigma(sigma2)": (
         reals(0, 0.7),
@@ -313,10 +313,9 @@ ENTRIES = {
         st.sampled_from([[0.0, 0.0], [-1.0, 2.0], [np.nan, 1], "ab", [1.0]]),
         lambda v: oracle.mixture(LINEAR, [[1.0], [2.0]], [0.1, 0.2], v),
     ),
-    "adapter.eps_fn(prediction)": (
-        st.sampled_from(["epsilon", None, 1]),
-        lambda v: adapter.eps_fn(None, {}, TABLE, v),
-    ),
+    "Denoiser(prediction)": (st.sampled_from(["epsilon", None, 1]), lambda v: Denoiser(None, {}, v)),
+    "zero_terminal_snr(noise_schedule)": (NOT_SCHEDULES | st.just(schedule.vp()), schedule.zero_terminal_snr),
+    "descend(stride)": (integers(0), lambda v: trajectory.descend(LINEAR, TAU, 0, v)),
 }
 
 
@@ -379,9 +378,9 @@ def test_arguments_that_changed_places():
         lambda: samplers.integrate(DDIM, DOWN, net, X),
         lambda: samplers.integrate(DDIM, net, X, DOWN),
         lambda: samplers.integrate(DDIM, net, DOWN, KEY, X),
-        lambda: gaussian.clip_x0(TABLE, net),
-        lambda: guidance.inpainted(net, X, TABLE, MASK),
-        lambda: guidance.inpainted(net, TABLE, MASK, X),
+        lambda: gaussian.clip_x0(-1.0, net),
+        lambda: guidance.inpainted(net, MASK, X),
+        lambda: guidance.inpainted(X, net, MASK),
         lambda: guidance.guided(net, 2.0, net),
         lambda: inversion.invert(net, TAU, LINEAR, X),
         lambda: inference.forward(TAU, LINEAR, X, KEY),
@@ -419,7 +418,9 @@ def test_the_largest_eta(name, spacing, S):
     holds(limit >= 1)
     x, noise = X, np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
     tightest = int(np.argmin(down.one_minus_alpha_bar_s[:-1] / down.posterior_variance[:-1]))
-    step = jax.jit(lambda eta, transition: samplers.DDIM(eta).step(x, (), transition, net, noise)[0])
+    step = jax.jit(
+        lambda eta, transition: samplers.DDIM(eta).step(x, (), transition, gaussian.as_denoise(net), noise)[0]
+    )
     at = jax.tree.map(lambda leaf: leaf[tightest], down)
     for eta in (limit, np.float32(limit), np.nextafter(np.float32(limit), np.float32(np.inf))):
         found = step(eta, samplers.rounded(at, jnp.float32))
@@ -507,7 +508,7 @@ def test_half_precision_elsewhere(dtype="float16"):
         "implicit": inversion.invert(eps_fn, cosine, tau, x, 2).x_T,
         "x_0": samplers.trajectory(DDIM, eps_fn, down, x)[1].x_0,
         "parallel": parallel.integrate(DDIM, eps_fn, down, x).x,
-        "clipped": samplers.integrate(DDIM, gaussian.clip_x0(eps_fn, table), down, x),
+        "clipped": samplers.integrate(DDIM, gaussian.clip_x0(eps_fn), down, x),
         "forward": inference.forward(cosine, tau, x, KEY),
     }
     for name, found in results.items():

@@ -64,7 +64,7 @@ def test_what_fits_is_never_refused(batch, channels, monkeypatch):
     keys, x = generate.start(config, sharding.split_batch(mesh, jax.numpy.arange(batch)))
     transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
     lowered = generate.samplers._scan.lower(
-        process.sampler, generate.eps_fn(config, params), transitions, x, None, predict=None
+        process.sampler, generate.denoiser(config, params), transitions, x, None, keep=False
     )
     needed = lowered.compile().memory_analysis()
     total = needed.argument_size_in_bytes + needed.output_size_in_bytes + needed.temp_size_in_bytes

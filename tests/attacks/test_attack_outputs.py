@@ -596,16 +596,16 @@ class Plain(NamedTuple):
     def init(self, x):
         return ()
 
-    def step(self, x_t, state, transition, eps_fn, noise):
-        x_s, state = samplers.ddim().step(x_t, state, transition, eps_fn, noise)
+    def step(self, x_t, state, transition, denoise, noise):
+        x_s, state = samplers.ddim().step(x_t, state, transition, denoise, noise)
         return self.factor * x_s, state
 
 
 class Rewritten(Plain):
     """The same mathematics in other words, with a helper."""
 
-    def step(self, x_t, state, transition, eps_fn, noise):
-        return scaled(samplers.ddim().step(x_t, state, transition, eps_fn, noise)[0]), ()
+    def step(self, x_t, state, transition, denoise, noise):
+        return scaled(samplers.ddim().step(x_t, state, transition, denoise, noise)[0]), ()
 
 
 FACTOR = 1.0
@@ -638,8 +638,8 @@ def test_an_edited_sampler_has_another_fingerprint(monkeypatch):
     jax.clear_caches()  # a new process
     holds(process_of(Rewritten()) != first)
 
-    def clipped(self, x_t, state, transition, eps_fn, noise):
-        return jnp.clip(samplers.ddim().step(x_t, state, transition, eps_fn, noise)[0], -2, 2), state
+    def clipped(self, x_t, state, transition, denoise, noise):
+        return jnp.clip(samplers.ddim().step(x_t, state, transition, denoise, noise)[0], -2, 2), state
 
     monkeypatch.setattr(Static, "step", Plain.step, raising=False)
     before = process_of(Static())
@@ -653,8 +653,8 @@ def test_a_sampler_for_float32_alone_has_a_fingerprint_too():
         def init(self, x):
             return jnp.zeros(x.shape, jnp.float32)
 
-        def step(self, x_t, state, transition, eps_fn, noise):
-            x_s, _ = samplers.ddim().step(x_t, (), transition, eps_fn, noise)
+        def step(self, x_t, state, transition, denoise, noise):
+            x_s, _ = samplers.ddim().step(x_t, (), transition, denoise, noise)
             return x_s, x_s
 
     holds(process_of(Float32()) == process_of(Float32()) and len(process_of(Float32())) == 64)
@@ -776,10 +776,11 @@ def drawn(config, params, index):
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     keys, x_T = generate.start(config, jnp.asarray(index))
     keys = keys if process.sampler.stochastic else None
-    x_0 = samplers.integrate(process.sampler, generate.eps_fn(config, params), process.transitions, x_T, keys)
+    x_0 = samplers.integrate(process.sampler, generate.denoiser(config, params), process.transitions, x_T, keys)
     return np.asarray(x_T), np.asarray(x_0), np.asarray(to_uint8(x_0)).astype(int)
 
 
+@pytest.mark.slow
 def test_what_is_promised_of_image_i():
     """Its noise depends on (seed, i) alone. With the same batch size, devices and version of JAX it has the same bits,
     whatever images are drawn beside it, and however many; another batch size rounds differently, by at most one grey

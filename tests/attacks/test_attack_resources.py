@@ -250,6 +250,7 @@ def test_an_empty_folder_is_not_the_current_one(name, tmp_path):
     holds(not list(tmp_path.iterdir()))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_further_is_not_rewritten(tmp_path, trained):  # noqa: F811
     shutil.copytree(trained, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

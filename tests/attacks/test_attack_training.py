@@ -28,6 +28,9 @@ from ddim_jax.errors import CheckpointError, ConfigError
 from ddim_jax.train_state import TrainState
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
+CONFIG = dataclasses.replace(
+    CONFIG, model=dataclasses.replace(CONFIG.model, channel_mult=(1,), attention_resolutions=(), middle_attention=False)
+)
 
 
 def objective(factor, config=None):
@@ -138,6 +141,7 @@ def test_a_run_does_not_go_back(tmp_path, mesh):
     holds((tmp_path / "run" / "config.json").read_bytes() == before)
 
 
+@pytest.mark.slow
 def test_a_config_that_is_refused_is_not_written(tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 1000))
     refuses(lambda: fitted(tmp_path / "run", mesh), "config.train.keep", errors=(ConfigError,))
