@@ -1,0 +1,169 @@
+"""DiT, the diffusion transformer with adaLN-Zero (Peebles and Xie 2023), on pixels.
+
+Every patch of the image is a token. Numerically the network of the published code: fixed sinusoids for the position of
+a patch, LayerNorm with epsilon 1e-6, GELU by tanh, for the time 256 sinusoids with frequencies `10000^(-i / 128)` and
+cos before sin. Parameters are float32; `dtype` is what the products compute in, while normalisation, softmax and the
+output stay in float32. Images are (B, H, W, C), channels last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddim_jax import checks
+from ddim_jax.models.unet import Dropout, depth_to_space, sinusoid, space_to_depth
+from ddim_jax.schedule import Array
+
+# The published initialisation. What modulates starts at 0, so that every block is the identity and the output is 0.
+_INIT = nn.initializers.xavier_uniform()
+_EMBEDDING = nn.initializers.normal(0.02)
+_ZERO = nn.initializers.zeros
+
+TIME_FEATURES = 256
+EPSILON = 1e-6  # of LayerNorm
+
+
+def positions(side: int, features: int, dtype: Any = jnp.float32) -> Array:
+    """(1, side^2, features): of each patch, row by row, the sinusoids of its column, then those of its row.
+
+    features: a multiple of 4.
+    """
+    waves = sinusoid(jnp.arange(side, dtype=dtype), features // 2, shift=0.0)
+    shape = (side, side, features // 2)
+    both = jnp.concatenate([jnp.broadcast_to(waves[None], shape), jnp.broadcast_to(waves[:, None], shape)], axis=-1)
+    return both.reshape(1, side**2, features)
+
+
+def modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
+    """adaLN: LayerNorm of x (B, N, D) without parameters (Ba et al. 2016), times `1 + scale`, plus shift, both (B, D).
+    Computed in float32 at least.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    h, shift, scale = x.astype(wide), shift[:, None].astype(wide), scale[:, None].astype(wide)
+    h -= h.mean(-1, keepdims=True)
+    h *= jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + EPSILON)
+    return (h * (1 + scale) + shift).astype(x.dtype)
+
+
+def attention(query: Array, key: Array, value: Array) -> Array:
+    """softmax(query key / sqrt(C)) value for each head, all (B, N, heads, C)."""
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=wide)
+    weights = jax.nn.softmax(logits / query.shape[-1] ** 0.5, axis=-1)  # jax.nn's attention: float32 at most
+    return jnp.einsum("bhqk,bkhc->bqhc", weights.astype(value.dtype), value)
+
+
+class Block(nn.Module):
+    """Self-attention, then an MLP, each after a modulated norm, and added to its input by a gate. condition (B, D)
+    gives shift, scale and gate of both. Dropout acts on what is added.
+    """
+
+    num_heads: int
+    mlp_features: int
+    dropout: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, condition, train):
+        batch, tokens, features = x.shape
+        dense = lambda width, name, init=_INIT: nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)
+        modulation = jnp.split(dense(6 * features, "modulation", _ZERO)(condition), 6, axis=-1)
+        shift_0, scale_0, gate_0, shift_1, scale_1, gate_1 = modulation
+
+        h = dense(3 * features, "qkv")(modulated_norm(x, shift_0, scale_0))
+        query, key, value = jnp.moveaxis(h.reshape(batch, tokens, 3, self.num_heads, -1), 2, 0)
+        h = dense(features, "out")(attention(query, key, value).reshape(x.shape))
+        x += gate_0[:, None] * Dropout(self.dropout)(h, train)
+
+        h = nn.gelu(dense(self.mlp_features, "mlp_0")(modulated_norm(x, shift_1, scale_1)))
+        h = dense(features, "mlp_1")(h)
+        return x + gate_1[:, None] * Dropout(self.dropout)(h, train)
+
+
+class DiT(nn.Module):
+    """eps, x_0 or v from (x_t, time); with the defaults DiT-S/2, on CIFAR-10's images.
+
+    image_size: H = W. patch_size: each square of so many pixels is one token. depth: blocks. hidden_size: features of a
+    token. num_heads: of the attention, hidden_size / num_heads features each. mlp_ratio: features within the MLP, as a
+    multiple of hidden_size, rounded down. num_classes: 0 for none, else `labels` are required. label_dropout: above 0
+    there is one more class, num_classes, which says nothing of the image; in training a label is replaced by it with
+    this probability, so that the network can guide itself (Ho and Salimans 2022). remat: compute the blocks again for
+    the gradient instead of keeping what they computed: less memory, a third more time.
+    """
+
+    image_size: int = 32
+    image_channels: int = 3
+    patch_size: int = 2
+    depth: int = 12
+    hidden_size: int = 384
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    num_classes: int = 0
+    label_dropout: float = 0.0
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def check(self) -> None:
+        """ValueError, naming the field, if the sizes do not fit together."""
+        for name in ("image_size", "image_channels", "patch_size", "depth", "hidden_size", "num_heads"):
+            checks.integer(name, getattr(self, name), 1)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        if self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size must be a multiple of 4, sin and cos of the row and of the column of a patch, got "
+                f"{self.hidden_size}"
+            )
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        if not 1 <= self.mlp_ratio * self.hidden_size < float("inf"):
+            raise ValueError(
+                f"mlp_ratio must give at least 1 feature, got {self.mlp_ratio} times hidden_size {self.hidden_size}"
+            )
+        if self.label_dropout and not self.num_classes:
+            raise ValueError(f"label_dropout needs num_classes above 0, got {self.label_dropout}")
+
+    @nn.compact
+    def __call__(self, x: Array, time: Array, labels: Array | None = None, train: bool = False) -> Array:
+        """x: (B, H, W, C). time: (B,), 0-based as in every published network. labels: (B,) ints in
+        0..num_classes - 1, or num_classes for none where label_dropout is above 0. Returns (B, H, W, C), at least
+        float32. train: whether dropout acts, of features and of labels, which then needs a "dropout" rng.
+        """
+        if x.shape[1:] != (self.image_size, self.image_size, self.image_channels):
+            raise ValueError(
+                f"the network takes images {self.image_size}x{self.image_size}x{self.image_channels}, got "
+                f"{'x'.join(map(str, x.shape[1:]))}"
+            )
+        if (labels is None) != (self.num_classes == 0):
+            raise ValueError(f"a network with num_classes {self.num_classes} got labels {labels}")
+        dense = lambda width, name, init: nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)
+        block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block  # 3: train
+
+        embedding = sinusoid(time, TIME_FEATURES, shift=0.0, cos_first=True)
+        embedding = nn.silu(dense(self.hidden_size, "time_0", _EMBEDDING)(embedding))
+        embedding = dense(self.hidden_size, "time_1", _EMBEDDING)(embedding)
+        if self.num_classes:
+            if train and self.label_dropout:
+                dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, labels.shape)
+                labels = jnp.where(dropped, self.num_classes, labels)
+            rows = self.num_classes + (self.label_dropout > 0)
+            classes = nn.Embed(rows, self.hidden_size, dtype=self.dtype, embedding_init=_EMBEDDING, name="class")
+            embedding += classes(labels)
+        condition = nn.silu(embedding)
+
+        patches = space_to_depth(x, self.patch_size)
+        batch, side, _, features = patches.shape
+        h = dense(self.hidden_size, "patch_in", _INIT)(patches.reshape(batch, side**2, features))
+        wide = jnp.promote_types(h.dtype, jnp.float32)
+        h += positions(side, self.hidden_size, wide).astype(h.dtype)
+        for i in range(self.depth):
+            mlp_features = int(self.mlp_ratio * self.hidden_size)
+            h = block(self.num_heads, mlp_features, self.dropout, self.dtype, name=f"block_{i}")(h, condition, train)
+        shift, scale = jnp.split(dense(2 * self.hidden_size, "modulation_out", _ZERO)(condition), 2, axis=-1)
+        h = dense(features, "patch_out", _ZERO)(modulated_norm(h, shift, scale))
+        return depth_to_space(h.reshape(patches.shape), self.patch_size).astype(wide)
