@@ -28,7 +28,7 @@ import types
 import jax
 import numpy as np
 
-from ddim_jax import cli, convert, sharding, train_state, weights
+from ddim_jax import cli, convert, sharding, weights
 from ddim_jax import config as config_lib
 from ddim_jax.pretrained import published
 
@@ -42,7 +42,7 @@ def main(options: types.SimpleNamespace) -> None:
         print(json.dumps(measure(options.read)))
         return
     config = options.config
-    params = jax.jit(lambda key: train_state.init_params(config_lib.network(config.model), key))(jax.random.key(0))
+    params = jax.jit(config_lib.network(config.model).init)(jax.random.key(0))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     print(
         f"{config.name}, {size / 4e6:.1f} M parameters, {size / 1e6:.0f} MB, {jax.devices()[0].device_kind} "

@@ -22,7 +22,7 @@ import types
 import jax
 import numpy as np
 
-from ddim_jax import cli, generate, samplers, train_state
+from ddim_jax import cli, generate, samplers
 from ddim_jax import config as config_lib
 
 REPEATS = 5
@@ -37,7 +37,7 @@ def main(options: types.SimpleNamespace) -> None:
         f"{config.name}, batch {config.sample.batch_size}, {device.device_kind} ({platform.machine()}), "
         f"jax {jax.__version__}\n"
     )
-    params = jax.jit(lambda key: train_state.init_params(config_lib.network(config.model), key))(jax.random.key(0))
+    params = jax.jit(config_lib.network(config.model).init)(jax.random.key(0))
     noise_schedule = config_lib.noise_schedule(config.schedule)
     rows = {int(steps): measure(config, int(steps), params, noise_schedule) for steps in options.steps.split(",")}
     print(

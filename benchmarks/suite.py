@@ -49,7 +49,7 @@ from tqdm import tqdm
 from benchmarks.data import rates
 from benchmarks.theirs import Theirs
 from benchmarks.training import copy_rate, machines, matrix_product_rate
-from ddim_jax import cli, data, generate, samplers, sharding, train, train_state, trajectory
+from ddim_jax import cli, data, generate, samplers, sharding, train, trajectory
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
 from ddim_jax.errors import ConfigError, error_context
@@ -121,7 +121,7 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def random_params(config: Config) -> Any:
-    params = jax.jit(lambda key: train_state.init_params(config_lib.network(config.model), key))(jax.random.key(0))
+    params = jax.jit(config_lib.network(config.model).init)(jax.random.key(0))
     rng = np.random.default_rng(0)  # what closes a branch starts at 0: that would be nothing to compute with
     return jax.tree.map(lambda leaf: leaf + 0.01 * rng.normal(size=leaf.shape).astype(np.float32), params)
 

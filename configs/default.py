@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     data.workers = 0                      # processes that read and decode images; 0: threads of this one
 
     config.model = model = ConfigDict()
+    model.name = "unet"                   # unet | dit, or a network of yours, "module:attribute"; the fields
+                                          # below are the U-Net's: for another see configs/digits_dit.py
     model.image_size = 32                 # height and width; divisible by 2^(len(channel_mult) - 1)
     model.image_channels = 3
     model.patch_size = 1                  # above 1: squares of so many pixels are one position of the network
@@ -54,6 +56,7 @@ def get_config() -> ConfigDict:
     schedule.betas = ()                   # of from_betas: beta_1 .. beta_T
     schedule.log_snr_max = 13.3           # of log_snr: log(alpha_bar / (1 - alpha_bar)) at t = 0, and at t = T
     schedule.log_snr_min = -10.0
+    schedule.options = {}                 # arguments of a schedule of yours, name = "module:attribute"
     schedule.zero_terminal_snr = False    # no signal at T (Lin et al. 2023), for prediction x0 and v
 
     config.train = train = ConfigDict()
@@ -104,6 +107,7 @@ def get_config() -> ConfigDict:
                                           # |x_0|, but at least 1 and at most clip_range, and x_0 is divided by it
     sample.keep_eps = False               # with clip_x0: eps stays as predicted, as in diffusers
     sample.ema = True                     # False: the raw parameters instead of their moving average (with --workdir)
+    sample.options = {}                   # arguments of a sampler of yours, sampler = "module:attribute"
     sample.refine = 0                     # of encoding: network calls a step that solve it, so that decoding returns
                                           # the image (10 to 20); 0: the paper's explicit step
     sample.label = -1                     # the class, for class-conditional networks; -1: image i has class i mod n

@@ -79,8 +79,8 @@ def start(
                 with error_context("--distributed"):
                     sharding.start_processes()
             if config:
-                given.config = _config()
-                given.values = FLAGS.config.to_dict()
+                given.values = _values()
+                given.config = _config(given.values)
             main(given)
             sys.stdout.flush()
         except (ConfigError, CheckpointError) as error:
@@ -153,32 +153,69 @@ def fail(message: str, code: int = 2) -> NoReturn:
 def _batch_and_width() -> tuple[int, int]:
     """Of a part of a batch, and of the widest layer; 1 and 0 where the config has mistakes: `_config` names them."""
     try:
-        found = config_lib.typed(FLAGS.config.to_dict())
-    except (AttributeError, ConfigError):  # AttributeError: there is no --config
+        found = config_lib.typed(_values())
+    except ConfigError:
         return 1, 0
     train, model = found.train, found.model
     whole = train.batch_size % train.accumulate == 0
-    return train.batch_size // train.accumulate if whole else 1, model.channels * max(model.channel_mult)
+    try:
+        width = config_lib.network(model).fact("width", sharding.SMALL_WIDTH + 1)
+    except ConfigError:
+        width = 0
+    return train.batch_size // train.accumulate if whole else 1, width
 
 
-def _config() -> Config:
+_open_fields: dict[str, str] = {}  # fields that belong to a factory, which its config may not list -> their text
+
+
+def _values() -> dict[str, Any]:
+    """The values of --config and of the options for its fields."""
     if FLAGS.config is None:
         raise ConfigError("--config is missing, for example --config configs/digits.py")
     values = FLAGS.config.to_dict()
-    if not config_lib.typed(values).pretrained:
+    for field, text in _open_fields.items():
+        values = config_lib.with_value(values, field, config_lib.literal(text))
+    return values
+
+
+def _config(values: dict[str, Any]) -> Config:
+    if values.get("pretrained") in (None, ""):
         return config_lib.parse(values)
-    for field in config_flags.get_override_values(FLAGS["config"]):
+    for field, value in _changed().items():
         section, _, name = field.partition(".")
-        if section == "schedule" or (section == "model" and name not in config_lib.FREE_OF_NETWORK):
+        code = name == "name" and ":" in value  # names what may be run, see `compatibility.check_trusted`
+        if section in ("model", "schedule") and name not in config_lib.FREE_OF_NETWORK and not code:
             raise ConfigError(f"config.{field}: with config.pretrained it is the checkpoint's own; leave it out")
     return config_lib.parse(weights.completed(values))
 
 
+def _changed() -> dict[str, Any]:
+    """The fields of the config that options give."""
+    return config_flags.get_override_values(FLAGS["config"]) | _open_fields
+
+
 def config_arguments() -> list[str]:
     """The options that give another command the same config."""
-    changed = config_flags.get_override_values(FLAGS["config"])
     file = config_flags.get_config_filename(FLAGS["config"])
-    return [f"--config={file}", *(f"--config.{field}={value}" for field, value in changed.items())]
+    return [f"--config={file}", *(f"--config.{field}={value}" for field, value in _changed().items())]
+
+
+def _without_open_fields(argv: list[str]) -> list[str]:
+    """The arguments without those for fields of factories, which `_open_fields` then holds: ml_collections accepts none
+    that the config file does not list.
+    """
+    rest, waiting = [], list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        found = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL)
+        if found is None or not config_lib.is_open(found[2]):
+            rest.append(argument)
+        elif found[3] is not None:
+            _open_fields[found[2]] = found[3]
+        else:  # --config.model.remat, --noconfig.model.remat, --config.model.channels 64
+            alone = found[1] or not waiting or waiting[0].startswith("-")
+            _open_fields[found[2]] = str(not found[1]) if alone else waiting.pop(0)
+    return rest
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -187,9 +224,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
         print(usage.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS))
         sys.exit(0)
     try:
-        for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv[1:]), re.MULTILINE):
-            if "config" in FLAGS:
-                config_lib.type_of(field)
+        if "config" in FLAGS:
+            sys.argv[:] = argv = _without_open_fields(argv)  # ml_collections reads sys.argv itself
+            for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv[1:]), re.MULTILINE):
+                config_lib.type_of(field, {})
         logging_of_python.disable(logging_of_python.WARNING)  # what ml_collections thinks of a config file
         rest = FLAGS(argv)
         logging_of_python.disable(logging_of_python.NOTSET)
@@ -206,7 +244,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         fail(str(error)[:500])
     except Exception as error:  # whatever the user's config file raises
         if "No such file" in str(error):
-            fail(f"there is no config file {config_flags.get_config_filename(FLAGS['config'])}")
+            fail(f"there is no config file: {str(error)[:500]}")
         fail(f"the config file cannot be loaded: {type(error).__name__}: {str(error)[:500]}")
 
 

@@ -27,7 +27,7 @@ FAR = 1e12  # what is infinite
 # Fields of config.sample that images do not depend on, or through tau and the weights alone.
 WITHOUT_EFFECT = ("batch_size", "refine", "steps", "tau_offset", "ema")
 # Fields that folders of earlier versions do not record: they are recorded where they are set.
-ADDED_LATER = ("keep_eps", "fixed_stride")
+ADDED_LATER = ("keep_eps", "fixed_stride", "options")
 
 
 def of_images(config: Config, process: Process) -> dict[str, Any]:
@@ -54,14 +54,15 @@ def sample(config: Config) -> dict[str, Any]:
 def model(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.model that change the network's output: not what matters in training alone."""
     unused = set(FREE_OF_NETWORK) - {"dtype"}
+    if config.name == "unet":  # folders of earlier versions do not record the only network that there was
+        unused |= {"name"}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
 
 
 def schedule(config: ScheduleConfig) -> dict[str, Any]:
     """The name of a schedule, and the fields that its factory takes."""
-    taken = registry.accepts(registry.SCHEDULES[config.name]) | {"name"}
-    if config.zero_terminal_snr:
-        taken |= {"zero_terminal_snr"}
+    taken = registry.accepts(registry.resolve(registry.SCHEDULES, config.name)) | {"name"}
+    taken |= {name for name in ("zero_terminal_snr", "options") if getattr(config, name)}
     return {name: value for name, value in dataclasses.asdict(config).items() if name in taken}
 
 
@@ -123,11 +124,13 @@ def folder_name(config: Config, process: Process, step: int | None, made_from: M
     two different runs never have the same. step: of the checkpoint.
     """
     fields = config.sample
-    takes_eta = "eta" in registry.accepts(registry.SAMPLERS[fields.sampler])
+    takes_eta = "eta" in registry.accepts(registry.resolve(registry.SAMPLERS, fields.sampler))
+    tau = fields.tau if fields.tau in registry.NAMED_TAUS or ":" in fields.tau else "explicit"
+    dtype = getattr(config.model, "dtype", "float32")
     parts = [
         fields.sampler,
         f"eta{fields.eta:g}" if takes_eta else "",
-        f"{fields.tau if fields.tau in registry.NAMED_TAUS else 'explicit'}-{len(process.tau) - 1}",
+        f"{tau}-{len(process.tau) - 1}",
         f"seed{fields.seed}",
         f"n{fields.num_images}",
         f"step{step}" if step is not None else "",
@@ -136,8 +139,9 @@ def folder_name(config: Config, process: Process, step: int | None, made_from: M
         f"clip{fields.clip_range:g}" if fields.clip_x0 else "",
         f"quantile{fields.clip_quantile:g}" if fields.clip_x0 and fields.clip_quantile else "",
         f"end{fields.tau_end}" if fields.tau_end else "",
+        *(f"{name}{value}" for name, value in fields.options.items()),
         "raw" if not fields.ema else "",
-        config.model.dtype if config.model.dtype != "float32" else "",
+        dtype if dtype != "float32" else "",
     ]
     return f"{files.name_from('-'.join(filter(None, parts)))[:90]}-{files.json_digest(made_from)[:8]}"
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ddim_jax import files, sharding, train_state
-from ddim_jax.config import DTYPES, Config, ModelConfig, network
+from ddim_jax.config import Config, ModelConfig, network
 from ddim_jax.errors import ConfigError
 
 SWITCH = "DDIM_JAX_NO_MEMORY_CHECK"  # an environment variable: 1 goes ahead whatever the estimate is
@@ -47,9 +47,14 @@ def is_off() -> bool:
 
 def image_bytes(model: ModelConfig) -> int:
     """What one image needs at least: x_t, eps, and what the network's first convolution makes of x_t."""
-    pixels, positions = model.image_size**2, (model.image_size // model.patch_size) ** 2
-    width = np.dtype(DTYPES[model.dtype]).itemsize
-    return pixels * 2 * 4 * model.image_channels + positions * width * model.channels
+    return model.image_size**2 * 2 * 4 * model.image_channels + first_layer_bytes(model)
+
+
+def first_layer_bytes(model: ModelConfig) -> int:
+    """What a network's first layer makes of an image, at least; 0 where it is not known."""
+    made = network(model)
+    width, patch = made.fact("width_in", 0), made.fact("patch_size", 1)
+    return (model.image_size // patch) ** 2 * width * np.dtype(made.fact("dtype", np.float32)).itemsize
 
 
 def available(mesh: Mesh) -> int | None:

@@ -4,12 +4,16 @@ tests run over these.
 
 from __future__ import annotations
 
+import difflib
 import functools
+import importlib
 import inspect
+import re
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ddim_jax import gaussian, losses, multistep, samplers, schedule, trajectory
+from ddim_jax import checks, gaussian, losses, multistep, samplers, schedule, trajectory
 from ddim_jax.checks import lookup as lookup
 
 SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule or ContinuousSchedule
@@ -58,11 +62,69 @@ PREDICTIONS = gaussian.PREDICTIONS
 GAMMAS = losses.GAMMAS
 
 
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+
+def check_name(table: Mapping[str, Any], name: str) -> None:
+    """ValueError, with the nearest name, unless it is an entry of the table, or of the form "package.module:attribute".
+    Imports nothing.
+    """
+    if not isinstance(name, str) or ":" not in name:
+        lookup(table, name)
+    elif not NAME.fullmatch(name):
+        raise ValueError(f"must be one of {', '.join(table)}, or package.module:attribute, got {checks.shown(name)}")
+
+
+def resolve(table: Mapping[str, Any], name: str) -> Any:
+    """The entry called name of a table, or what "package.module:attribute" names: anything that can be called.
+    ValueError of one line if there is none, or if importing it fails.
+    """
+    check_name(table, name)
+    if ":" not in name:
+        return table[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(f"{name} cannot be imported: {type(error).__name__}: {str(error)[:200]}") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), 1)
+            raise ValueError(f"{name}: {module} has no {part}{f' (did you mean {near[0]!r}?)' if near else ''}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{name} must be a function or a class, got {checks.shown(found)}")
+    return found
+
+
 def accepts(factory: Callable) -> set[str]:
     """The parameters that a factory names: the fields of its config section that it will be given."""
     return set(inspect.signature(factory).parameters)
 
 
-def build(factory: Callable, fields: Mapping[str, Any]) -> Any:
-    """factory(**those of the fields that its signature names)."""
-    return factory(**{name: value for name, value in fields.items() if name in accepts(factory)})
+def build(factory: Callable, fields: Mapping[str, Any], options: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
+    """factory(**those of the fields that its signature names, **options). ValueError for an option that it does not
+    take, with the nearest name, and where it needs an argument that is not given.
+    """
+    parameters = inspect.signature(factory).parameters
+    free = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    for name in options:
+        if name in fields:
+            raise ValueError(f"options.{name} is a field of its own: leave it out of options")
+        if name not in parameters and not free:
+            near = difflib.get_close_matches(name, parameters, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else f"; it takes {', '.join(parameters) or 'none'}"
+            raise ValueError(f"options.{name} is no argument of {_name_of(factory)}{hint}")
+    given = {name: value for name, value in fields.items() if name in parameters} | dict(options)
+    missing = [
+        name
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and name not in given
+    ]
+    if missing:
+        raise ValueError(f"options.{missing[0]} is missing: {_name_of(factory)} needs it")
+    return factory(**given)
+
+
+def _name_of(factory: Any) -> str:
+    return getattr(factory, "__name__", type(factory).__name__)

@@ -191,7 +191,7 @@ def checked(
     """The arguments of a loop over a sampler's steps, as it takes them: the model a `Denoise`, transitions and x
     arrays, key (B,) keys or None. ValueError, naming the argument, for what they cannot be.
     """
-    _check_sampler(sampler)
+    check_sampler(sampler)
     transitions = tau_lib.check_transitions(transitions)
     sampler.check(transitions)
     x = checks.batch("x", x)
@@ -205,7 +205,7 @@ def checked(
     return sampler, denoise, transitions, x, key
 
 
-def _check_sampler(sampler: Sampler) -> None:
+def check_sampler(sampler: Sampler) -> None:
     if isinstance(sampler, type) or not all(hasattr(sampler, name) for name in ("check", "init", "step")):
         raise ValueError(f"sampler must have the methods of samplers.Sampler, got {checks.shown(sampler)}")
     if jax.tree_util.all_leaves([sampler]):

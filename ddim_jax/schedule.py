@@ -58,7 +58,7 @@ class NoiseSchedule(NamedTuple):
     @property
     def num_steps(self) -> int:
         """T, the number of training steps."""
-        return self.alpha_bar.shape[0] - 1
+        return np.shape(self.alpha_bar)[0] - 1
 
     def level(self, t: np.ndarray) -> Level:
         """Levels t, ints or reals in [0, T], in float64 on the host. ValueError for another t."""
@@ -156,7 +156,7 @@ class LevelTable(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        return self.alpha_bar.shape[0] - 1
+        return np.shape(self.alpha_bar)[0] - 1
 
     @property
     def alpha_bar_T(self) -> Array:
@@ -188,7 +188,7 @@ def check(noise_schedule: Schedule) -> Schedule:
         noise = 1 - alpha_bar
     elif isinstance(noise_schedule, ContinuousSchedule):
         T = checks.integer("noise_schedule.num_steps", noise_schedule.num_steps, 1)
-        alpha_bar, noise = noise_schedule.level(np.linspace(0, T, min(T, 1000) + 1))
+        _, alpha_bar, noise = noise_schedule.level(np.linspace(0, T, min(T, 1000) + 1))
     else:
         raise ValueError(
             f"noise_schedule must be a NoiseSchedule or a ContinuousSchedule, got {checks.shown(noise_schedule)}"

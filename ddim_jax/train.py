@@ -181,7 +181,7 @@ def resumed(
         try:
             checkpoints.check_network(step, state.params)
             saved = config_lib.parse_saved(checkpoints.config(step))
-            config_lib.check_same(config, saved, config_lib.RESUMED_WITH, f"the run in {workdir}")
+            config_lib.check_resumed(config, saved, f"the run in {workdir}")
             if step > config.train.num_steps:
                 raise ConfigError(
                     f"config.train.num_steps is {config.train.num_steps}, but {workdir} is at step {step}"
@@ -242,9 +242,10 @@ def compiled_update(
         made = jax.jit(update_of(config, optimizer, objective_of), donate_argnums=0, out_shardings=where)
         return made.trace(state, images_, labels, key)
 
+    model = config.model
     plain = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, remat=False),
+        model=dataclasses.replace(model, remat=False) if getattr(model, "remat", False) else model,
         train=dataclasses.replace(config.train, accumulate=1),
     )
     program = traced(config)
@@ -292,10 +293,11 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
     placed_ = sharding.fully_sharded(mesh, (shapes, shapes.params))  # the second is the gradient
     kept = sharding.bytes_on_a_device(placed_, (shapes, shapes.params))
     images_ = -(-train.batch_size // (train.accumulate * mesh.size))
-    # Of a pixel: x_0, eps and x_t; of a position: what the way up is joined with.
-    wide = (model.num_res_blocks + 1) * model.channels * jnp.dtype(config_lib.DTYPES[model.dtype]).itemsize
-    pixels = model.image_size**2
-    batch = images_ * (pixels * 3 * 4 * model.image_channels + pixels // model.patch_size**2 * wide)
+    # Of a pixel: x_0, eps and x_t; of a position: what the way up of a U-Net is joined with.
+    kept_layers = getattr(model, "num_res_blocks", 0) + 1
+    batch = images_ * (
+        model.image_size**2 * 3 * 4 * model.image_channels + kept_layers * memory.first_layer_bytes(model)
+    )
     if kept + batch > limit:
         raise ConfigError(
             f"config.model and config.train.batch_size: training takes at least {files.human_size(kept)} of memory for "

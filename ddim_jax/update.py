@@ -15,6 +15,7 @@ import optax
 from ddim_jax import discrete, losses
 from ddim_jax.data.scaling import to_one_hot, to_unit
 from ddim_jax.models.denoiser import Denoiser, log_probs_fn
+from ddim_jax.models.network import Network
 from ddim_jax.schedule import Array, Levels, level_at
 from ddim_jax.train_state import TrainState
 
@@ -51,23 +52,25 @@ def adam(learning_rate: float, warmup: int, clip_norm: float) -> optax.GradientT
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adam(rate))
 
 
-def noise_prediction(model: nn.Module, table: Levels, prediction: str = "eps", gamma: str = "one") -> Objective:
-    """L_gamma, Eq. (5), of images in [-1, 1]. prediction: what the module predicts, see `Denoiser`."""
+def noise_prediction(
+    network: Network | nn.Module, table: Levels, prediction: str = "eps", gamma: str = "one"
+) -> Objective:
+    """L_gamma, Eq. (5), of images in [-1, 1]. prediction: what the network predicts, see `Denoiser`."""
 
     def loss(params, x_0, t, eps, labels, dropout_key):
-        denoiser = Denoiser(model, params, prediction, labels, dropout_key=dropout_key)
+        denoiser = Denoiser(network, params, prediction, labels, dropout_key=dropout_key)
         return losses.l_gamma(denoiser, table, x_0, t, eps, gamma)
 
     return Objective(table.num_steps, to_unit, loss)
 
 
-def classification(model: nn.Module, table: Levels, classes: int) -> Objective:
+def classification(network: Network | nn.Module, table: Levels, classes: int) -> Objective:
     """The classification loss of Appendix A, of images (B, H, W, 1) of so many grey levels, evenly spaced in 0..255.
     The module has a channel for each, see `log_probs_fn`.
     """
 
     def loss(params, x_0, t, noise, labels, dropout_key):
-        predict = log_probs_fn(model, params, labels, dropout_key)
+        predict = log_probs_fn(network, params, labels, dropout_key)
         return discrete.cross_entropy(predict, x_0, t, level_at(table, t, x_0), noise)
 
     return Objective(table.num_steps, partial(to_one_hot, classes), loss)

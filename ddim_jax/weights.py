@@ -14,10 +14,10 @@ import jax
 from jax.sharding import Mesh
 
 from ddim_jax import config as config_lib
-from ddim_jax import files, pretrained, sharding, train_state
+from ddim_jax import files, pretrained, ranges, sharding, train_state
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.config import Config, ModelConfig
-from ddim_jax.errors import ConfigError
+from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.pretrained import Published, tensors
 
 
@@ -54,7 +54,7 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
             f"no weights for config.name {config.name!r} ship with ddim_jax (those that do: "
             f"{', '.join(pretrained.shipped_names())}); give --config.pretrained, or --workdir of a trained run"
         )
-    config_lib.check_same(config, published, config_lib.SAMPLED_WITH, published.source)
+    config_lib.check_sampled(config, published, published.source)
     params = published.read(params_like(config.model, mesh), config.sample.ema)
     show_note(published)
     return Weights(params, published.source, published.step)
@@ -94,17 +94,18 @@ def of_run(workdir: str) -> Published:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config in which config.pretrained decides: name, schedule and model (but for dropout and
-    dtype) are the checkpoint's, and so is what config.sample leaves open.
+    """The values of a config in which config.pretrained decides: name, schedule and model (but for dropout, dtype and
+    remat) are the checkpoint's, and so is what config.sample leaves open.
     """
-    published = describe(values["pretrained"])
-    model = dataclasses.asdict(published.model)
-    for field in config_lib.FREE_OF_NETWORK:
-        del model[field]
+    with error_context("config.pretrained"):
+        published = describe(ranges.typed(str, values["pretrained"]))
+    given, model = values["model"], dataclasses.asdict(published.model)
+    config_lib.check_trusted(values, published, published.source)
+    computed = {field: given[field] for field in config_lib.FREE_OF_NETWORK if field in given and field in model}
     return {
         **values,
         "name": published.name,
-        "model": {**values["model"], **model},
+        "model": model | computed,
         "schedule": dataclasses.asdict(published.schedule),
         "sample": config_lib.decided(values["sample"], published.sample),
     }

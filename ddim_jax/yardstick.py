@@ -45,7 +45,7 @@ def metrics_of(config: Config) -> list[str]:
     names = [name.strip() for name in config.evaluate.metrics.split(",")]
     with error_context("config.evaluate.metrics"):
         for name in names:
-            lookup(judge.METRICS, name)
+            judge.metric(name)
     return names
 
 

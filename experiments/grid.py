@@ -41,7 +41,8 @@ def places(etas: str, steps: str, sweeps: Iterable[str] = ()) -> list[dict[str, 
             raise ConfigError(f"--sweep: {field} is an axis already, by --steps or --etas")
         if field.startswith(("train.", "evaluate.", "data.")) or field in ("name", "sample.num_images"):
             raise ConfigError(f"--sweep: {field} does not change what is sampled")
-        if field.startswith("schedule.") or field in config_lib.SAMPLED_WITH:
+        section, _, name = field.partition(".")
+        if section == "schedule" or (section == "model" and name not in config_lib.FREE_OF_NETWORK):
             raise ConfigError(f"--sweep: {field} is what the network was trained with; sweep pretrained instead")
         axes[field] = list(dict.fromkeys(values.split(";" if ";" in values else ",")))
     backwards = itertools.product(*reversed(axes.values()))

@@ -139,9 +139,9 @@ def test_a_run_is_continued_and_sampled_as_it_was_made():
         ("model.prediction", "v", False, False),
     ]:
         other = config_lib.parse(changed(field, value))
-        for fields, same in ((config_lib.RESUMED_WITH, resumed), (config_lib.SAMPLED_WITH, sampled)):
+        for check, same in ((config_lib.check_resumed, resumed), (config_lib.check_sampled, sampled)):
             if same:
-                config_lib.check_same(other, config, fields, "the run")
+                check(other, config, "the run")
             else:
                 with pytest.raises(ConfigError, match=f"config.{field} is .*the run was made with"):
-                    config_lib.check_same(other, config, fields, "the run")
+                    check(other, config, "the run")

@@ -1,5 +1,7 @@
 """Both halves of a prediction, from whatever a network predicts."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,19 +11,21 @@ from jax.tree_util import Partial
 
 from ddim_jax import gaussian, guidance, inversion, losses, oracle, parallel, registry, samplers, schedule, trajectory
 from ddim_jax.models.denoiser import Denoiser
+from ddim_jax.models.network import Network
 
 MEAN, STD = 0.3, 0.5
 COSINE = schedule.cosine()
 ZERO = schedule.zero_terminal_snr(COSINE)
 
 
-class Exact:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exact(Network):
     """What a network of the best x_0 or v of data N(MEAN, STD^2) returns, in the precision of its parameters."""
 
-    def __init__(self, prediction, noise_schedule):
-        self.prediction, self.noise_schedule = prediction, noise_schedule
+    prediction: str
+    noise_schedule: schedule.NoiseSchedule
 
-    def apply(self, variables, x, time, labels, train, rngs):
+    def apply(self, params, x, time, labels, train, rngs):
         table = schedule.levels(self.noise_schedule)
         level = schedule.level_at(table, time + 1, x)
         variance = level.alpha_bar * STD**2 + level.one_minus_alpha_bar
@@ -36,7 +40,7 @@ class Exact:
 
 def exact(prediction, noise_schedule):
     lowest = jax.tree.map(jnp.asarray, noise_schedule.level(1))
-    return Denoiser(Exact(prediction, noise_schedule), {}, prediction, lowest=lowest)
+    return Denoiser(Exact((1,), 0, prediction, noise_schedule), {}, prediction, lowest=lowest)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])

@@ -7,6 +7,7 @@ import pytest
 
 from ddim_jax import train_state
 from ddim_jax.models.dit import TIME_FEATURES, DiT, attention, modulated_norm
+from ddim_jax.models.network import as_network
 from ddim_jax.models.unet import sinusoid
 
 TINY = DiT(image_size=8, image_channels=1, depth=1, hidden_size=16, num_heads=2)
@@ -178,7 +179,7 @@ def test_dit_xl_2_has_the_published_number_of_parameters():
 
 def test_the_initial_output_is_zero():
     x, labels = inputs(GUIDED, 4)
-    params = jax.jit(train_state.init_params, static_argnums=0)(GUIDED, jax.random.key(0))
+    params = jax.jit(as_network(GUIDED).init)(jax.random.key(0))
     out = apply(GUIDED, params, x, 500, labels)
     assert out.shape == x.shape and not np.any(out)
     zero = lambda dense: not np.any(dense["kernel"])

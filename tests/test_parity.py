@@ -89,7 +89,7 @@ def read(where):
     """(published, flax module, params)"""
     published = weights.describe(where)
     params = published.read(weights.params_like(published.model, meshes()[0]), True)
-    return published, config_lib.network(published.model), params
+    return published, config_lib.network(published.model).module, params
 
 
 def to_torch(x):
@@ -631,7 +631,8 @@ LOOPS = [  # whole loops as diffusers runs them by default: eps stays as it was 
         if not (zero and prediction == "epsilon")
     ),
     dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", thresholding=True),
-    dict(prediction_type="sample", set_alpha_to_one=False, beta_schedule="squaredcos_cap_v2"),
+    # Its last step, from level 1 to itself, moves what is clipped while eps is kept; ours leaves such a step out.
+    dict(prediction_type="sample", set_alpha_to_one=False, beta_schedule="squaredcos_cap_v2", clip_sample=False),
 ]
 
 

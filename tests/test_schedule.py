@@ -54,7 +54,7 @@ def test_from_betas_gives_them_back(betas):
     "betas, said",
     [
         ([0.1, 0.0], r"beta\[2\] = 0.0"),
-        ([1.0], "beta"),
+        ([1.0, 0.1], "beta"),
         ([], "at least one"),
         ([[0.1]], "shape"),
         ([float("nan")], "nan"),

@@ -20,6 +20,7 @@ from ddim_jax.data.prepared import PreparedSource
 from ddim_jax.data.source import Batch, Source, check_labels
 from ddim_jax.files import shown
 from ddim_jax.images import open_npz
+from ddim_jax.registry import resolve
 
 SPLITS = ("train", "test")
 JPEG_SUFFIXES = (".jpg", ".jpeg")
@@ -233,7 +234,9 @@ DATASETS = {  # (path, split) -> Source
 
 
 def load(name: str, path: str = "", split: str = "train") -> Source:
-    """The data set called name. split: "train" or "test". ValueError where there is no such data."""
+    """The data set called name in DATASETS, or that of a function of the user's, "package.module:function". split:
+    "train" or "test". ValueError where there is no such data.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     try:
@@ -241,7 +244,11 @@ def load(name: str, path: str = "", split: str = "train") -> Source:
             files.check_regular(pathlib.Path(path))
     except OSError as error:
         raise ValueError(f"{shown(path)}: {error.strerror}") from error
-    return DATASETS[name](path, split)
+    source = resolve(DATASETS, name)(path, split)
+    missing = [field for field in Source.__annotations__ if not hasattr(source, field)]
+    if missing:
+        raise ValueError(f"{name} must return a Source, of which it lacks {missing[0]}")
+    return source
 
 
 def in_memory(source: Source, chunk: int = 500) -> ArraySource:

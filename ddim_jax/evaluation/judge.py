@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from ddim_jax.data import Source, check_labels
 from ddim_jax.evaluation import digits_classifier, frechet, inception, metrics
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output
 from ddim_jax.evaluation.frechet import Moments
-from ddim_jax.registry import lookup
+from ddim_jax.registry import resolve
 
 FEATURES = {  # (path of the weights, "" for the usual ones) -> FeatureNetwork
     "inception": inception.open_network,
@@ -29,14 +28,7 @@ def open_features(name: str, weights: str = "") -> FeatureNetwork:
     """The network called name in FEATURES, or what the function of yours that "package.module:function" names makes of
     the path of the weights. ValueError, or CheckpointError, if there is none.
     """
-    module, _, function = name.partition(":")
-    if not function:
-        return lookup(FEATURES, name)(weights)
-    try:
-        factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: of names that are none
-        raise ValueError(f"{files.shown(name)} cannot be imported: {str(error)[:200]}") from error
-    network = factory(weights) if callable(factory) else factory
+    network = resolve(FEATURES, name)(weights)
     if not isinstance(network, FeatureNetwork):
         raise ValueError(f"{files.shown(name)} must return a FeatureNetwork, got {type(network).__name__}")
     return network
@@ -137,24 +129,36 @@ def measure(names: Iterable[str], samples: Judged, reference: Judged) -> dict[st
     fewer images than it takes.
     """
     check(names, reference)
-    return {name: value for metric in names for name, value in METRICS[metric].compute(samples, reference).items()}
+    return {name: value for one in names for name, value in metric(one).compute(samples, reference).items()}
+
+
+def metric(name: str) -> Metric:
+    """The metric called name in METRICS, or what the function of the user's that "package.module:function" names
+    returns. ValueError if it is no Metric of known fields.
+    """
+    found = resolve(METRICS, name)
+    found = found() if ":" in name else found
+    fields = Judged._fields[2:]
+    if not isinstance(found, Metric) or not {*found.samples, *found.reference} <= {*fields}:
+        raise ValueError(f"{name} must return a Metric that reads {', '.join(fields)}, got {files.shown(found)}")
+    return found
 
 
 def check(names: Iterable[str], reference: Judged) -> None:
     """ValueError where a metric needs more of the real images than what is there."""
     for name in names:
-        if any(getattr(reference, field) is None for field in METRICS[name].reference):
+        if any(getattr(reference, field) is None for field in metric(name).reference):
             raise ValueError(f"{name} needs the features of the real images, and the reference is mu and sigma alone")
 
 
 def kept_of_samples(names: Iterable[str]) -> set[str]:
     """What `judge` must keep of the samples for these metrics."""
-    return {field for name in names for field in METRICS[name].samples}
+    return {field for name in names for field in metric(name).samples}
 
 
 def kept_of_reference(names: Iterable[str]) -> set[str]:
     """And of the real images."""
-    return {field for name in names for field in METRICS[name].reference}
+    return {field for name in names for field in metric(name).reference}
 
 
 def _fid(samples: Judged, reference: Judged) -> dict[str, float]:

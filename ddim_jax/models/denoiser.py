@@ -16,6 +16,7 @@ from jax.tree_util import Partial, register_pytree_node_class
 from ddim_jax import checks
 from ddim_jax.discrete import LogProbsFn
 from ddim_jax.gaussian import PREDICTIONS, Denoise, Prediction, predict_x0
+from ddim_jax.models.network import Network, as_network
 from ddim_jax.schedule import Array, Level, precision
 
 
@@ -23,7 +24,8 @@ from ddim_jax.schedule import Array, Level, precision
 class Denoiser(Denoise):
     """A network with its parameters as a `gaussian.Denoise`.
 
-    network: a module (x, time, labels, train) -> output of the shape of x, time (B,) counting 0..T-1. prediction: what
+    network: a `Network`, or a Linen module (x, time, labels, train) -> output of the shape of x, time (B,) counting
+    0..T-1. prediction: what
     the output is, a name in `gaussian.PREDICTIONS`. labels: (B,) ints for a class-conditional network. dropout_key:
     given in training only, where dropout acts. lowest: the lowest level that the network was trained on,
     `schedule.level(1)`. Below it, as at level 0 where encoding starts, the network is evaluated as at this level, and
@@ -35,7 +37,7 @@ class Denoiser(Denoise):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Network | nn.Module,
         params: Any,
         prediction: str = "eps",
         labels: Array | None = None,
@@ -84,7 +86,7 @@ def _where(condition, a, b):
 
 
 def log_probs_fn(
-    network: nn.Module, params: Any, labels: Array | None = None, dropout_key: Array | None = None
+    network: Network | nn.Module, params: Any, labels: Array | None = None, dropout_key: Array | None = None
 ) -> LogProbsFn:
     """(x_t, t) -> log f_theta, for a network whose channels are K classes: it is given x_t one-hot, (B, ..., K), and
     predicts logits of x_0. Else as `Denoiser`.
@@ -96,7 +98,7 @@ def log_probs_fn(
 class _Classes:
     """The static part: compared by value, so that building the same function twice compiles once."""
 
-    network: nn.Module
+    network: Network | nn.Module
 
     def __call__(self, params, labels, dropout_key, x_t, t):
         return jax.nn.log_softmax(_output(self.network, params, labels, dropout_key, x_t, jnp.maximum(t, 1)))
@@ -110,4 +112,6 @@ def _output(network, params, labels, dropout_key, x_t, t):
     time = jnp.broadcast_to(t - 1, x_t.shape[:1])
     train = dropout_key is not None
     rngs = {"dropout": dropout_key} if train else None
-    return network.apply({"params": params}, x_t, time, labels, train=train, rngs=rngs).astype(precision(x_t.dtype))
+    if not isinstance(network, Network):
+        network = as_network(network, x_t.shape[1:])
+    return network.apply(params, x_t, time, labels, train, rngs).astype(precision(x_t.dtype))

@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddim_jax import checks
-from ddim_jax.models.unet import Dropout, depth_to_space, sinusoid, space_to_depth
+from ddim_jax import checks, ranges
+from ddim_jax.models.unet import DTYPES, Dropout, depth_to_space, sinusoid, space_to_depth
 from ddim_jax.schedule import Array
 
 # The published initialisation. What modulates starts at 0, so that every block is the identity and the output is 0.
@@ -95,18 +95,28 @@ class DiT(nn.Module):
     the gradient instead of keeping what they computed: less memory, a third more time.
     """
 
-    image_size: int = 32
-    image_channels: int = 3
-    patch_size: int = 2
-    depth: int = 12
-    hidden_size: int = 384
-    num_heads: int = 6
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
-    num_classes: int = 0
-    label_dropout: float = 0.0
-    dtype: Any = jnp.float32
+    image_size: int = ranges.at_least(1, 2048, 32)
+    image_channels: int = ranges.at_least(1, 4096, 3)
+    patch_size: int = ranges.at_least(1, 64, 2)
+    depth: int = ranges.at_least(1, 128, 12)
+    hidden_size: int = ranges.at_least(4, 1 << 16, 384)
+    num_heads: int = ranges.at_least(1, 1 << 10, 6)
+    mlp_ratio: float = ranges.at_least(0, 64, 4.0)
+    dropout: float = ranges.below_one(0.0)
+    num_classes: int = ranges.at_least(0, 1_000_000, 0)
+    label_dropout: float = ranges.below_one(0.0)
+    dtype: Any = ranges.named(DTYPES, "float32")
     remat: bool = False
+
+    @property
+    def width(self) -> int:
+        """The features of a token."""
+        return self.hidden_size
+
+    @property
+    def width_in(self) -> int:
+        """The features of the first layer's output."""
+        return self.hidden_size
 
     def check(self) -> None:
         """ValueError, naming the field, if the sizes do not fit together."""

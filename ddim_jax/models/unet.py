@@ -16,12 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddim_jax import ranges
 from ddim_jax.models.convolution import Conv3x3
 from ddim_jax.schedule import Array
 
 # Ho's initialisation: uniform with variance 1 / mean(fan_in, fan_out); what closes a residual branch starts at 0.
 _INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 _ZERO = nn.initializers.zeros
+
+# The largest sizes, far beyond all that are known: a file may ask for any, and is refused before anything of that size
+# is made.
+MOST_LEVELS = 12  # resolutions
+MOST_BLOCKS = 128  # residual blocks, in all
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Rows and columns of zeros (before, after) each axis of the image, where a stride-2 convolution halves it.
 HALVE_PADDING = {"end": ((0, 1), (0, 1)), "both": ((1, 1), (1, 1))}
@@ -134,7 +142,7 @@ class Attention(nn.Module):
 
     groups: int
     epsilon: float
-    head_channels: int | None
+    head_channels: int
     dtype: Any
 
     @nn.compact
@@ -162,35 +170,51 @@ class UNet(nn.Module):
     patch_size^2 times the channels (space-to-depth). Height and width in positions, H / patch_size, are halved
     len(channel_mult) - 1 times. attention_resolutions: sizes, in positions, at which every block is followed by
     attention. middle_attention: whether the middle has one. head_channels: channels of an attention
-    head, None for a single head. halve_padding: a name in HALVE_PADDING. frequency_shift, cos_first: see `sinusoid`.
+    head, 0 for a single head. halve_padding: a name in HALVE_PADDING. frequency_shift, cos_first: see `sinusoid`.
     num_classes: 0 for none, else `labels` are required. label_dropout: above 0 there is one more class, num_classes,
     which says nothing of the image; in training a label is replaced by it with this probability, so that the network
     can guide itself (Ho and Salimans 2022). remat: compute the blocks again for the gradient instead of
     keeping what they computed: less memory, a third more time.
     """
 
-    image_size: int = 32
-    image_channels: int = 3
-    patch_size: int = 1
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
+    image_size: int = ranges.at_least(1, 2048, 32)
+    image_channels: int = ranges.at_least(1, 4096, 3)
+    patch_size: int = ranges.at_least(1, 64, 1)
+    channels: int = ranges.at_least(4, 4096, 128)
+    channel_mult: tuple[int, ...] = ranges.all_positive(MOST_LEVELS, 64, (1, 2, 2, 2))
+    num_res_blocks: int = ranges.at_least(1, MOST_BLOCKS, 2)
+    attention_resolutions: tuple[int, ...] = ranges.at_most_so_many(MOST_LEVELS, (16,))
     middle_attention: bool = True
-    head_channels: int | None = None
-    groups: int = 32
-    norm_epsilon: float = 1e-6
-    halve_padding: str = "end"
+    head_channels: int = ranges.at_least(0, 1 << 18, 0)
+    groups: int = ranges.at_least(1, 1 << 18, 32)
+    norm_epsilon: float = ranges.above_zero(1e-6)
+    halve_padding: str = ranges.one_of(HALVE_PADDING, "end")
     frequency_shift: float = 1.0
     cos_first: bool = False
-    dropout: float = 0.1
-    num_classes: int = 0
-    label_dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dropout: float = ranges.below_one(0.1)
+    num_classes: int = ranges.at_least(0, 1_000_000, 0)
+    label_dropout: float = ranges.below_one(0.0)
+    dtype: Any = ranges.named(DTYPES, "float32")
     remat: bool = False
+
+    @property
+    def width(self) -> int:
+        """The most channels of a layer."""
+        return self.channels * max(self.channel_mult)
+
+    @property
+    def width_in(self) -> int:
+        """The channels of the first layer."""
+        return self.channels
 
     def check(self) -> None:
         """ValueError, naming the field, if the sizes do not fit together."""
+        blocks = len(self.channel_mult) * (2 * self.num_res_blocks + 1)
+        if blocks > MOST_BLOCKS:
+            raise ValueError(
+                f"num_res_blocks {self.num_res_blocks} and channel_mult {self.channel_mult} make {blocks} residual "
+                f"blocks, at most {MOST_BLOCKS} are built"
+            )
         halvings = len(self.channel_mult) - 1
         least = self.patch_size * 2**halvings
         if self.image_size % least or self.image_size < least:

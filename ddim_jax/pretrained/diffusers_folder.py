@@ -22,6 +22,7 @@ from ddim_jax import config as config_lib
 from ddim_jax import files
 from ddim_jax.config import ScheduleConfig
 from ddim_jax.errors import CheckpointError
+from ddim_jax.models.unet import MOST_LEVELS
 from ddim_jax.pretrained import names, tensors
 from ddim_jax.pretrained.files import Folder, Repository, load_json
 from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
@@ -302,8 +303,8 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     positive = all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths)
     if not widths or not positive or any(width % widths[0] for width in widths):
         refuse("block_out_channels", widths, "multiples of the first")
-    if len(widths) > config_lib.MOST_LEVELS:
-        refuse("block_out_channels", widths, f"at most {config_lib.MOST_LEVELS}")
+    if len(widths) > MOST_LEVELS:
+        refuse("block_out_channels", widths, f"at most {MOST_LEVELS}")
     channels = widths[0]
     size = unet["sample_size"]
     if isinstance(size, (list, tuple)) and size and all(length == size[0] for length in size):
@@ -337,6 +338,7 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         refuse("up_block_types", unet["up_block_types"], "attention at the sizes where down_block_types has it")
 
     return {
+        "name": "unet",
         "image_size": size,
         "image_channels": unet["in_channels"],
         "channels": channels,

@@ -52,11 +52,13 @@ def describe(
             if step is not None and not 0 <= step < 2**63:
                 raise ValueError(f"must be in 0..2^63 - 1, got {files.shown(step)}")
         sampled = config_lib.part_of_section(SampleConfig, sample, "sample")
-        assumed = {"patch_size": 1, "dropout": 0.0, "dtype": "float32", "remat": False}
+        assumed = {"name": "unet", "dropout": 0.0} if "name" not in model else {}
         parsed = config_lib.section(ModelConfig, {**assumed, **model}, "model")
         noise = config_lib.section(ScheduleConfig, {**config_lib.BEFORE["schedule"], **schedule}, "schedule")
-        config_lib.network(parsed)
-        config_lib.noise_schedule(noise)
+        if ":" not in parsed.name:  # else it is code, which a file alone does not run
+            config_lib.network(parsed)
+        if ":" not in noise.name:
+            config_lib.noise_schedule(noise)
     except ConfigError as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from error
     return Published(name, source, parsed, noise, sampled, config or {}, step, read, note)

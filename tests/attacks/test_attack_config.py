@@ -26,16 +26,16 @@ from ddim_jax.errors import ConfigError
 DEFAULT = json.loads(json.dumps(default.get_config().to_dict()))
 
 
-def fields(kind=Config, path=""):
+def fields(section, path=""):
     """(dotted name, type) of every field of a config."""
-    for name, inner in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(inner):
-            yield from fields(inner, f"{path}{name}.")
+    for name, kind in typing.get_type_hints(type(section)).items():
+        if dataclasses.is_dataclass(kind):
+            yield from fields(getattr(section, name), f"{path}{name}.")
         else:
-            yield path + name, inner
+            yield path + name, kind
 
 
-FIELDS = dict(fields())
+FIELDS = dict(fields(config_lib.parse(DEFAULT)))
 SAVED = json.loads(json.dumps(dataclasses.asdict(config_lib.parse(DEFAULT))))
 
 

@@ -21,7 +21,7 @@ from attacking import holds, refused, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import DEEP, WRONG, refuses_or, smoke_values
-from processes import run
+from processes import ROOT, run
 from test_unet import random_params
 
 from configs import smoke
@@ -235,10 +235,8 @@ def test_nothing_is_written_outside(params, tmp_path, monkeypatch):
     mutations.write_smoke(tmp_path / "own.safetensors", params, name="../../outside")
     inner = tmp_path / "a" / "b" / "c"
     inner.mkdir(parents=True)
-    monkeypatch.setenv(
-        "PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{pathlib.Path(config_lib.__file__).parents[1]}"
-    )
-    shipped = pathlib.Path(config_lib.__file__).parents[1] / "configs" / "default.py"
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{ROOT}")
+    shipped = ROOT / "configs" / "default.py"
     given = f"--config.pretrained={tmp_path / 'own.safetensors'}"
     refused(run("ddim_jax.sample", "--config", shipped, given, "--config.sample.num_images=1", cwd=inner), "name")
     holds(sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "c", "own.safetensors"])

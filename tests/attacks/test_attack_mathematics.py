@@ -60,7 +60,7 @@ NOT_SCHEDULES = st.sampled_from([TAU, TABLE, DOWN, None, "linear", 1000, LINEAR.
             [1, 0.5, 0.7],
             [0.9, 0.5],
             [1, float("nan")],
-            [1, 0.0],
+            [1, 0.0, 0.0],
             [1, -0.1],
             [1, 1e-320],
             [[1, 0.5]],

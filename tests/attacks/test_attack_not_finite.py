@@ -83,7 +83,7 @@ def test_latents_and_what_they_decode_to(index, value, first, refine):
     walk = generate.decode if refine == 2 else generate.encode
     call = lambda: walk(config, PROCESS, params, mesh, x, None, first=first)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate.samplers, "invert", lambda eps_fn, schedule, tau, x, end: x)
+        patch.setattr(generate.samplers, "invert", lambda model, schedule, tau, x, **_: x)
         patch.setattr(generate.samplers, "integrate", lambda sampler, eps_fn, transitions, x: x)
         patch.setattr(generate.inversion, "invert", lambda *args: generate.inversion.Inverted(args[3], None))
         holds(np.array_equal(call(), x))

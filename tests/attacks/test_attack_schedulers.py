@@ -16,7 +16,7 @@ from test_unet import random_params
 from configs import smoke
 from ddim_jax import config as config_lib
 from ddim_jax import weights
-from ddim_jax.errors import CheckpointError
+from ddim_jax.errors import CheckpointError, ConfigError
 from ddim_jax.pretrained import diffusers_folder
 
 NOISE = "scheduler/scheduler_config.json"
@@ -211,7 +211,7 @@ def test_a_value_of_another_kind(name, field, value):
         try:
             config_lib.section(config_lib.ScheduleConfig, schedule, "schedule")
             config_lib.part_of_section(config_lib.SampleConfig, sample, "sample")
-        except config_lib.ConfigError as error:  # as `describe` does
+        except ConfigError as error:  # as `describe` does
             raise CheckpointError(str(error)) from error
         return prediction in ("eps", "x0", "v")
 

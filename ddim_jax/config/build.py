@@ -1,0 +1,114 @@
+"""The objects that a config names."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddim_jax import ranges, registry, samplers, trajectory
+from ddim_jax.config.schema import ModelConfig, SampleConfig, ScheduleConfig
+from ddim_jax.errors import error_context
+from ddim_jax.models import NETWORKS
+from ddim_jax.models import network as network_lib
+from ddim_jax.models.network import Network
+from ddim_jax.samplers import Sampler
+from ddim_jax.schedule import Schedule, zero_terminal_snr
+from ddim_jax.trajectory import Transitions
+
+
+def noise_schedule(config: ScheduleConfig) -> Schedule:
+    """The schedule that config.schedule names. Its factory gets those fields that its signature names, and
+    config.schedule.options.
+    """
+    with error_context("config.schedule.name"):
+        factory = registry.resolve(registry.SCHEDULES, config.name)
+    with error_context("config.schedule"):
+        made = _built(factory, config)
+    with error_context("config.schedule.zero_terminal_snr"):
+        return zero_terminal_snr(made) if config.zero_terminal_snr else made
+
+
+def network(config: ModelConfig) -> Network:
+    """The network that config.model describes. ConfigError if its sizes do not fit together."""
+    with error_context("config.model.name"):
+        factory = registry.resolve(NETWORKS, config.name)
+    with error_context("config.model"):
+        shape = config.image_size, config.image_size, config.image_channels
+        fields = ranges.arguments(factory, dataclasses.asdict(config))
+        return network_lib.make(factory, fields, shape, config.num_classes)
+
+
+def _built(factory: Any, config: Any) -> Any:
+    """What a factory makes of the fields of a section that it names, and of its options, whose types it annotates."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("name", "options")}
+    options, parameters = {}, ranges.parameters(factory)
+    for name, value in config.options.items():
+        try:
+            options[name] = ranges.typed(parameters[name].kind, value) if name in parameters else value
+        except ValueError as error:
+            raise ValueError(f"options.{name}: {error}") from error
+    return registry.build(factory, fields, options)
+
+
+class Process(NamedTuple):
+    """A generative process, ready to run."""
+
+    sampler: Sampler
+    tau: np.ndarray  # (S+1,), from config.sample.tau_end up
+    transitions: Transitions  # leaves (S,)
+    stride: int  # of config.sample.fixed_stride, 0 for none
+
+
+def process(config: SampleConfig, schedule: Schedule) -> Process:
+    """Sampler, tau and transitions of config.sample; ConfigError if they do not fit together or the schedule.
+
+    config.tau is a name in registry.TAUS or registry.SPACINGS, a function of the user's, "module:function", from
+    (schedule, steps) to (S+1,) numbers, or the levels themselves: "1,10,99.5,1000"; tau_offset and tau_end: see
+    `trajectory.moved`. The sampler's factory gets those fields that its signature names, and config.options.
+    """
+    with error_context("config.sample.tau"):
+        given = _numbers(config.tau)
+        if given:
+            tau = trajectory.explicit(schedule.num_steps, given)
+        else:
+            make_tau = registry.resolve(registry.NAMED_TAUS, config.tau)
+    if not given:
+        with error_context("config.sample.steps"):
+            tau = make_tau(schedule.num_steps if config.tau in registry.TAUS else schedule, config.steps)
+    stride = schedule.num_steps // (len(tau) - 1) if config.fixed_stride else 0
+    with error_context("config.sample.tau_offset and tau_end"):
+        tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
+    with error_context("config.sample.fixed_stride" if stride else "config.sample.tau"):
+        transitions = trajectory.descend(schedule, tau, config.tau_end, stride)
+    with _named_in_message({"eta": "eta", "steps": "tau" if given else "steps", "tau": "tau"}):
+        factory = registry.resolve(registry.SAMPLERS, config.sampler)
+        sampler = _built(factory, config)
+        samplers.check_sampler(sampler)
+        sampler.check(transitions)
+    return Process(sampler, tau, transitions, stride)
+
+
+@contextlib.contextmanager
+def _named_in_message(fields: Mapping[str, str]) -> Iterator[None]:
+    """`error_context` of the field of config.sample that stands for the first of these words in the error's message; of
+    the sampler itself, if there is none.
+    """
+    try:
+        yield
+    except ValueError as error:
+        word = next((word for word in re.findall(r"\w+", str(error)) if word in fields), None)
+        with error_context(f"config.sample.{fields.get(word, 'sampler')}"):
+            raise
+
+
+def _numbers(text: str) -> list[float]:
+    """Those of a list with commas; none if it is something else."""
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        return []

@@ -1,0 +1,159 @@
+"""Configs that were saved: by earlier versions, by others, for others."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ddim_jax import files, ranges
+from ddim_jax.config.schema import FREE_OF_NETWORK, Config, kind_of, typed
+from ddim_jax.errors import ConfigError
+from ddim_jax.files import shown
+
+# What held before a field was there: configs saved by earlier versions do not have it.
+BEFORE = {
+    "pretrained": "",
+    "data": {"in_memory": False, "workers": 0},
+    "model": {"name": "unet"},
+    "schedule": {"log_snr_max": 13.3, "log_snr_min": -10.0, "zero_terminal_snr": False, "options": {}},
+    "train": {
+        "accumulate": 1,
+        "real_time": False,
+        "max_skipped": 20,
+        "evaluate_every": 0,
+        "evaluate_images": 1000,
+        "wandb": "",
+    },
+    "mesh": {"data": -1, "fsdp": 1},
+    "sample": {
+        "tau_offset": 0,
+        "tau_end": 0,
+        "fixed_stride": False,
+        "clip_range": 1.0,
+        "clip_quantile": 0.0,
+        "keep_eps": False,
+        "guidance": 1.0,
+        "refine": 0,
+        "options": {},
+    },
+    "evaluate": {
+        "features": "inception",
+        "weights": "",
+        "metrics": "fid,kid,inception_score,precision_recall",
+        "num_images": 50_000,
+        "batch_size": 50,
+        "reference": "",
+        "split": "train",
+    },
+}
+
+
+def parse_saved(values: Mapping[str, Any]) -> Config:
+    """The Config that was saved as JSON, also by an earlier version. Raises ConfigError.
+
+    Earlier versions took any name: the nearest that is one now stands for it. What has no effect is no mistake here.
+    """
+    values = filled(values)
+    if isinstance(values, Mapping) and isinstance(values.get("name"), str):
+        values = {**values, "name": files.name_from(values["name"])}
+    return typed(values, trusted=False)
+
+
+def filled(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Saved values with the fields that came later."""
+    return _fill(BEFORE, values)
+
+
+def _fill(defaults: Any, values: Any) -> Any:
+    """values, with what they lack taken from defaults; both nested dicts."""
+    if not isinstance(defaults, Mapping) or not isinstance(values, Mapping):
+        return values
+    return {**defaults, **{name: _fill(defaults.get(name), value) for name, value in values.items()}}
+
+
+# Where things lie on this machine, and accounts: nothing that the use of a network needs.
+PRIVATE = (
+    "pretrained",
+    "data.path",
+    "train.wandb",
+    "evaluate.features",  # a module of the user's, where it is none of ours
+    "evaluate.weights",
+    "evaluate.reference",
+)
+
+
+def public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a config's nested values to give to others: the fields of PRIVATE hold their defaults, and what is no
+    field of a config, or of another type, is left out. It takes any part of a config.
+    """
+    return _public(Config, values, BEFORE, "")
+
+
+def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> dict[str, Any]:
+    copy = {}
+    with contextlib.suppress(ConfigError, TypeError):  # TypeError: values are no fields
+        kind = kind_of(kind, {**defaults, **values}, path, trusted=False)
+    kinds = typing.get_type_hints(kind)
+    for name in kinds:
+        if not isinstance(values, Mapping) or name not in values:
+            continue
+        if dataclasses.is_dataclass(kinds[name]):
+            copy[name] = _public(kinds[name], values[name], defaults.get(name, {}), f"{path}{name}.")
+        else:
+            with contextlib.suppress(ValueError):
+                value = ranges.typed(kinds[name], values[name])
+                copy[name] = defaults.get(name, "") if f"{path}{name}" in PRIVATE else value
+    return copy
+
+
+# What a run that continues must not change, and what a network must be sampled with as it was trained.
+RESUMED_WITH = (
+    "pretrained",
+    "model",
+    "schedule",
+    "data.name",
+    "data.flip",
+    *(f"train.{name}" for name in ("batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")),
+    "train.accumulate",
+    "train.real_time",
+)
+SAMPLED_WITH = ("schedule", "model")
+
+
+def check_resumed(config: Config, saved: Config, where: str) -> None:
+    """ConfigError, naming the first field that differs, unless the run in `where` can continue with this config."""
+    _check_same(config, saved, RESUMED_WITH, where)
+
+
+def check_sampled(config: Config, saved: Any, where: str) -> None:
+    """ConfigError, naming the first field that differs, unless the config is of the network and the schedule saved in
+    `where`: fields .model and .schedule.
+    """
+    _check_same(config, saved, SAMPLED_WITH, where, ignored=FREE_OF_NETWORK)
+
+
+def _check_same(current: Any, expected: Any, fields: Iterable[str], where: str, ignored=(), path="config") -> None:
+    for field in fields:
+        a, b = current, expected
+        for name in field.split("."):
+            a, b = (getattr(section, name, "no field of it") for section in (a, b))
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            names = dict.fromkeys(one.name for section in (a, b) for one in dataclasses.fields(section))
+            _check_same(a, b, [name for name in names if name not in ignored], where, ignored, f"{path}.{field}")
+        elif a != b:
+            raise ConfigError(f"{path}.{field} is {shown(a)}, but {where} was made with {shown(b)}")
+
+
+def check_trusted(values: Mapping[str, Any], found: Any, where: str) -> None:
+    """ConfigError where a checkpoint needs code of its author, "module:attribute", that the config does not name too: a
+    file alone imports nothing. found: what the file says, with .model and .schedule.
+    """
+    for section in ("model", "schedule"):
+        name, given = getattr(found, section).name, values.get(section)
+        if ":" in name and not (isinstance(given, Mapping) and given.get("name") == name):
+            raise ConfigError(
+                f"{where} needs {name}, which is code of its author; --config.{section}.name={name} runs it"
+            )
