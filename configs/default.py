@@ -63,12 +63,23 @@ def get_config() -> ConfigDict:
     train.num_steps = 800_000
     train.batch_size = 128                # over all devices
     train.seed = 0
-    train.learning_rate = 2e-4            # Adam
+    train.learning_rate = 2e-4            # its maximum
     train.warmup = 5000                   # steps over which the learning rate rises to that
     train.clip_norm = 1.0                 # global norm of the gradient
+    train.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"               # adam | adamw | lion | muon | sgd, any of optax, "optax:adabelief", or yours;
+                                          # its arguments are fields: optimizer.b1, optimizer.weight_decay, ...
+    optimizer.schedule = "constant"       # of the learning rate after warmup: constant | cosine | inverse_sqrt
+    optimizer.schedule_options = {}       # its arguments
+    train.objective = objective = ConfigDict()
+    objective.name = "noise_prediction"   # L_gamma, Eq. (5), or "module:function"
+    objective.weight = "one"              # gamma_t: one (the paper's) | x0 | v (plain error of these) | min_snr | p2
+    objective.weight_options = {}         # its arguments
+    objective.time = "uniform"            # how t is drawn: uniform | real (all of [1, T]) | logit_normal | importance
+    objective.time_options = {}           # its arguments
+    objective.options = {}                # arguments of an objective of yours
     train.ema_decay = 0.9999              # of the moving average that is sampled
-    train.gamma = "one"                   # weights of Eq. (5): one (the paper's) | x0 | v (plain error of these)
-    train.real_time = False               # draw t from all reals in [1, T], not from the levels 1..T alone
+    train.ema_schedule = "constant"       # constant | warmup: min(ema_decay, (1 + k) / (10 + k)); or "module:function"
     train.accumulate = 1                  # parts of the batch, one after the other: memory for one, gradients of all
     train.max_skipped = 20                # updates in a row that may be left out because they are not finite
     train.log_every = 100                 # steps between lines of metrics.jsonl and TensorBoard

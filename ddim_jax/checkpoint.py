@@ -219,7 +219,12 @@ class Checkpoints:
         items = self._restore_arrays(step, targets)
         optimizer = items["optimizer"]
         return TrainState(
-            optimizer["step"], items["params"], items["ema_params"], optimizer["state"], optimizer["skipped"]
+            optimizer["step"],
+            items["params"],
+            items["ema_params"],
+            optimizer["state"],
+            optimizer["skipped"],
+            optimizer.get("objective", ()),
         )
 
     def restore_params(self, step: int, like: Any, ema: bool = True) -> Any:
@@ -289,7 +294,8 @@ def _differs(saved: Mapping[str, Any], name: str, found: str) -> bool:
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "skipped": state.skipped, "state": state.opt_state}
+    remembered = {"objective": state.objective} if jax.tree.leaves(state.objective) else {}
+    return {"step": state.step, "skipped": state.skipped, "state": state.opt_state, **remembered}
 
 
 def _checksums(items: Mapping[str, Any]) -> dict[str, str]:

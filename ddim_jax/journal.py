@@ -275,6 +275,8 @@ def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | N
     mean = lambda name: float(np.mean([getattr(metrics, name) for metrics in made])) if made else None
     said = {name: mean(name) for name in ("loss", "grad_norm", "ema_distance")}
     said["skipped"] = len(steps) - len(made)
+    for name in made[0].more if made else ():
+        said[name] = float(np.mean([metrics.more[name] for metrics in made]))
     for i in range(update.BINS):
         first, last = (-(-num_levels * k // update.BINS) for k in (i, i + 1))
         count = sum(metrics.bin_counts[i] for metrics in made)

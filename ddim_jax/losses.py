@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,39 +12,109 @@ import numpy as np
 
 from ddim_jax import checks, gaussian
 from ddim_jax import trajectory as tau_lib
-from ddim_jax.gaussian import Model
-from ddim_jax.schedule import Array, Levels, check_levels, level_at, precision
+from ddim_jax.gaussian import Model, Prediction
+from ddim_jax.schedule import Array, Level, Levels, check_levels, level_at, precision
 from ddim_jax.trajectory import Transitions
 
-# Whose error is gamma_t times the error of eps, as a function of a prediction and a level: the error of eps itself
-# (the paper's, gamma = 1), of x_0 (gamma = (1 - ab) / ab) and of v (gamma = 1 / ab), each taken where it does not
-# cancel. One network trained with any gamma > 0 serves all sampling processes (Theorem 1).
-GAMMAS = {
-    "one": lambda prediction, level: prediction.eps,
-    "x0": lambda prediction, level: prediction.x_0,
-    "v": lambda prediction, level: gaussian.predict_v(*prediction, level),
+
+class LossWeight(NamedTuple):
+    """gamma_t of Eq. (5), as `factor(level)` times the squared error of one quantity. The errors of eps, x_0 and v at a
+    level are multiples of each other, `err_x0^2 = (1 - ab) / ab err_eps^2` and `err_v^2 = 1 / ab err_eps^2`; the one is
+    taken that is finite and does not cancel. One network trained with any gamma > 0 serves all sampling processes
+    (Theorem 1).
+    """
+
+    error_of: Callable[[Prediction, Level], Array]  # what the error is taken of
+    factor: Callable[[Level], Array]  # () or (B, 1, ..., 1)
+
+
+_eps = lambda prediction, level: prediction.eps
+_x0 = lambda prediction, level: prediction.x_0
+_v = lambda prediction, level: gaussian.predict_v(*prediction, level)
+_one = lambda level: jnp.ones_like(level.alpha_bar)
+
+
+def weight_one() -> LossWeight:
+    """`gamma = 1`, the paper's: the error of eps."""
+    return LossWeight(_eps, _one)
+
+
+def weight_x0() -> LossWeight:
+    """`gamma = (1 - ab) / ab`: the error of x_0."""
+    return LossWeight(_x0, _one)
+
+
+def weight_v() -> LossWeight:
+    """`gamma = 1 / ab`: the error of v (Salimans and Ho 2022)."""
+    return LossWeight(_v, _one)
+
+
+def weight_min_snr(gamma: float = 5.0) -> LossWeight:
+    """`gamma_t = min(SNR, gamma) / SNR`, with SNR = ab / (1 - ab) (Hang et al. 2023). ValueError unless gamma is above
+    0.
+    """
+    checks.real("gamma", gamma, 0, open=True)
+    return LossWeight(_v, lambda level: jnp.minimum(level.alpha_bar, gamma * level.one_minus_alpha_bar))
+
+
+def weight_p2(k: float = 1.0, gamma: float = 1.0) -> LossWeight:
+    """`gamma_t = 1 / (k + SNR)^gamma` (Choi et al. 2022, Eq. 8). ValueError unless k is above 0 and gamma at least
+    0.
+    """
+    checks.real("k", k, 0, open=True)
+    checks.real("gamma", gamma, 0)
+
+    def factor(level):
+        noise, signal = level.one_minus_alpha_bar, level.alpha_bar
+        return signal * (noise / (k * noise + signal)) ** gamma
+
+    return LossWeight(_v, factor)
+
+
+WEIGHTS = {
+    "one": weight_one,
+    "x0": weight_x0,
+    "v": weight_v,
+    "min_snr": weight_min_snr,
+    "p2": weight_p2,
 }
 
 
-def l_gamma(model: Model, table: Levels, x_0: Array, t: Array, eps: Array, gamma: str = "one") -> Array:
+def as_weight(gamma: LossWeight | Callable[[Level], Array] | str) -> LossWeight:
+    """The LossWeight itself, or that of a name in WEIGHTS, or of a function: level -> gamma_t. ValueError otherwise."""
+    if isinstance(gamma, LossWeight):
+        return gamma
+    if callable(gamma):
+        return LossWeight(_v, lambda level: gamma(level) * level.alpha_bar)
+    return checks.lookup(WEIGHTS, gamma, "gamma")()
+
+
+def l_gamma(
+    model: Model,
+    table: Levels,
+    x_0: Array,
+    t: Array,
+    eps: Array,
+    gamma: LossWeight | Callable[[Level], Array] | str = "one",
+) -> Array:
     """The terms of Eq. (5): `gamma_t || eps_theta(x_t) - eps ||^2 / d`, with x_t of Eq. (4), one for each image.
 
     model: as in `samplers.integrate`. table: `schedule.levels(...)`. x_0, eps: (B, ...) with eps ~ N(0, I). t: (B,) in
-    [1, T]. gamma: a name in GAMMAS. Returns (B,) float32. Divided by the dimension d, as in DDPM's code, so that
-    gradient norms do not depend on the image size; the mean over t uniform in 1..T and over the data is
-    L_gamma / (T d). ValueError for arguments of other shapes, dtypes or ranges.
+    [1, T]. gamma: a name in WEIGHTS, a `LossWeight`, or a function from a level to gamma_t. Returns (B,) float32.
+    Divided by the dimension d, as in DDPM's code, so that gradient norms do not depend on the image size; the mean over
+    t uniform in 1..T and over the data is L_gamma / (T d). ValueError for arguments of other shapes, dtypes or ranges.
     """
     x_0 = checks.batch("x_0", x_0)
     eps, t = checks.floating("eps", eps, x_0.shape), checks.reals("t", t, 1, check_levels(table).num_steps)
     if np.shape(t) != x_0.shape[:1]:
         raise ValueError(f"t must have the shape {x_0.shape[:1]}, got {np.shape(t)}")
-    what = checks.lookup(GAMMAS, gamma, "gamma")
+    error_of, factor = as_weight(gamma)
     denoise = gaussian.as_denoise(model, x_0.dtype)
     denoise.check(table.alpha_bar_T)
     level = level_at(table, t, x_0)
     x_t = gaussian.q_marginal(x_0, eps, level).astype(x_0.dtype)
-    error = what(denoise(x_t, level), level) - what(gaussian.Prediction(x_0, eps), level)
-    return jnp.mean(error**2, axis=tuple(range(1, x_0.ndim)))
+    error = error_of(denoise(x_t, level), level) - error_of(Prediction(x_0, eps), level)
+    return jnp.mean(factor(level) * error**2, axis=tuple(range(1, x_0.ndim)))
 
 
 def gamma_exact(transitions: Transitions, sigma2: Array) -> np.ndarray:

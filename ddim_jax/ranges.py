@@ -147,7 +147,7 @@ def _kind(hint: Any, default: Any) -> Any:
     """The type that a value in a config must have. A float may be an int in a signature's default."""
     if hint in (bool, int, float, str) or isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is tuple:
         return hint
-    if hint is None and type(default) in (bool, float, str):
+    if type(default) in (bool, float, str):
         return type(default)
     return Any
 
@@ -174,12 +174,13 @@ def typed(kind: Any, value: Any) -> Any:
     return value
 
 
-def _any(value: Any) -> Any:
-    """A value of a field without a type: a number, a text, None, or a tuple of these."""
-    if isinstance(value, (tuple, list)):
+def _any(value: Any, depth: int = 4) -> Any:
+    """A value of a field without a type: a number, a text, None, or a tuple of these, nested at most so deep."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, (tuple, list)) and depth:
         if len(value) > ITEMS:
             raise ValueError(f"must have at most {ITEMS} entries, got {len(value)}")
-        return tuple(_any(item) for item in value)
+        return tuple(_any(item, depth - 1) for item in value)
     if value is not None and not isinstance(value, (bool, int, float, str)):
         raise ValueError(f"must be a number, a text, or a tuple of these, got {shown(value)}")
     _bounded(value)

@@ -59,7 +59,7 @@ SAMPLERS = {  # (what the signature names) -> Sampler
 }
 
 PREDICTIONS = gaussian.PREDICTIONS
-GAMMAS = losses.GAMMAS
+WEIGHTS = losses.WEIGHTS  # (what the signature names) -> LossWeight, or a function level -> gamma_t
 
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)

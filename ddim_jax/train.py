@@ -45,7 +45,6 @@ from ddim_jax import (
     generate,
     images,
     memory,
-    schedule,
     sharding,
     train_state,
     update,
@@ -58,13 +57,14 @@ from ddim_jax.config import Config, Process
 from ddim_jax.errors import CheckpointError, ConfigError, DamagedError, error_context
 from ddim_jax.journal import Log, steps_in
 from ddim_jax.train_state import TrainState
+from ddim_jax.training.objectives import Objective
 from ddim_jax.yardstick import Yardstick
 
 GRID_IMAGES = 64
 READING_THREADS = 4
 RUN_ME_AGAIN = 75  # what sysexits.h calls a temporary failure
 
-ObjectiveOf = Callable[[Config], update.Objective]
+ObjectiveOf = Callable[[Config], Objective]
 
 OPTIONS = {
     "workdir": (None, "Folder of the run: made if it is not there, continued if it is."),
@@ -76,7 +76,7 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     if options.workdir is None:
         raise ConfigError("--workdir is missing: the folder that the run is written to")
-    config_lib.network(config.model)  # that its sizes fit shows before anything is read
+    config_lib.objective(config), config_lib.optimizer(config.train)  # mistakes show before anything is read
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     with error_context("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
@@ -85,7 +85,7 @@ def main(options: types.SimpleNamespace) -> None:
     yard = quick_yardstick(config, mesh) if config.train.evaluate_every else None
     workdir = cli.writable_folder(options.workdir)
     show = partial(show_samples, workdir, config, process, mesh, yard)
-    run(config, noise_prediction, source, workdir, mesh, show, options.skip_damaged)
+    run(config, config_lib.objective, source, workdir, mesh, show, options.skip_damaged)
     cli.say(
         f"{config.train.num_steps} steps are done; checkpoints, metrics.jsonl and grids are in {workdir}\n"
         f"sample it: python -m ddim_jax.sample {shlex.join(sampling_arguments(config, workdir))}"
@@ -102,14 +102,14 @@ def run(
     skip_damaged: bool = False,
 ) -> Any:
     """Trains the network of config.model on a source until config.train.num_steps are done, from where the workdir is,
-    and returns the moving average of its parameters. objective_of: what of; see `noise_prediction`. show: told every
+    and returns the moving average of its parameters. objective_of: see `config.objective`. show: told every
     step, and once more where a run goes on.
     """
     with error_context("config.data"):
         fingerprint = data.fingerprint(source)
     train = config.train
     with only_one(workdir), Checkpoints(workdir, train.keep, train.keep_every) as checkpoints:
-        optimizer, state, step_key = first_state(config, mesh)
+        optimizer, state, step_key = first_state(config, mesh, objective_of(config))
         state, begin = resumed(state, config, workdir, fingerprint, checkpoints, skip_damaged, mesh)
         record = dataclasses.asdict(config)
         if begin < train.num_steps:
@@ -149,16 +149,14 @@ def run(
     return state.ema_params
 
 
-def optimizer_of(config: Config) -> optax.GradientTransformation:
-    """The optimizer that the config describes."""
-    return update.adam(config.train.learning_rate, config.train.warmup, config.train.clip_norm)
-
-
-def first_state(config: Config, mesh: jax.sharding.Mesh) -> tuple[optax.GradientTransformation, TrainState, jax.Array]:
+def first_state(
+    config: Config, mesh: jax.sharding.Mesh, objective: Objective
+) -> tuple[optax.GradientTransformation, TrainState, jax.Array]:
     """The optimizer, the state before the first update, where the mesh wants it, and the key of all updates."""
-    optimizer = optimizer_of(config)
+    optimizer = config_lib.optimizer(config.train)
     init_key, step_key = jax.random.split(jax.random.key(config.train.seed))
-    init = partial(train_state.init, config_lib.network(config.model), optimizer)
+    network = config_lib.network(config.model)
+    init = lambda key: train_state.init(network, optimizer, key, objective.init())
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, init_key))
     return optimizer, jax.jit(init, out_shardings=placement)(init_key), step_key
 
@@ -204,20 +202,10 @@ def resumed(
     return state, 0
 
 
-def noise_prediction(config: Config) -> update.Objective:
-    """The objective that the config describes."""
-    table = schedule.levels(config_lib.noise_schedule(config.schedule))
-    return update.noise_prediction(config_lib.network(config.model), table, config.model.prediction, config.train.gamma)
-
-
-def update_of(config: Config, optimizer: optax.GradientTransformation, objective_of: ObjectiveOf) -> update.Update:
+def update_of(config: Config, optimizer: optax.GradientTransformation, objective: Objective) -> update.Update:
     """The update that the config describes."""
     return update.build(
-        objective_of(config),
-        optimizer,
-        ema_decay=config.train.ema_decay,
-        accumulate=config.train.accumulate,
-        real_time=config.train.real_time,
+        objective, optimizer, ema_decay=config_lib.ema_decay(config.train), accumulate=config.train.accumulate
     )
 
 
@@ -227,7 +215,7 @@ def compiled_update(
     mesh: jax.sharding.Mesh,
     state: TrainState,
     key: jax.Array,
-    objective_of: ObjectiveOf = noise_prediction,
+    objective_of: ObjectiveOf = config_lib.objective,
     image_shape: tuple[int, int, int] | None = None,
 ) -> tuple[jax.stages.Compiled, float]:
     """The update, which takes over the memory of its state, and how many floating-point operations one takes as XLA
@@ -239,7 +227,7 @@ def compiled_update(
     where = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
 
     def traced(config):
-        made = jax.jit(update_of(config, optimizer, objective_of), donate_argnums=0, out_shardings=where)
+        made = jax.jit(update_of(config, optimizer, objective_of(config)), donate_argnums=0, out_shardings=where)
         return made.trace(state, images_, labels, key)
 
     model = config.model
@@ -288,7 +276,7 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
     if limit is None or memory.is_off():
         return
     model, train = config.model, config.train
-    init = partial(train_state.init, config_lib.network(model), optimizer_of(config))
+    init = partial(train_state.init, config_lib.network(model), config_lib.optimizer(config.train))
     shapes = jax.eval_shape(init, jax.random.key(0))
     placed_ = sharding.fully_sharded(mesh, (shapes, shapes.params))  # the second is the gradient
     kept = sharding.bytes_on_a_device(placed_, (shapes, shapes.params))

@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
     ema_params: Any  # exponential moving average of params: what is sampled
     opt_state: optax.OptState
     skipped: Array  # () int32, how many updates in a row, up to the last one, were left out as not finite
+    objective: Any = ()  # what the objective remembers of the steps before
 
 
 def param_shapes(network: Network) -> Any:
@@ -31,8 +32,10 @@ def _param_shapes(network: Network) -> Any:
     return jax.eval_shape(network.init, jax.random.key(0))
 
 
-def init(network: Network, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-    """The state before the first update; the moving average starts at the parameters. Traceable."""
+def init(network: Network, optimizer: optax.GradientTransformation, key: Array, objective: Any = ()) -> TrainState:
+    """The state before the first update; the moving average starts at the parameters. objective: what its `init`
+    returns. Traceable.
+    """
     params = as_network(network).init(key)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.copy(zero))
+    return TrainState(zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.copy(zero), objective)

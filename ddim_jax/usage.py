@@ -23,7 +23,7 @@ def text(description: str, options: Iterable[tuple[str, str]], config: bool) -> 
     if config:
         lines += ["", "fields of the config, with the values of configs/default.py, which the config given may change:"]
         found = fields(DEFAULTS.read_text() if DEFAULTS.is_file() else "")
-        for name in config_lib.field_names():
+        for name in found or config_lib.field_names():
             value, comment = found.get(name, ("VALUE", ""))
             lines.append(_line(f"--config.{name}={value}", comment))
     return "\n".join(lines)
@@ -44,14 +44,23 @@ def fields(source: str) -> dict[str, tuple[str, str]]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     set_by = {}  # line -> (field, default)
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign) and isinstance(target := node.targets[0], ast.Attribute):
-            section = "" if target.value.id == "config" else f"{target.value.id}."
-            value = ast.get_source_segment(source, node.value).strip('"')
-            if not value.startswith("ConfigDict("):
-                set_by[node.lineno] = section + target.attr, "" if value.startswith("placeholder(") else value
+    sections = {"config": ""}  # variable -> how the fields of its section begin
+    for node in sorted((node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)), key=_line_of):
+        target = node.targets[0]
+        if not isinstance(target, ast.Attribute):
+            continue
+        field = sections[target.value.id] + target.attr
+        value = ast.get_source_segment(source, node.value).strip('"')
+        if value.startswith("ConfigDict("):
+            sections |= {other.id: f"{field}." for other in node.targets[1:]}
+        else:
+            set_by[node.lineno] = field, "" if value.startswith("placeholder(") else value
     words: dict[int, list[str]] = {line: [] for line in sorted(set_by)}
     for line, comment in comments.items():
         if before := [begin for begin in words if begin <= line]:
             words[before[-1]].append(comment)
     return {name: (value, " ".join(words[line])) for line, (name, value) in set_by.items()}
+
+
+def _line_of(node: ast.AST) -> int:
+    return node.lineno

@@ -32,10 +32,8 @@ from ddim_jax import (
     generate,
     images,
     samplers,
-    schedule,
     sharding,
     train,
-    update,
     yardstick,
 )
 from ddim_jax import config as config_lib
@@ -45,6 +43,8 @@ from ddim_jax.discrete import LogProbsFn
 from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.models.denoiser import log_probs_fn
 from ddim_jax.pretrained.tensors import digest
+from ddim_jax.training import objectives
+from ddim_jax.training.objectives import Objective
 from ddim_jax.trajectory import Transitions
 from experiments import common, grid
 from experiments.common import Cell
@@ -145,9 +145,9 @@ def transitions(config: Config, S: int) -> Transitions:
     return grid.process_of(dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S))).transitions
 
 
-def objective(config: Config) -> update.Objective:
-    table = schedule.levels(config_lib.noise_schedule(config.schedule))
-    return update.classification(config_lib.network(config.model), table, LEVELS)
+def objective(config: Config) -> Objective:
+    noise_schedule = config_lib.noise_schedule(config.schedule)
+    return objectives.classification(config_lib.network(config.model), noise_schedule, LEVELS)
 
 
 _initial = jax.jit(discrete.initial, static_argnums=1)

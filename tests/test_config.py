@@ -42,7 +42,7 @@ def build(values):
         ("sample.tau", "quadratc", "config.sample.tau: 'quadratc' .* (did you mean 'quadratic'?)"),
         ("model.prediction", "noise", "config.model.prediction: 'noise' is not one of eps, x0, v"),
         ("model.dtype", "float16", "config.model.dtype: 'float16' is not one of float32, bfloat16"),
-        ("train.gamma", "snr", "config.train.gamma: 'snr' is not one of one, x0, v"),
+        ("train.gamma", "snr", "config.train has no field 'gamma'"),
         ("sample.steps", 0, "config.sample.steps: must be at least 1, got 0"),
         ("sample.steps", 1001, "config.sample.steps: num_steps must be in 1..1000, got 1001"),
         ("sample.tau", "1,50,20", "config.sample.tau: tau must ascend strictly, got 50 and then 20"),

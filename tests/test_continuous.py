@@ -16,6 +16,7 @@ from ddim_jax import config as config_lib
 from ddim_jax import gaussian, ode, oracle, registry, samplers, schedule, trajectory, update
 from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.network import Functions
+from ddim_jax.training import objectives, times
 
 LINEAR, VP, LOG_SNR = schedule.linear(), schedule.vp(), schedule.log_snr()
 ALL = {"linear": LINEAR, "cosine": schedule.cosine(), "vp": VP, "log_snr": LOG_SNR}
@@ -174,8 +175,9 @@ def test_a_network_is_told_real_times():
 
 def test_training_in_real_time_draws_all_of_it(mesh):
     """The update's t, seen by its loss alone: that of the reals from the same key."""
-    table, frozen = schedule.levels(schedule.vp(100)), optax.set_to_zero()
-    made = update.build(update.noise_prediction(MODEL, table, gamma="x0"), frozen, ema_decay=0.9, real_time=True)
+    frozen = optax.set_to_zero()
+    objective = objectives.noise_prediction(MODEL, schedule.vp(100), weight="x0", time=times.real())
+    made = update.build(objective, frozen, ema_decay=0.9)
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
     state = begun(mesh, MODEL, frozen)
     _, metrics = jax.jit(made)(state, images, None, KEY)

@@ -90,7 +90,7 @@ def test_encoding_to_a_level_without_signal(prediction, x64):
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
-@pytest.mark.parametrize("gamma", losses.GAMMAS)
+@pytest.mark.parametrize("gamma", losses.WEIGHTS)
 def test_training_without_signal_at_T(prediction, gamma):
     """The loss and its gradient are finite at T, and the error of the best network is that of the posterior."""
     x_0, eps = (jnp.asarray(np.random.default_rng(i).normal(size=(4, 3)), jnp.float32) for i in range(2))

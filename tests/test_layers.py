@@ -41,13 +41,17 @@ ALLOWED = {
         {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl", "lmdb"},
     ),
     "train_state": ({"models", "schedule"}, CORE | {"optax"}),
-    "update": (
-        {"schedule", "gaussian", "losses", "discrete", "models", "data", "train_state"},
-        CORE | {"flax", "optax", "chex"},
+    "training": (
+        {"checks", "schedule", "gaussian", "losses", "discrete", "models", "data"},
+        CORE | {"flax", "optax"},
     ),
+    "update": ({"schedule", "train_state", "training"}, CORE | {"optax", "chex"}),
     "sharding": (set(), CORE),
     "checkpoint": ({"sharding", "train_state"}, CORE | {"orbax"}),
-    "config": ({"ranges", "registry", "trajectory", "samplers", "schedule", "data", "models"}, CORE),
+    "config": (
+        {"ranges", "registry", "trajectory", "samplers", "schedule", "data", "models", "training"},
+        CORE | {"optax"},
+    ),
     "usage": ({"config"}, set()),
     "pretrained": (
         {"checkpoint", "config", "images", "models", "schedule"},

@@ -15,6 +15,7 @@ from ddim_jax import data, losses, schedule, sharding, train_state, update
 from ddim_jax.data.scaling import to_unit
 from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.unet import UNet
+from ddim_jax.training import objectives, optimizers
 
 # One resolution: what compiles in seconds has every kind of layer but the change of resolution.
 MODEL = UNet(
@@ -27,11 +28,12 @@ MODEL = UNet(
     groups=4,
     dropout=0.1,
 )
-TABLE = schedule.levels(schedule.linear(100))
+LINEAR = schedule.linear(100)
+TABLE = schedule.levels(LINEAR)
 KEY = jax.random.key(5)
 
 
-ADAM = update.adam(1e-2, 5, 1.0)
+ADAM = optimizers.adam(1e-2, 5, 1.0)
 
 
 @functools.cache
@@ -43,7 +45,7 @@ def begun(mesh, model, optimizer):
 @functools.cache
 def jitted(mesh, model, optimizer, options):
     options = {"prediction": "eps", "gamma": "one", "ema_decay": 0.9, **dict(options)}
-    objective = update.noise_prediction(model, TABLE, options.pop("prediction"), options.pop("gamma"))
+    objective = objectives.noise_prediction(model, LINEAR, options.pop("prediction"), options.pop("gamma"))
     return jax.jit(update.build(objective, optimizer, **options), out_shardings=sharding.replicated(mesh))
 
 
@@ -77,7 +79,7 @@ def compiled(fsdp, optimizer=ADAM, accumulate=1, model=MODEL):
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, KEY))
     state = jax.jit(init, out_shardings=placement)(jax.random.key(0))
     step = jax.jit(
-        update.build(update.noise_prediction(model, TABLE), optimizer, ema_decay=0.9, accumulate=accumulate),
+        update.build(objectives.noise_prediction(model, LINEAR), optimizer, ema_decay=0.9, accumulate=accumulate),
         out_shardings=(placement, sharding.replicated(mesh)),
     )
     images = sharding.put_batch(mesh, next(data.batches(data.Plan(data.load("digits"), 16, seed=0))).images)
@@ -199,7 +201,7 @@ def test_one_step_by_hand(mesh):
 
 def test_the_learning_rate_warms_up_and_stays():
     """On a constant gradient Adam moves by the learning rate: k / warmup of it in update k, then all of it."""
-    optimizer = update.adam(0.1, 4, 1e9)
+    optimizer = optimizers.adam(0.1, 4, 1e9)
     x = jnp.zeros(1)
     state, moves = optimizer.init(x), []
     for _ in range(6):
@@ -207,7 +209,7 @@ def test_the_learning_rate_warms_up_and_stays():
         moves.append(-float(step[0]))
     np.testing.assert_allclose(moves, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-4)
     for warmup in (0, 1):
-        optimizer = update.adam(0.1, warmup, 1e9)
+        optimizer = optimizers.adam(0.1, warmup, 1e9)
         assert -float(optimizer.update(jnp.ones(1), optimizer.init(x))[0][0]) == pytest.approx(0.1, rel=1e-4)
 
 
@@ -241,7 +243,7 @@ def test_a_class_conditional_network_trains(mesh):
 
 def test_pixels_that_are_scaled_already_are_refused(mesh):
     optimizer = optax.sgd(0.1)
-    update_step = update.build(update.noise_prediction(MODEL, TABLE), optimizer, ema_decay=0.9)
+    update_step = update.build(objectives.noise_prediction(MODEL, LINEAR), optimizer, ema_decay=0.9)
     state = jax.eval_shape(lambda key: train_state.init(MODEL, optimizer, key), KEY)
     with pytest.raises(AssertionError, match="uint8"):
         jax.eval_shape(update_step, state, jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.float32), None, KEY)

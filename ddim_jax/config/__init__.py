@@ -1,6 +1,6 @@
 """What a config may say (`schema`), the objects that it names (`build`), and saved configs (`compatibility`)."""
 
-from ddim_jax.config.build import Process, network, noise_schedule, process
+from ddim_jax.config.build import Process, ema_decay, network, noise_schedule, objective, optimizer, process
 from ddim_jax.config.compatibility import (
     BEFORE,
     PRIVATE,
@@ -55,12 +55,15 @@ __all__ = [
     "check_trusted",
     "check_without_effect",
     "decided",
+    "ema_decay",
     "field_names",
     "filled",
     "is_open",
     "literal",
     "network",
     "noise_schedule",
+    "objective",
+    "optimizer",
     "parse",
     "parse_saved",
     "part_of_section",

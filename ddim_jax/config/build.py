@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 
 from ddim_jax import ranges, registry, samplers, trajectory
-from ddim_jax.config.schema import ModelConfig, SampleConfig, ScheduleConfig
+from ddim_jax.config.schema import Config, ModelConfig, SampleConfig, ScheduleConfig, TrainConfig
 from ddim_jax.errors import error_context
 from ddim_jax.models import NETWORKS
 from ddim_jax.models import network as network_lib
 from ddim_jax.models.network import Network
 from ddim_jax.samplers import Sampler
 from ddim_jax.schedule import Schedule, zero_terminal_snr
+from ddim_jax.training import optimizers
+from ddim_jax.training.objectives import OBJECTIVES, Objective
+from ddim_jax.training.times import TIMES
 from ddim_jax.trajectory import Transitions
 
 
@@ -41,6 +45,54 @@ def network(config: ModelConfig) -> Network:
         shape = config.image_size, config.image_size, config.image_channels
         fields = ranges.arguments(factory, dataclasses.asdict(config))
         return network_lib.make(factory, fields, shape, config.num_classes)
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """The optimizer that config.train describes, on clipped gradients. ConfigError where it cannot be made."""
+    chosen = config.optimizer
+    with error_context("config.train.optimizer.schedule"):
+        rate_of = registry.resolve(optimizers.RATES, chosen.schedule)
+    with error_context("config.train.optimizer.schedule_options"):
+        rate = registry.build(rate_of, _named(config, "learning_rate", "warmup", "num_steps"), chosen.schedule_options)
+    with error_context("config.train.optimizer.name"):
+        factory = registry.resolve(optimizers.OPTIMIZERS, chosen.name)
+    with error_context("config.train.optimizer"):
+        fields = {"learning_rate": rate} | dataclasses.asdict(chosen)
+        return optimizers.clipped(factory(**ranges.arguments(factory, fields)), config.clip_norm)
+
+
+def objective(config: Config) -> Objective:
+    """The objective that config.train.objective describes. ConfigError where it cannot be made."""
+    chosen = config.train.objective
+    parts = {}
+    for name, table in (("weight", registry.WEIGHTS), ("time", TIMES)):
+        with error_context(f"config.train.objective.{name}"):
+            factory = registry.resolve(table, getattr(chosen, name))
+        with error_context(f"config.train.objective.{name}_options"):
+            parts[name] = registry.build(factory, {}, getattr(chosen, f"{name}_options"))
+    with error_context("config.train.objective.name"):
+        factory = registry.resolve(OBJECTIVES, chosen.name)
+    made_of = {
+        "network": network(config.model),
+        "noise_schedule": noise_schedule(config.schedule),
+        "prediction": config.model.prediction,
+        **parts,
+    }
+    with error_context("config.train.objective"):
+        made = registry.build(factory, made_of, chosen.options)
+        if not isinstance(made, Objective):
+            raise ValueError(f"{chosen.name} must return an Objective, got {type(made).__name__}")
+    return made
+
+
+def ema_decay(config: TrainConfig) -> Callable[[Any], Any]:
+    """step -> the decay of the moving average."""
+    with error_context("config.train.ema_schedule"):
+        return registry.build(registry.resolve(optimizers.EMAS, config.ema_schedule), {"decay": config.ema_decay})
+
+
+def _named(config: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
 
 
 def _built(factory: Any, config: Any) -> Any:

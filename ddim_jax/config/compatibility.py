@@ -21,11 +21,12 @@ BEFORE = {
     "schedule": {"log_snr_max": 13.3, "log_snr_min": -10.0, "zero_terminal_snr": False, "options": {}},
     "train": {
         "accumulate": 1,
-        "real_time": False,
         "max_skipped": 20,
         "evaluate_every": 0,
         "evaluate_images": 1000,
         "wandb": "",
+        "optimizer": {"name": "adam"},
+        "ema_schedule": "constant",
     },
     "mesh": {"data": -1, "fsdp": 1},
     "sample": {
@@ -63,8 +64,14 @@ def parse_saved(values: Mapping[str, Any]) -> Config:
 
 
 def filled(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Saved values with the fields that came later."""
-    return _fill(BEFORE, values)
+    """Saved values with the fields that came later, and under the names that they have now."""
+    values = _fill(BEFORE, values)
+    if isinstance(values, Mapping) and isinstance(train := values.get("train"), Mapping) and "objective" not in train:
+        time = "real" if train.get("real_time") else "uniform"
+        objective = {"name": "noise_prediction", "weight": train.get("gamma", "one"), "time": time}
+        kept = {name: value for name, value in train.items() if name not in ("gamma", "real_time")}
+        values = {**values, "train": {**kept, "objective": objective}}
+    return values
 
 
 def _fill(defaults: Any, values: Any) -> Any:
@@ -82,6 +89,11 @@ PRIVATE = (
     "evaluate.features",  # a module of the user's, where it is none of ours
     "evaluate.weights",
     "evaluate.reference",
+    "sample.options",  # arguments of the user's own code, which may be paths
+    "train.objective.options",
+    "train.objective.weight_options",
+    "train.objective.time_options",
+    "train.optimizer.schedule_options",
 )
 
 
@@ -105,7 +117,7 @@ def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> 
         else:
             with contextlib.suppress(ValueError):
                 value = ranges.typed(kinds[name], values[name])
-                copy[name] = defaults.get(name, "") if f"{path}{name}" in PRIVATE else value
+                copy[name] = defaults.get(name, type(value)()) if f"{path}{name}" in PRIVATE else value
     return copy
 
 
@@ -116,9 +128,8 @@ RESUMED_WITH = (
     "schedule",
     "data.name",
     "data.flip",
-    *(f"train.{name}" for name in ("batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay", "gamma")),
-    "train.accumulate",
-    "train.real_time",
+    *(f"train.{name}" for name in ("batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay")),
+    *(f"train.{name}" for name in ("optimizer", "objective", "ema_schedule", "accumulate")),
 )
 SAMPLED_WITH = ("schedule", "model")
 

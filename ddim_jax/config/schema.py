@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,15 +23,18 @@ from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.files import shown
 from ddim_jax.models import NETWORKS
 from ddim_jax.ranges import Options
+from ddim_jax.training.objectives import OBJECTIVES
+from ddim_jax.training.optimizers import EMAS, OPTIMIZERS, RATES
+from ddim_jax.training.times import TIMES
 
 MOST_STEPS = 1_000_000  # T: a file may ask for any, and is refused before anything of that size is made
 
 _types = functools.cache(typing.get_type_hints)  # of a section: field -> type
 
 
-def entry_of(table: Mapping[str, Any]) -> Any:
+def entry_of(table: Mapping[str, Any], default: Any = ranges.MISSING) -> Any:
     """A field that names an entry of a table, or "package.module:attribute". Nothing is imported here."""
-    return ranges.field(check=lambda name: registry.check_name(table, name))
+    return ranges.field(default, lambda name: registry.check_name(table, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +74,25 @@ class ScheduleConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Beside these, the parameters of the factory that `name` is of."""
+
+    name: str = entry_of(OPTIMIZERS)
+    schedule: str = entry_of(RATES, "constant")
+    schedule_options: Options = ranges.field(Options())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    name: str = entry_of(OBJECTIVES)
+    weight: str = entry_of(registry.WEIGHTS)
+    weight_options: Options = ranges.field(Options())
+    time: str = entry_of(TIMES)
+    time_options: Options = ranges.field(Options())
+    options: Options = ranges.field(Options())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     num_steps: int = ranges.at_least(1)
     batch_size: int = ranges.at_least(1)
@@ -77,9 +100,10 @@ class TrainConfig:
     learning_rate: float = ranges.above_zero()
     warmup: int = ranges.at_least(0)
     clip_norm: float = ranges.above_zero()
+    optimizer: OptimizerConfig = ranges.field()
+    objective: ObjectiveConfig = ranges.field()
     ema_decay: float = ranges.below_one()
-    gamma: str = ranges.one_of(registry.GAMMAS)
-    real_time: bool = ranges.field()
+    ema_schedule: str = entry_of(EMAS)
     accumulate: int = ranges.at_least(1)
     max_skipped: int = ranges.at_least(1)
     log_every: int = ranges.at_least(1)
@@ -146,7 +170,8 @@ class Config:
 
 
 # Sections with the parameters of a factory as their fields -> the table that their name is looked up in.
-FACTORIES = {ModelConfig: NETWORKS}
+FACTORIES = {ModelConfig: NETWORKS, OptimizerConfig: OPTIMIZERS}
+GIVEN = ("learning_rate",)  # parameters of factories that another field of the config gives
 
 # How a network is computed, which its parameters do not depend on.
 FREE_OF_NETWORK = ("dropout", "dtype", "remat")
@@ -274,7 +299,7 @@ def with_value(values: Mapping[str, Any], field: str, value: Any) -> dict[str, A
 def is_open(field: str) -> bool:
     """Whether a field (dotted) belongs to a factory, so that its config decides whether there is one."""
     section, _, _ = field.rpartition(".")
-    return section == "model" or section.endswith(".options") or field.endswith(".options")
+    return section in ("model", "train.optimizer") or bool(re.search(r"[._]options(\.|$)", field))
 
 
 def type_of(field: str, values: Mapping[str, Any]) -> Any:
@@ -341,7 +366,7 @@ def section_of(kind: type, factory: Any) -> type:
     fields = [
         (name, parameter.kind, ranges.field(parameter.default, parameter.check))
         for name, parameter in ranges.parameters(factory).items()
-        if name not in common and ranges.is_plain(parameter.default)
+        if name not in common and name not in GIVEN and ranges.is_plain(parameter.default)
     ]
     return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
 

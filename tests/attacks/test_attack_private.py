@@ -125,8 +125,7 @@ def _is_choice(name):
 
 
 def _with(values, name, value):
-    section, _, field = name.rpartition(".")
-    return values | ({section: values[section] | {field: value}} if section else {field: value})
+    return config_lib.with_value(values, name, value)
 
 
 def test_the_public_part_of_a_config_is_what_it_was_but_for_places():
@@ -153,7 +152,7 @@ MARKDOWN = [
 def test_texts_of_a_config_stay_texts_in_the_card(params, tmp_path, text):
     values = smoke_values()
     values["sample"]["tau"] = text
-    for section, field in (("train", "gamma"), ("data", "name"), ("evaluate", "metrics")):
+    for section, field in (("train", "ema_schedule"), ("data", "name"), ("evaluate", "metrics")):
         values[section][field] = text
     values[text] = text
     pretrained.save(tmp_path / "own.safetensors", params, values, 5)

@@ -23,9 +23,9 @@ from ddim_jax import config as config_lib
 from ddim_jax import data, train, update
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.data.batches import order
-from ddim_jax.data.scaling import to_unit
 from ddim_jax.errors import CheckpointError, ConfigError
 from ddim_jax.train_state import TrainState
+from ddim_jax.training import objectives
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
 CONFIG = dataclasses.replace(
@@ -39,7 +39,7 @@ def objective(factor, config=None):
     def loss(params, x_0, *_):
         return factor * sum(jnp.square(leaf - 1).sum() for leaf in jax.tree.leaves(params)) + 0 * x_0.mean((1, 2, 3))
 
-    return update.Objective(100, to_unit, loss)
+    return objectives.make(100, loss)
 
 
 # --- the update ---

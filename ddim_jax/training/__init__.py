@@ -1,0 +1,1 @@
+"""Objectives, optimizers and moving averages, by name and as objects."""
