@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -36,6 +36,7 @@ def start(
     options: Mapping[str, tuple[Any, str]],
     config: bool = True,
     several: bool = False,
+    may_be_empty: Collection[str] = (),
 ) -> NoReturn:
     """Runs main(options) and ends the process: exit code 0 if all of it was done, 2 for a mistake of the user's or
     where the machine cannot do it, and as `interrupts` says for signals.
@@ -43,7 +44,7 @@ def start(
     options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text, a
     list one that may be given again and again. With config there is --config too, and main finds the checked Config in
     `options.config`, and the values that it was made of in `options.values`. several: whether it may be one of several
-    processes.
+    processes. may_be_empty: options with a default that are no paths, and that mean something when they are empty.
     """
     interrupts.install()
     options = {**options, **COMMON, **(SEVERAL if several else {})}
@@ -71,7 +72,8 @@ def start(
                 sharding.a_device_per_core(*_batch_and_width())
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
             for name, (default, _) in options.items():
-                if FLAGS[name].value == "" != default:  # an empty path would be the current folder
+                if FLAGS[name].value == "" != default and name not in may_be_empty:
+                    # an empty path would be the current folder
                     raise ConfigError(f"--{name} is empty")
             if given.compilation_cache:
                 cache.keep_programs()

@@ -108,7 +108,7 @@ def run(out: output.Folder, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         first = next((f"{name} {_shown(value)}" for name, value in numbers.items()), "")
         cli.say(f"{place}: {first} ({i + 1} of {len(todo)}; {duration(left)} left)")
     rows = [row for path in (out / "cells").glob(f"*/{RESULT}") if (row := _row(out, path.parent)) is not None]
-    rows.sort(key=lambda row: [_order(value) for value in reversed(row["axes"].values())])
+    rows.sort(key=lambda row: [order_of(value) for value in reversed(row["axes"].values())])
     return [{**row["axes"], **row["numbers"]} for row in rows]
 
 
@@ -137,7 +137,7 @@ def keep_reference(out: output.Folder, stored: pathlib.Path | None, found: refer
             file.write(fresh.read_bytes())
 
 
-def _order(value: Any) -> tuple[float, str]:
+def order_of(value: Any) -> tuple[float, str]:
     """Numbers by their size, also those in words, then the rest by the alphabet."""
     try:
         return float(value), ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ OPTIONS = common.OPTIONS | {
     "steps": (",".join(map(str, paper.STEPS)), "The columns: values of S."),
     "sweep": ([], "A further axis, FIELD=VALUE,VALUE: any field of the config. Values with commas: separate by ;"),
 }
+MAY_BE_EMPTY = ("etas",)
 VARIED = ("sampler", "eta", "steps", "num_images", "batch_size", "refine")  # by the axes, or without effect
 
 
@@ -33,20 +34,32 @@ def places(etas: str, steps: str, sweeps: Iterable[str] = ()) -> list[dict[str, 
         axes["eta"] = list(dict.fromkeys(_eta(text.strip()) for text in etas.split(",")))
     axes["S"] = common.ints("steps", steps)
     for sweep in sweeps:
-        field, equals, values = sweep.partition("=")
-        if not equals or not values:
-            raise ConfigError(f"--sweep must be FIELD=VALUE,VALUE, got {sweep!r}")
-        field = field.removeprefix("config.")
+        field, values = field_and_values("sweep", sweep)
         if field == "sample.steps" or (etas and field in ("sample.eta", "sample.sampler")):
             raise ConfigError(f"--sweep: {field} is an axis already, by --steps or --etas")
-        if field.startswith(("train.", "evaluate.", "data.")) or field in ("name", "sample.num_images"):
-            raise ConfigError(f"--sweep: {field} does not change what is sampled")
-        section, _, name = field.partition(".")
-        if section == "schedule" or (section == "model" and name not in config_lib.FREE_OF_NETWORK):
-            raise ConfigError(f"--sweep: {field} is what the network was trained with; sweep pretrained instead")
-        axes[field] = list(dict.fromkeys(values.split(";" if ";" in values else ",")))
+        if reason := why_no_axis(field):
+            raise ConfigError(f"--sweep: {field} {reason}")
+        axes[field] = list(dict.fromkeys(values))
     backwards = itertools.product(*reversed(axes.values()))
     return [dict(zip(axes, reversed(values), strict=True)) for values in backwards]
+
+
+def field_and_values(option: str, text: str) -> tuple[str, list[str]]:
+    """The field (dotted) and the values of FIELD=VALUE,VALUE, which the option holds."""
+    field, equals, values = text.partition("=")
+    if not equals or not values:
+        raise ConfigError(f"--{option} must be FIELD=VALUE,VALUE, got {text!r}")
+    return field.removeprefix("config."), values.split(";" if ";" in values else ",")
+
+
+def why_no_axis(field: str) -> str:
+    """Why a field of the config (dotted) cannot be an axis; empty if it can."""
+    if field.startswith(("train.", "evaluate.", "data.")) or field in ("name", "sample.num_images"):
+        return "does not change what is sampled"
+    section, _, name = field.partition(".")
+    if section == "schedule" or (section == "model" and name not in config_lib.FREE_OF_NETWORK):
+        return "is what the network was trained with; sweep pretrained instead"
+    return ""
 
 
 def _eta(text: str) -> str:
@@ -70,8 +83,9 @@ def at(options: types.SimpleNamespace, axes: Mapping[str, Any], count: int) -> C
     if axes.get("eta") == "hat":
         values["sample"].update(sampler="ddpm_hat", eta=0.0)
     elif "eta" in axes:
-        factory = registry.lookup(registry.SAMPLERS, values["sample"]["sampler"])
-        keeps = "eta" in registry.accepts(factory) or not registry.build(factory, {}).stochastic
+        name = values["sample"]["sampler"]
+        factory = registry.resolve(registry.SAMPLERS, name)
+        keeps = ":" in name or "eta" in registry.accepts(factory) or not registry.build(factory, {}).stochastic
         values["sample"].update(eta=float(axes["eta"]), **({} if keeps else {"sampler": "ddim"}))
     return config_lib.parse(values)
 
@@ -95,27 +109,46 @@ def depends_on(cell: Config, process: Process) -> dict[str, Any]:
     }
 
 
-def fixed(config: Config, swept: Iterable[str]) -> dict[str, Any]:
-    """The fields of config.sample that all cells share."""
-    free = {*VARIED, *(field.removeprefix("sample.") for field in swept)}
+def fixed(config: Config, swept: Iterable[str], varied: Iterable[str] = VARIED) -> dict[str, Any]:
+    """The fields of config.sample that all cells share: those that are neither swept nor in `varied`."""
+    free = {*varied, *(field.removeprefix("sample.") for field in swept)}
     return {name: value for name, value in dataclasses.asdict(config.sample).items() if name not in free}
 
 
-def laid_out(rows: list[dict[str, Any]], axes: list[str]) -> tuple[list[str], list[int], list[list[dict | None]]]:
-    """The rows of the table (all axes but S, as words), its columns (S), and what is in them."""
-    words = lambda row: ", ".join(_word(name, row[name]) for name in reversed(axes) if name != "S")
-    lines, columns = list(dict.fromkeys(map(words, rows))), sorted({row["S"] for row in rows})
-    cells = {(words(row), row["S"]): row for row in rows}
+def laid_out(
+    rows: list[dict[str, Any]], axes: list[str], across: str = "S"
+) -> tuple[list[str], list[Any], list[list[dict | None]]]:
+    """The rows of the table (all axes but `across`, as words), its columns (values of `across`), what is in them."""
+    lines = list(dict.fromkeys(words(row, reversed(axes), across) for row in rows))
+    columns = sorted({row[across] for row in rows})
+    cells = {(words(row, reversed(axes), across), row[across]): row for row in rows}
     return lines, columns, [[cells.get((line, column)) for column in columns] for line in lines]
 
 
+def words(row: Mapping[str, Any], axes: Iterable[str], across: str | None = None) -> str:
+    """Where a row is on these axes but `across`."""
+    return ", ".join(_word(name, row[name]) for name in axes if name != across)
+
+
 def _word(axis: str, value: Any) -> str:
-    return ("sigma-hat" if value == "hat" else f"eta {value}") if axis == "eta" else f"{axis.split('.')[-1]} {value}"
+    return "sigma-hat" if (axis, value) == ("eta", "hat") else f"{short(axis)} {number(value)}"
 
 
-def picture(rows: list[dict[str, Any]], axes: list[str], out: output.Folder) -> np.ndarray:
-    """The first images of every cell; the same noise in all of them."""
-    lines, columns, cells = laid_out(rows, axes)
+def short(axis: str) -> str:
+    """A field without its section."""
+    return axis.split(".")[-1]
+
+
+def number(value: Any) -> str:
+    """A value in words, with all its digits: no two are the same in words. Whole floats as integers."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def picture(
+    rows: list[dict[str, Any]], axes: list[str], out: output.Folder, across: str = "S", unnamed: Collection[str] = ()
+) -> np.ndarray:
+    """The first images of every cell; the same noise in all of them. unnamed: axes that are not in their words."""
+    lines, columns, cells = laid_out(rows, [name for name in axes if name not in unnamed], across)
     folder = lambda row: out / common.folder_of({name: row[name] for name in axes})
     pictures = [[None if row is None else common.read_png(folder(row) / "first.png") for row in line] for line in cells]
-    return common.labelled(pictures, lines, [f"S = {column}" for column in columns])
+    return common.labelled(pictures, lines, [f"{short(across)} = {number(column)}" for column in columns])

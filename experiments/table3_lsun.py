@@ -12,7 +12,7 @@ from ddim_jax import interrupts
 if __name__ == "__main__":
     interrupts.install()
 
-from experiments import common, table1_fid
+from experiments import common, grid, table1_fid
 
 OPTIONS = table1_fid.OPTIONS | {
     "etas": ("0,1", table1_fid.OPTIONS["etas"][1]),
@@ -20,4 +20,4 @@ OPTIONS = table1_fid.OPTIONS | {
 }
 
 if __name__ == "__main__":
-    common.start(table1_fid.main, OPTIONS)
+    common.start(table1_fid.main, OPTIONS, may_be_empty=grid.MAY_BE_EMPTY)

@@ -2,12 +2,15 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import signal
 import time
+import types
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -17,9 +20,10 @@ from processes import error_line, ok, run, start
 
 from configs import digits
 from ddim_jax import config as config_lib
-from ddim_jax import data, encode, generate, oracle, pretrained, schedule, weights
+from ddim_jax import data, encode, generate, oracle, pretrained, schedule, sharding, weights
+from ddim_jax.errors import CheckpointError, ConfigError
 from ddim_jax.evaluation import frechet, judge
-from experiments import common, fig3_fig5_consistency, fig4_wallclock, grid, oracle_table1, paper, table1_fid
+from experiments import ablation, common, fig3_fig5_consistency, fig4_wallclock, grid, oracle_table1, paper, table1_fid
 
 DIGITS = ("--config", "configs/digits.py")
 TABLE1 = (
@@ -127,7 +131,7 @@ def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
     for change, said in [
         ("--config.sample.seed=1", "sample.seed is 0 there, 1 here"),
         ("--config.sample.tau=quadratic", "sample.tau is uniform there, quadratic here"),
-        ("--config.sample.clip_range=2.0", "sample.clip_range is 1.0 there, 2.0 here"),
+        ("--config.sample.clip_x0=True", "sample.clip_x0 is False there, True here"),
         ("--config.evaluate.num_images=31", "evaluate.num_images is 30 there, 31 here"),
         ("--config.evaluate.split=test", "evaluate.split is train there, test here"),
         ("--sweep=sample.seed=1,2", "axes is ['eta', 'S'] there, ['eta', 'S', 'sample.seed'] here"),
@@ -136,7 +140,8 @@ def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
         assert said in refused and refused.endswith("; give another --out")
     with safetensors.safe_open(pretrained.shipped("digits"), framework="numpy") as file:
         other = {name: 1.01 * file.get_tensor(name) for name in file.keys()}
-        safetensors.numpy.save_file(other, tmp_path / "other.safetensors", file.metadata())
+        of_both = {name: text for name, text in file.metadata().items() if name not in ("digest", "checksums")}
+        safetensors.numpy.save_file(other, tmp_path / "other.safetensors", of_both)
     refused = error_line(
         run("experiments.table1_fid", *TABLE1, f"--config.pretrained={tmp_path}/other.safetensors", "--out", out)
     )
@@ -176,6 +181,7 @@ def test_checkpoints_as_an_axis(tmp_path):
         (("--etas=-1",), "config.sample.eta: must be at least 0, got -1.0"),
         (("--etas=0,1.5",), "config.sample.eta: eta must be in [0,"),
         (("--steps=ten",), "--steps: must be whole numbers, got 'ten'"),
+        (("--etas=", "--steps=0"), "--steps: must be at least 1, got 0"),  # without --etas it is the config's sampler
         (("--steps=0",), "--steps: must be at least 1, got 0"),
         (("--steps=2000",), "config.sample.steps:"),
         (("--sweep=sample.tau",), "--sweep must be FIELD=VALUE,VALUE, got 'sample.tau'"),
@@ -198,6 +204,47 @@ def test_mistakes_are_told_in_one_line_before_anything_is_drawn(tmp_path, args, 
     assert not list(tmp_path.rglob("samples.*"))
 
 
+MODEL = {
+    **dict(image_size=8, image_channels=1, patch_size=1, channels=32, channel_mult=[1, 2], num_res_blocks=1),
+    **dict(attention_resolutions=[4], middle_attention=True, head_channels=0, groups=8, norm_epsilon=1e-6),
+    **dict(halve_padding="end", frequency_shift=1.0, cos_first=False, num_classes=0, label_dropout=0.0),
+    **dict(dtype="float32", prediction="eps"),
+}
+PROCESSES = {
+    "eta=0_S=5": "d58b1f07232de4fe77dc02acd8d2ed385256a808d36464b2996311fe0da2d943",
+    "eta=0_S=10": "f98d82dd7e396ec3266fd963264da98261fb0a9c84aadecfa2e3f820c5c135fb",
+    "eta=hat_S=5": "636af7bc2ffff205ab53b953ab111ab81f4124ff97626a1ba3ddc5d3097a6c20",
+    "eta=hat_S=10": "8038359f50890fd2c7672e7e627d8ac76ec014f597eb950ae8da32573e8181af",
+}
+
+
+def test_a_table_of_an_earlier_version_would_be_resumed(table1):
+    """What --out and the cells are recorded to be of, and their names, as they were before there was `ablation`."""
+    sample = dict(tau="uniform", tau_offset=0, tau_end=0, fixed_stride=False, seed=0, clip_x0=False, keep_eps=False)
+    more = dict(clip_range=1.0, clip_quantile=0.0, ema=True, label=-1, guidance=1.0)
+    network = "c09d00b25b707e6e5767c0dad2ce883a126e9755c76264b1eb71602afc68f6a4"
+    made_from = lambda folder: json.loads((folder / "run.json").read_text())["made_from"]
+    assert made_from(table1) == {
+        "experiment": "table1_fid",
+        "weights": network,
+        "features": "55b670c101a508dd635ff33fd0a6acc0b9bc9d652b4ab63853ab79a923997195",
+        "axes": ["eta", "S"],
+        "sample": sample | more,
+        "evaluate": dict(features="digits", weights="", metrics="fid,kid", num_images=30, batch_size=None)
+        | dict(reference="", split="train"),
+        "data": {"name": "digits", "path": ""},
+    }
+    cells = {folder.name: made_from(folder) for folder in (table1 / "cells").iterdir()}
+    assert all(len(cell.pop("reference")) == 64 for cell in cells.values())
+    assert cells == {
+        name: {"weights": network, "process": process, "model": MODEL} for name, process in PROCESSES.items()
+    }
+    result = json.loads((table1 / "cells" / "eta=hat_S=5" / "result.json").read_text())
+    assert result["axes"] == {"eta": "hat", "S": 5}
+    assert list(result["numbers"]) == ["fid", "kid", "kid_std", "kid_subset_size", "images", "steps"]
+    assert {path.name for path in table1.iterdir()} == {"run.json", "cells", "reference.npz", *common.FILES}
+
+
 def test_the_paper_s_value_and_the_difference():
     """Where it has one: the corners of its tables, typed again."""
     table = paper.fid_of("ddpm-cifar10-32")
@@ -212,6 +259,218 @@ def test_the_paper_s_value_and_the_difference():
     assert "fid (the paper's, difference)" in text and "| eta 0.2 | 8 (7.11, +0.89) |" in text and "Of " not in text
     fewer = table1_fid.text([table1_fid.beside_the_paper({**row, "images": 5000}, table)], ["eta", "S"], None)
     assert "Of 5000 images each; the paper has 50000" in fewer
+
+
+# --- ablation: any fields, means over seeds ---
+
+
+def ablate(out, *axes, seeds="", changed=None, **options):
+    """`python -m experiments.ablation`, in this process."""
+    values = digits.get_config().to_dict()
+    values["evaluate"].update(num_images=16, metrics="fid,kid")
+    for field, text in (changed or {}).items():
+        values = config_lib.with_text(values, field, text)
+    config = config_lib.parse(weights.completed(values) if values["pretrained"] else values)
+    given = dict(axis=[*axes], seeds=seeds, out=out, workdir=None, accept="", floor=False, keep_samples=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "data_mesh", lambda: meshes()[0])  # eight devices of two cores are slow
+        ablation.main(types.SimpleNamespace(config=config, values=values, **(given | options)))
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    """Two axes and two seeds."""
+    axes = ("sample.steps=3,2", "sample.clip_x0=False,True")
+    return once(tmp_path_factory, "ablated", lambda out: ablate(out, *axes, seeds="0,1"))
+
+
+def test_a_row_for_each_cell_and_seed(ablated):
+    found = rows(ablated)
+    names = ("sample.steps", "sample.clip_x0", "sample.seed")
+    assert [tuple(row[name] for name in names) for row in found] == [
+        (steps, clip, seed) for steps in "23" for clip in ("False", "True") for seed in "01"
+    ]
+    assert all(row["images"] == "16" and row["steps"] == row["sample.steps"] for row in found)
+    assert len({row["fid"] for row in found}) == 8
+    assert {path.name for path in ablated.iterdir()} == {"run.json", "cells", "reference.npz", *ablation.WRITTEN}
+
+
+def by_hand(found):
+    """Mean and standard error of the numbers in some rows of table.csv."""
+    values = [float(row["fid"]) for row in found]
+    mean = sum(values) / len(values)
+    return mean, (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
+
+
+def test_mean_and_standard_error_are_those_of_the_rows(ablated):
+    told = json.loads((ablated / "table.json").read_text())
+    assert len(told["rows"]) == 8 and len(told["means"]) == 4 and told["metrics"] == ["fid", "kid"]
+    lines = (ablated / "table.md").read_text().splitlines()
+    assert "standard error over n seeds (the sample standard deviation / sqrt(n)), 16 images each" in lines[0]
+    for cell, line in zip(told["means"], lines[4:], strict=True):
+        steps, clip = cell["axes"].values()
+        some = [row for row in rows(ablated) if (row["sample.steps"], row["sample.clip_x0"]) == (str(steps), str(clip))]
+        mean, error = by_hand(some)
+        assert cell["seeds"] == [0, 1] and list(cell["mean"]) == ["fid", "kid"]
+        assert (cell["mean"]["fid"], cell["standard_error"]["fid"]) == pytest.approx((mean, error), rel=1e-4)
+        assert error == pytest.approx(abs(float(some[0]["fid"]) - float(some[1]["fid"])) / 2)  # of two
+        assert line.startswith(f"| {steps} | {clip} | 2 | {cell['mean']['fid']:.4g} ± ")
+
+
+def test_mean_and_standard_error_of_known_numbers():
+    """2, 4, 9: mean 5, sample variance (9 + 1 + 16) / 2 = 13."""
+    some = [{"a": 0.5, "sample.seed": seed, "fid": value} for seed, value in enumerate([2.0, 4.0, 9.0])]
+    (cell,) = ablation.over_seeds(some, ["a"])
+    assert cell["axes"] == {"a": 0.5} and cell["seeds"] == [0, 1, 2]
+    assert cell["mean"] == {"fid": 5} and cell["standard_error"]["fid"] == pytest.approx((13 / 3) ** 0.5)
+    assert ablation.standard_error([2.0]) is None
+    assert ablation.mean_and_error(1234.5, 118.0) == "1234 ± 120" and ablation.mean_and_error(0.5, None) == "0.5"
+
+
+def test_a_later_seed_is_added_and_nothing_is_drawn_again(ablated, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(ablated, out)
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    ablate(out, "sample.steps=2", "sample.clip_x0=False,True", seeds="0,1,2")
+    assert "(2 of 2; 0 s left)" in capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == before for path, before in made.items())
+    assert len(rows(out)) == 10
+    cell = json.loads((out / "table.json").read_text())["means"][0]
+    assert cell["seeds"] == [0, 1, 2]
+    some = [row for row in rows(out) if (row["sample.steps"], row["sample.clip_x0"]) == ("2", "False")]
+    found = cell["mean"]["fid"], cell["standard_error"]["fid"]
+    assert len(some) == 3 and found == pytest.approx(by_hand(some), rel=1e-4)
+    for changed, told in [
+        ({"sample.tau": "quadratic"}, "sample.tau is uniform there, quadratic here"),
+        ({"sample.eta": "1"}, "sample.eta is 0.0 there, 1.0 here"),
+        ({"model.dtype": "bfloat16"}, "dtype is float32 there, bfloat16 here"),
+    ]:
+        with pytest.raises(ConfigError, match=told):
+            ablate(out, "sample.steps=2", "sample.clip_x0=False", changed=changed)
+
+
+def test_the_number_of_a_cell_is_table_1_s(table1, tmp_path):
+    """Both commands, as a user runs them; the values of an axis may be paths."""
+    path = tmp_path / "a$b$.safetensors"
+    path.write_bytes(pretrained.shipped("digits").read_bytes())
+    axes = ("--axis", f"pretrained={path}", "--axis=sample.sampler=ddim,ddpm_hat", "--config.sample.steps=5")
+    done = ok(run("experiments.ablation", *DIGITS, *TABLE1[4:], *axes, "--out", tmp_path / "out"))
+    assert "sample.sampler ddpm_hat, sample.seed 0: fid" in done.stdout
+    found = {row["sample.sampler"]: row["fid"] for row in rows(tmp_path / "out")}
+    theirs = {row["eta"]: row["fid"] for row in rows(table1) if row["S"] == "5"}
+    assert found == {"ddim": theirs["0"], "ddpm_hat": theirs["hat"]}
+    head = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert head[0] == "30 images each." and head[2] == "| pretrained | sampler | fid | kid |"
+    assert np.asarray(Image.open(tmp_path / "out" / "curves.png").convert("L")).std() > 10
+
+
+def test_the_curves(ablated):
+    """The axis with the most numbers is x, and every combination of the others has a curve, with error bars."""
+    summary = json.loads((ablated / "table.json").read_text())["means"]
+    assert ablation.x_axis(summary) == "sample.steps"
+    curves = dict(ablation.curves_of(summary, "sample.steps"))
+    assert list(curves) == ["clip_x0 False", "clip_x0 True"]
+    assert [cell["axes"]["sample.steps"] for cell in curves["clip_x0 True"]] == [2, 3]
+    figure = matplotlib.figure.Figure(ablation.size_of_plot(summary, 2))
+    ablation.draw(summary, ["fid", "kid"], figure)
+    fid, kid = figure.axes
+    assert (fid.get_ylabel(), kid.get_ylabel(), fid.get_xlabel()) == ("fid", "kid", "steps")
+    line, _, (bars,) = fid.containers[0]
+    assert list(line.get_xdata()) == [2, 3]
+    assert list(line.get_ydata()) == [cell["mean"]["fid"] for cell in curves["clip_x0 False"]]
+    first = curves["clip_x0 False"][0]
+    (_, low), (_, high) = bars.get_segments()[0]
+    assert (high - low) / 2 == pytest.approx(first["standard_error"]["fid"])
+    for name in ("curves.png", "table.png"):
+        picture = np.asarray(Image.open(ablated / name).convert("L"))
+        assert picture.std() > 10 and picture.shape[1] > 400, name
+
+
+@pytest.mark.parametrize(
+    "axes, across",
+    [
+        ({"a": [1.0, 2.0], "b": [1, 2, 3], "c": ["x", "y", "z", "w"]}, "b"),
+        ({"a": ["x"], "b": [1.0, 2.0], "c": [3, 4]}, "b"),
+        ({"a": [False, True], "b": ["x", "y", "z"]}, "b"),
+        ({"a": [5]}, "a"),
+    ],
+)
+def test_what_is_plotted_over(axes, across):
+    """The most numbers; the first of as many; without numbers the most values. A plot of it can be drawn."""
+    settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    made = [{**axes, "sample.seed": 0, "fid": 1.0 + i, "kid": -1.0} for i, axes in enumerate(settings)]
+    summary = ablation.over_seeds(made, list(axes))
+    assert ablation.x_axis(summary) == across
+    figure = matplotlib.figure.Figure(ablation.size_of_plot(summary, 2))
+    ablation.draw(summary, ["fid", "kid"], figure)
+    assert len(figure.axes[0].containers) == len(settings) / len(axes[across])
+
+
+@pytest.mark.parametrize(
+    "axes, options, told",
+    [
+        ([], {}, "--axis is missing"),
+        (["sample.tau"], {}, "--axis must be FIELD=VALUE,VALUE, got 'sample.tau'"),
+        (
+            ["sample.tao=uniform"],
+            {},
+            "--axis sample.tao: the config has no field 'sample.tao' (did you mean 'sample.tau'",
+        ),
+        (["eta=0,1"], {}, "--axis eta: the config has no field 'eta' (did you mean 'sample.eta'?)"),
+        (["xyz=0"], {}, "--axis xyz: the config has no field 'xyz'; it can be one of pretrained, model.dtype, sample."),
+        (["sample=1"], {}, "--axis sample: config.sample is a section of fields"),
+        (["sample.eta=0,x"], {}, "--axis sample.eta: config.sample.eta: must be of type float, got 'x'"),
+        (["sample.eta=0,-1"], {}, "--axis sample.eta: config.sample.eta: must be at least 0, got -1.0"),
+        (["sample.eta=0,,1"], {}, "--axis sample.eta: a value is empty"),
+        (
+            ["sample.clip_x0=maybe"],
+            {},
+            "--axis sample.clip_x0: config.sample.clip_x0: 'maybe' is not one of true, false",
+        ),
+        (["sample.eta=0", "sample.eta=1"], {}, "--axis sample.eta: it is given twice"),
+        (["sample.seed=0,1"], {}, "--axis sample.seed: it is given by --seeds"),
+        (["train.seed=0,1"], {}, "--axis train.seed: it does not change what is sampled"),
+        (["sample.refine=0,1"], {}, "--axis sample.refine: it does not change what is sampled"),
+        (["model.channels=8"], {}, "--axis model.channels: it is what the network was trained with; sweep pretrained"),
+        (
+            ["sample.tau=uniform,quadratik"],
+            {},
+            "--axis, where tau quadratik: config.sample.tau: 'quadratik' is not one of uniform, quadratic",
+        ),
+        (
+            ["sample.steps=5", "sample.eta=0,1.5"],
+            {},
+            "--axis, where steps 5, eta 1.5: config.sample.eta: eta must be in",
+        ),
+        (["sample.sampler=ddim,heun", "sample.eta=1"], {}, "--axis, where sampler heun, eta 1: config.sample.eta: the"),
+        (["pretrained=nowhere"], {}, "--axis, where pretrained nowhere: there is no file or folder nowhere"),
+        (["sample.eta=0"], {"seeds": "a"}, "--seeds: must be whole numbers, got 'a'"),
+        (["sample.eta=0"], {"seeds": "0,-1"}, "--seeds: must be at least 0, got -1"),
+        (["sample.eta=0"], {"seeds": "4294967296"}, "--seeds: must be at most 4294967295, got 4294967296"),
+        (
+            ["sample.eta=0"],
+            {"changed": {"evaluate.metrics": "fit"}},
+            "config.evaluate.metrics: 'fit' is not one of fid",
+        ),
+        (
+            ["sample.eta=0"],
+            {"changed": {"evaluate.metrics": "agreement"}},
+            "config.evaluate.metrics: agreement needs a network with classes",
+        ),
+        (["sample.eta=0"], {"changed": {"data.name": "npz"}, "floor": True}, "--floor: "),
+    ],
+)
+def test_mistakes_in_an_ablation_are_told_before_anything_is_drawn(tmp_path, axes, options, told):
+    with pytest.raises((ConfigError, CheckpointError)) as mistake:
+        ablate(tmp_path / "out", *axes, **options)
+    assert str(mistake.value).startswith(told) and not (tmp_path / "out").exists()
+
+
+def test_cells_of_different_sizes_are_no_ablation():
+    values = digits.get_config().to_dict()
+    small, large = (config_lib.parse(config_lib.with_text(values, "model.image_size", size)) for size in ("8", "16"))
+    with pytest.raises(ConfigError, match="images of one size: 8x8x1 where pretrained a, 16x16x1 where pretrained b"):
+        ablation.check_images([{"pretrained": "a"}, {"pretrained": "b"}], [small, large], small)
 
 
 # --- the other scripts, small ---

@@ -70,6 +70,10 @@ CASES = {
     "--sweep sample.tau=uniform,quadratic": Case(
         "--etas 0 --steps 2 --config.evaluate.num_images=20 --config.evaluate.metrics=fid --config.sample.batch_size=20"
     ),
+    "python -m experiments.ablation --config configs/digits.py --out ablation --axis sample.eta=0,0.5,1 "
+    "--axis sample.steps=10,20 --seeds 0,1,2": Case(
+        "--seeds 0 --config.evaluate.num_images=20 --config.evaluate.metrics=fid --config.sample.batch_size=20"
+    ),
     "python -m ddim_jax.sample --config configs/default.py --config.pretrained=google/ddpm-cifar10-32 "
     "--config.sample.tau=quadratic": Case(line=OFFLINE),
     "python -m ddim_jax.train --config configs/cifar10.py --config.pretrained=google/ddpm-cifar10-32 "

@@ -392,7 +392,12 @@ def test_help_without_a_config():
     process = run("ddim_jax.sample", "--help")
     holds(process.returncode == 0 and not process.stderr, process.stderr)
     words = process.stdout
-    for part in ("Draws images.", "--workdir", "--[no]film", *(f"--config.{field}=" for field in FIELDS if field not in ARGUMENTS)):
+    for part in (
+        "Draws images.",
+        "--workdir",
+        "--[no]film",
+        *(f"--config.{field}=" for field in FIELDS if field not in ARGUMENTS),
+    ):
         holds(part in words, part)
 
 
