@@ -100,7 +100,7 @@ class Checkpoints:
 
         CheckpointError if it, or the one before it, cannot be written.
         """
-        items = {"params": state.params, "ema_params": state.ema_params, "optimizer": _optimizer(state)}
+        items = {"params": _item(state.params), "ema_params": _item(state.ema_params), "optimizer": _optimizer(state)}
         record = {
             "checksums": _checksums(items),
             "shapes": shapes_of(state.params),
@@ -215,13 +215,13 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
-        targets = {"params": like.params, "ema_params": like.ema_params, "optimizer": _optimizer(like)}
+        targets = {"params": _item(like.params), "ema_params": _item(like.ema_params), "optimizer": _optimizer(like)}
         items = self._restore_arrays(step, targets)
         optimizer = items["optimizer"]
         return TrainState(
             optimizer["step"],
-            items["params"],
-            items["ema_params"],
+            _tree(items["params"], like.params),
+            _tree(items["ema_params"], like.ema_params),
             optimizer["state"],
             optimizer["skipped"],
             optimizer.get("objective", ()),
@@ -230,7 +230,7 @@ class Checkpoints:
     def restore_params(self, step: int, like: Any, ema: bool = True) -> Any:
         """The parameters of a step, or their moving average. like: their shapes, dtypes and shardings."""
         item = "ema_params" if ema else "params"
-        return self._restore_arrays(step, {item: like})[item]
+        return _tree(self._restore_arrays(step, {item: _item(like)})[item], like)
 
     def _restore_arrays(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
         """Items of a step, whole and as they were saved; DamagedError, naming the first array that is not, or that is
@@ -291,6 +291,16 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
 def _differs(saved: Mapping[str, Any], name: str, found: str) -> bool:
     """Whether something was saved under the name, and it is not what was found."""
     return name in saved and saved[name] != found
+
+
+def _item(tree: Any) -> Any:
+    """A tree as Orbax takes it: an array alone becomes a dict of one."""
+    return {"array": tree} if jax.tree_util.all_leaves([tree]) else tree
+
+
+def _tree(item: Any, like: Any) -> Any:
+    """The tree that `_item` made an item of."""
+    return item["array"] if jax.tree_util.all_leaves([like]) else item
 
 
 def _optimizer(state: TrainState) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
-from ddim_jax import files, sharding, update
+from ddim_jax import files, sharding
 from ddim_jax.config import Config, public
 from ddim_jax.errors import ConfigError, error_context
+from ddim_jax.training import train_step
 
 FLUSH_SECONDS = 10  # between writes of TensorBoard's file to the disk
 LINE_BYTES = 1 << 20  # no line of a log is longer
@@ -137,10 +138,10 @@ class Log:
         self._bar = tqdm(
             total=train.num_steps, initial=begin, unit="step", desc="training", disable=not sharding.is_first()
         )
-        self._pending: list[update.Metrics] = []
+        self._pending: list[train_step.Metrics] = []
         self._since = None
 
-    def add(self, step: int, metrics: update.Metrics) -> None:
+    def add(self, step: int, metrics: train_step.Metrics) -> None:
         """What an update measured."""
         self._pending.append(metrics)
         self._bar.update()
@@ -267,7 +268,7 @@ def step_of(line: bytes) -> int | None:
     return step if type(step) is int and step >= 0 else None
 
 
-def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | None]:
+def summary(steps: list[train_step.Metrics], num_levels: int) -> dict[str, float | None]:
     """Means over the updates that were made, None where there was none; how many were not; and the loss of the images
     whose t fell into each part of 1..num_levels.
     """
@@ -277,8 +278,8 @@ def summary(steps: list[update.Metrics], num_levels: int) -> dict[str, float | N
     said["skipped"] = len(steps) - len(made)
     for name in made[0].more if made else ():
         said[name] = float(np.mean([metrics.more[name] for metrics in made]))
-    for i in range(update.BINS):
-        first, last = (-(-num_levels * k // update.BINS) for k in (i, i + 1))
+    for i in range(train_step.BINS):
+        first, last = (-(-num_levels * k // train_step.BINS) for k in (i, i + 1))
         count = sum(metrics.bin_counts[i] for metrics in made)
         total = sum(metrics.bin_losses[i] for metrics in made)
         said[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None

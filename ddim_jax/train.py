@@ -47,7 +47,6 @@ from ddim_jax import (
     memory,
     sharding,
     train_state,
-    update,
     weights,
     yardstick,
 )
@@ -57,6 +56,7 @@ from ddim_jax.config import Config, Process
 from ddim_jax.errors import CheckpointError, ConfigError, DamagedError, error_context
 from ddim_jax.journal import Log, steps_in
 from ddim_jax.train_state import TrainState
+from ddim_jax.training import train_step
 from ddim_jax.training.objectives import Objective
 from ddim_jax.yardstick import Yardstick
 
@@ -202,9 +202,9 @@ def resumed(
     return state, 0
 
 
-def update_of(config: Config, optimizer: optax.GradientTransformation, objective: Objective) -> update.Update:
+def update_of(config: Config, optimizer: optax.GradientTransformation, objective: Objective) -> train_step.Update:
     """The update that the config describes."""
-    return update.build(
+    return train_step.build(
         objective, optimizer, ema_decay=config_lib.ema_decay(config.train), accumulate=config.train.accumulate
     )
 
@@ -243,7 +243,7 @@ def compiled_update(
     return program.lower().compile(), float(cost.get("flops", 0))
 
 
-def check_finite(config: Config, step: int, metrics: update.Metrics) -> None:
+def check_finite(config: Config, step: int, metrics: train_step.Metrics) -> None:
     """Waits for a step. ConfigError if the parameters are not finite after it, or if it is the last of too many that
     were left out.
     """

@@ -110,9 +110,13 @@ def depends_on(cell: Config, process: Process) -> dict[str, Any]:
 
 
 def fixed(config: Config, swept: Iterable[str], varied: Iterable[str] = VARIED) -> dict[str, Any]:
-    """The fields of config.sample that all cells share: those that are neither swept nor in `varied`."""
+    """The fields of config.sample that all cells share: those that are neither swept nor in `varied`, nor added later
+    and not set.
+    """
+    fields = dataclasses.asdict(config.sample)
     free = {*varied, *(field.removeprefix("sample.") for field in swept)}
-    return {name: value for name, value in dataclasses.asdict(config.sample).items() if name not in free}
+    free |= {name for name in fingerprint.ADDED_LATER if not fields[name]}
+    return {name: value for name, value in fields.items() if name not in free}
 
 
 def laid_out(

@@ -168,6 +168,7 @@ def test_the_shipped_weights_are_sampled_by_one_command(tmp_path):
     np.testing.assert_array_equal(film[2:50:6, -50:-2:6], drawn[0, ..., 0])  # the strip ends with the image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switch, mode, kept", [((), 0o700, True), ((), 0o777, False), (("--nocompilation_cache",), 0o700, False)]
 )
@@ -372,6 +373,7 @@ def test_a_mistake_is_one_line(module, args, said):
     assert said in error_line(run(f"ddim_jax.{module}", *args))
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(tmp_path):
     said = error_line(
         run("ddim_jax.train", *SMOKE, "--workdir", tmp_path / "run", "--config.train.batch_size=12", devices=8)
@@ -433,7 +435,7 @@ def test_encoding_and_decoding_returns_the_images(tmp_path):
 
     real = data.load("digits", split="test")[np.arange(24)].images
     errors = []
-    for steps in (5, 20, 80):
+    for steps in (5, 20):
         out = tmp_path / str(steps)
         ok(run(*ENCODE, f"--config.sample.steps={steps}", "--count=24", "--out", out))
         report = json.loads((out / "report.json").read_text())
@@ -445,8 +447,8 @@ def test_encoding_and_decoding_returns_the_images(tmp_path):
         assert report["error_mean"] == pytest.approx(error.mean()) and report["steps"] == steps
         errors.append(report["error_mean"])
         assert PILImage.open(out / "pairs.png").size[0] > 20 * 8
-    assert errors[0] > 4 * errors[1] > 16 * errors[2]
-    with np.load(tmp_path / "80" / "latents.npz") as file:
+    assert errors[0] > 4 * errors[1]
+    with np.load(tmp_path / "20" / "latents.npz") as file:
         assert file["latents"].shape == (24, 8, 8, 1) and file["latents"].dtype == np.float32
         assert 0.4 < file["latents"].std() < 1.2
 

@@ -13,10 +13,10 @@ from test_update import KEY, MODEL, begun
 
 from configs import digits
 from ddim_jax import config as config_lib
-from ddim_jax import gaussian, ode, oracle, registry, samplers, schedule, trajectory, update
+from ddim_jax import gaussian, ode, oracle, registry, samplers, schedule, trajectory
 from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.network import Functions
-from ddim_jax.training import objectives, times
+from ddim_jax.training import objectives, times, train_step
 
 LINEAR, VP, LOG_SNR = schedule.linear(), schedule.vp(), schedule.log_snr()
 ALL = {"linear": LINEAR, "cosine": schedule.cosine(), "vp": VP, "log_snr": LOG_SNR}
@@ -173,11 +173,12 @@ def test_a_network_is_told_real_times():
     np.testing.assert_allclose(eps(jnp.float32(17.5))[:, 0], 16.5)
 
 
+@pytest.mark.slow
 def test_training_in_real_time_draws_all_of_it(mesh):
     """The update's t, seen by its loss alone: that of the reals from the same key."""
     frozen = optax.set_to_zero()
     objective = objectives.noise_prediction(MODEL, schedule.vp(100), weight="x0", time=times.real())
-    made = update.build(objective, frozen, ema_decay=0.9)
+    made = train_step.build(objective, frozen, ema_decay=0.9)
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
     state = begun(mesh, MODEL, frozen)
     _, metrics = jax.jit(made)(state, images, None, KEY)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from ddim_jax import data, discrete, samplers, schedule, trajectory, update
+from ddim_jax import data, discrete, samplers, schedule, trajectory
 from ddim_jax.data.scaling import from_one_hot, to_one_hot
-from ddim_jax.training import objectives
+from ddim_jax.training import objectives, train_step
 
 LINEAR = schedule.linear()
 pairs = st.integers(2, 1000).flatmap(lambda t: st.tuples(st.just(t), st.integers(1, t - 1)))
@@ -185,7 +185,7 @@ def test_a_network_that_knows_nothing_pays_the_logarithm_of_the_classes(mesh):
     model = MODEL.clone(image_channels=17, dropout=0.0)
     optimizer = optax.adam(5e-3)
     objective = objectives.classification(model, LINEAR, 17)
-    made = jax.jit(update.build(objective, optimizer, ema_decay=0.9))
+    made = jax.jit(train_step.build(objective, optimizer, ema_decay=0.9))
     state, images = train_state.init(model, optimizer, KEY), data.load("digits").images[:64]
     costs = []
     for _ in range(12):

@@ -81,6 +81,7 @@ def test_results_are_not_overwritten(samples, statistics, tmp_path):
     assert "--save_reference" in error_line(evaluate("--save_reference", statistics))
 
 
+@pytest.mark.slow
 def test_statistics_that_do_not_belong_are_refused(samples, statistics, tmp_path):
     said = error_line(
         evaluate(
@@ -160,6 +161,7 @@ def make(weights):
 """
 
 
+@pytest.mark.slow
 def test_real_images_of_another_size(samples, tmp_path, monkeypatch):
     """By a judge who takes images of any size."""
     (tmp_path / "mine.py").write_text(ANY_SIZE)
@@ -248,6 +250,7 @@ def bits(*args):
     return float(said.split("bits_per_dim")[1].split()[0]), said
 
 
+@pytest.mark.slow
 def test_bits_per_dimension():
     """Of images i, whatever the batch; fewer than the 8 of noise, and more than nothing."""
     few, said = bits("--config.sample.eta=1", "--config.evaluate.batch_size=12")

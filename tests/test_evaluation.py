@@ -230,8 +230,8 @@ def test_a_network_of_ones_own_through_the_same_door(tmp_path, monkeypatch, mesh
         judge.judge(judge.open_features("my_features:blind_network"), data.sources.ArraySource(pixels), mesh, 4)
     for name, said in [
         ("inceptoin", "did you mean 'inception'"),
-        ("my_features:nope", "cannot be imported: .* has no attribute 'nope'"),
-        ("no_such_module:make", "cannot be imported: No module named"),
+        ("my_features:nope", "my_features has no nope"),
+        ("no_such_module:make", "cannot be imported: ModuleNotFoundError"),
         ("my_features:nothing", "must return a FeatureNetwork, got NoneType"),
     ]:
         with pytest.raises(ValueError, match=said):

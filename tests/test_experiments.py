@@ -87,6 +87,7 @@ def kill_after(seconds, out):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_killed_table_ends_like_one_that_was_not(table1, tmp_path):
     """Killed with the first cell measured, which is in the middle of another; the measured one is not made again."""
     out = tmp_path / "out"
@@ -220,7 +221,7 @@ PROCESSES = {
 
 def test_a_table_of_an_earlier_version_would_be_resumed(table1):
     """What --out and the cells are recorded to be of, and their names, as they were before there was `ablation`."""
-    sample = dict(tau="uniform", tau_offset=0, tau_end=0, fixed_stride=False, seed=0, clip_x0=False, keep_eps=False)
+    sample = dict(tau="uniform", tau_offset=0, tau_end=0, seed=0, clip_x0=False)
     more = dict(clip_range=1.0, clip_quantile=0.0, ema=True, label=-1, guidance=1.0)
     network = "c09d00b25b707e6e5767c0dad2ce883a126e9755c76264b1eb71602afc68f6a4"
     made_from = lambda folder: json.loads((folder / "run.json").read_text())["made_from"]
@@ -530,11 +531,14 @@ SCRIPTS = [
         marks=pytest.mark.slow,
     ),
     ("predicted_x0", ("--steps=5,10", "--count=9"), ["distances.png"], "one shot to image"),
-    (
-        "oracle_table1",
-        ("--steps=5,10", "--etas=0,hat", "--points=500", "--images=50", "--config.sample.tau=quadratic"),
-        ["distances.png"],
-        "data gaussian, eta 0",
+    pytest.param(
+        *(
+            "oracle_table1",
+            ("--steps=5,10", "--etas=0,hat", "--points=500", "--images=50", "--config.sample.tau=quadratic"),
+            ["distances.png"],
+            "data gaussian, eta 0",
+        ),
+        marks=pytest.mark.slow,
     ),
 ]
 

@@ -52,6 +52,7 @@ def test_the_batch_size_changes_nothing(eta):
         )  # 1e-5, rounded to uint8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(eta):
     from ddim_jax import samplers
@@ -99,6 +100,7 @@ def test_batches_that_are_dispatched_ahead_are_the_same(ahead, monkeypatch):
     np.testing.assert_array_equal(drawn(meshes()[0], *make(batch_size=3)), one_by_one)
 
 
+@pytest.mark.slow
 def test_classes_in_turn_or_all_alike():
     config, _ = make(num_classes=3)
     assert generate.labels_of(config, np.arange(5)).tolist() == [0, 1, 2, 0, 1]
@@ -109,6 +111,7 @@ def test_classes_in_turn_or_all_alike():
         assert drawn(mesh, *make(num_classes=3)).shape == (11, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_clipping_keeps_the_last_prediction_in_range():
     """Without noise the last step is the predicted x_0: with clip_x0 it cannot leave its range."""
     from ddim_jax import samplers
@@ -130,6 +133,7 @@ def test_clipping_keeps_the_last_prediction_in_range():
     assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4 and reach[2] <= 0.5 + 1e-4 and reach[3] <= 1 + 1e-4
 
 
+@pytest.mark.slow
 def test_latents_of_a_network_with_classes_decode_with_the_same_classes():
     config, _ = make(num_classes=3, eta=0.0)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=100))

@@ -86,6 +86,7 @@ CLASSES = UNet(
 )
 
 
+@pytest.mark.slow
 def test_labels_are_hidden_in_training_alone():
     x, time, count = jax.random.normal(jax.random.key(0), (1, 8, 8, 1)), jnp.array([7]), 300
     shape = jax.eval_shape(CLASSES.init, jax.random.key(0), x, time, jnp.array([0]))["params"]
@@ -106,6 +107,7 @@ def test_labels_are_hidden_in_training_alone():
     np.testing.assert_allclose(say(jnp.full(count, 1)), jnp.tile(one, (count, 1, 1, 1)), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_images_are_guided_as_the_config_says():
     """Image i to its own class, by the network told that class and the one told none."""
     config, process = make(0.0, num_images=3, num_classes=3, label_dropout=0.1)

@@ -109,6 +109,7 @@ def test_features_and_logits_are_torch_fidelity_s(published, size):
     assert difference(ours.logits, logits) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_whole_way_of_images_is_torch_fidelity_s(published, mesh):
     """In batches that the number of images does not fill, grey images as colours."""
     net, path = published

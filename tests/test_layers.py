@@ -41,13 +41,13 @@ ALLOWED = {
         {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl", "lmdb"},
     ),
     "train_state": ({"models", "schedule"}, CORE | {"optax"}),
-    "training": (
-        {"checks", "schedule", "gaussian", "losses", "discrete", "models", "data"},
-        CORE | {"flax", "optax"},
-    ),
-    "update": ({"schedule", "train_state", "training"}, CORE | {"optax", "chex"}),
     "sharding": (set(), CORE),
     "checkpoint": ({"sharding", "train_state"}, CORE | {"orbax"}),
+    "training": (
+        {"checks", "schedule", "gaussian", "losses", "discrete", "models", "data", "sharding", "train_state"}
+        | {"checkpoint"},
+        CORE | {"flax", "optax", "chex", "tqdm"},
+    ),
     "config": (
         {"ranges", "registry", "trajectory", "samplers", "schedule", "data", "models", "training"},
         CORE | {"optax"},
@@ -67,9 +67,14 @@ ALLOWED = {
         CORE,
     ),
     "weights": ({"config", "pretrained", "ranges", "sharding", "train_state", "checkpoint"}, CORE),
+    "sampling": (
+        {"config", "gaussian", "models", "pretrained", "registry", "samplers", "schedule", "sharding", "train_state"}
+        | {"checks", "trajectory", "weights"},
+        CORE,
+    ),
     "memory": ({"config", "sharding", "train_state"}, CORE),
     "journal": (
-        {"config", "images", "sharding", "update"},
+        {"config", "images", "sharding", "training"},
         CORE | {"tensorboardX", "tqdm", "wandb"},
     ),
     "generate": (

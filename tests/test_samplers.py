@@ -233,7 +233,7 @@ IMAGES = np.random.default_rng(0).normal(size=(50, 8, 8, 1))
 @pytest.mark.parametrize(
     "eps_fn",
     [
-        oracle.gaussian(LINEAR, IMAGES[0], 0.5),
+        pytest.param(oracle.gaussian(LINEAR, IMAGES[0], 0.5), marks=pytest.mark.slow),
         oracle.mixture(LINEAR, IMAGES, np.full(50, 0.2)),
         pytest.param(oracle.finite(LINEAR, IMAGES), marks=pytest.mark.slow),
     ],

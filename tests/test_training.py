@@ -181,6 +181,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(small_disk):
     """One line, and the last checkpoint is whole. The disk is filled by another program while training runs: what
     training itself needs is free when it begins.

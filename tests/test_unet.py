@@ -150,6 +150,7 @@ def test_attention_by_hand():
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_halving_pads_right_and_bottom():
     """The stride-2 convolution at (i, j) sees rows 2i .. 2i+2 and columns 2j .. 2j+2 of its input, zeros beyond
     the end.

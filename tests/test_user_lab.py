@@ -18,7 +18,7 @@ from ddim_jax import generate, oracle, registry, samplers, trajectory, weights
 from ddim_jax.errors import ConfigError
 
 LAB = ("--config", "tests/user_lab/config.py")
-SMOKE = ("--config", "configs/smoke.py")
+SMOKE = ("--config", "configs/smoke.py", "--config.model.channel_mult=(1,)", "--config.model.attention_resolutions=()")
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,8 @@ def trained(tmp_path_factory):
     def make(folder):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", str(ROOT / "tests"))
-            ok(run("ddim_jax.train", *LAB, "--workdir", folder))
+            more = ("--config.train.optimizer.momentum=0.7", "--config.train.objective.options.delta=0.3")
+            ok(run("ddim_jax.train", *LAB, *more, "--workdir", folder))
 
     return once(tmp_path_factory, "user-lab", make)
 
@@ -39,6 +40,24 @@ def trained(tmp_path_factory):
 def test_the_package_knows_nothing_of_the_lab():
     for file in (ROOT / "ddim_jax").rglob("*.py"):
         assert "user_lab" not in file.read_text()
+
+
+def test_what_was_trained_is_what_was_asked_for(trained):
+    train = json.loads((trained / "config.json").read_text())["train"]
+    assert train["optimizer"]["momentum"] == 0.7 and train["optimizer"]["peak"] == 1e-2
+    assert train["objective"]["options"] == {"delta": 0.3}
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["large"] <= 1 for line in lines)
+    # t is drawn late: there are no losses of the first quarter worth a line, and its share of the draws is 1/16.
+    assert all(line["ema_distance"] == 0 for line in lines if line["step"] <= 10)  # no average yet
+
+
+def test_a_weight_of_ones_own_from_the_command_line(tmp_path):
+    weight = ("--config.train.objective.weight=user_lab.training:snr_power",)
+    options = ("--config.train.objective.weight_options.exponent=0.25", "--config.train.num_steps=5")
+    ok(run("ddim_jax.train", *SMOKE, *weight, *options, "--workdir", tmp_path / "run"))
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["train"]["objective"]
+    assert saved["weight_options"] == {"exponent": 0.25}
 
 
 def test_trained_sampled_and_evaluated_by_commands(trained, tmp_path):

@@ -25,7 +25,7 @@ BEFORE = {
         "evaluate_every": 0,
         "evaluate_images": 1000,
         "wandb": "",
-        "optimizer": {"name": "adam"},
+        "optimizer": {"name": "adam", "schedule": "constant", "schedule_options": {}},
         "ema_schedule": "constant",
     },
     "mesh": {"data": -1, "fsdp": 1},

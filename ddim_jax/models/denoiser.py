@@ -48,6 +48,10 @@ class Denoiser(Denoise):
         self.network, self.prediction = network, prediction
         self.params, self.labels, self.lowest, self.dropout_key = params, labels, lowest, dropout_key
 
+    def with_labels(self, labels: Array | None) -> Denoiser:
+        """The same network for these classes, (B,) ints."""
+        return Denoiser(self.network, self.params, self.prediction, labels, self.lowest, self.dropout_key)
+
     def predict(self, x_t: Array, level: Level) -> Prediction:
         output = _output(self.network, self.params, self.labels, self.dropout_key, x_t, jnp.maximum(level.t, 1))
         of = PREDICTIONS[self.prediction]

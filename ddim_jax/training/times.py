@@ -79,13 +79,14 @@ def importance(history: int = 10, uniform_fraction: float = 0.001) -> TimeDistri
 
     def observe(state, t, losses):
         # Images of one t in a batch are taken in their order; of more than `history` the last ones are kept.
-        index = t - 1
-        same = index[:, None] == index[None, :]
-        rank = jnp.tril(same, -1).sum(1)  # how many of this t come before it
-        kept = (jnp.triu(same, 1).sum(1) < history) & jnp.isfinite(losses)
-        place = (state.counts[index] + rank) % history
-        row = jnp.where(kept, index, len(state.counts))  # out of range: dropped
-        return _History(state.losses.at[row, place].set(losses, mode="drop"), state.counts.at[row].add(1, mode="drop"))
+        index, right = t - 1, jnp.isfinite(losses)
+        same = (index[:, None] == index[None, :]) & right[None, :]
+        earlier, later = jnp.tril(same, -1).sum(1), jnp.triu(same, 1).sum(1)
+        nowhere = len(state.counts)  # out of range: dropped
+        row = jnp.where(right & (later < history), index, nowhere)
+        place = (state.counts[index] + earlier) % history
+        counts = state.counts.at[jnp.where(right, index, nowhere)].add(1, mode="drop")
+        return _History(state.losses.at[row, place].set(losses, mode="drop"), counts)
 
     return TimeDistribution(init, draw, observe)
 

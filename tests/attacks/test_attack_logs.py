@@ -24,10 +24,11 @@ from test_commands import SMOKE, assert_same_run, trained  # noqa: F401, a fixtu
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import journal, update
+from ddim_jax import journal
+from ddim_jax.training import train_step
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
-METRICS = update.Metrics(*map(np.float32, (0.5, 1.0, 0.1)), np.int32(0), np.bool_(True), np.ones(4), np.ones(4))
+METRICS = train_step.Metrics(*map(np.float32, (0.5, 1.0, 0.1)), np.int32(0), np.bool_(True), np.ones(4), np.ones(4))
 
 
 # --- metrics.jsonl, evaluations.jsonl ---
@@ -91,6 +92,7 @@ def test_a_log_keeps_its_whole_lines(lines, begin, half):
         holds(31 in journal.steps_in(file), "a line is added to half a one")
 
 
+@pytest.mark.slow
 def test_a_damaged_log_does_not_stop_training(tmp_path, trained):  # noqa: F811
     shutil.copytree(trained, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
@@ -228,6 +230,7 @@ import os, pathlib, sys, warnings
 warnings.simplefilter("error")
 import jax, jax.numpy as jnp
 from ddim_jax import cache
+from ddim_jax.training import train_step
 cache.LEAST_SECONDS = 0
 cache.keep_programs()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -25,7 +25,7 @@ from processes import run, start
 
 from configs import digits, digits_conditional, smoke
 from ddim_jax import config as config_lib
-from ddim_jax import encode, fingerprint, generate, output, sample, samplers, schedule, trajectory, weights
+from ddim_jax import encode, fingerprint, generate, output, registry, sample, samplers, schedule, trajectory, weights
 from ddim_jax.data.scaling import to_uint8
 from ddim_jax.data.sources import ArraySource
 from ddim_jax.errors import ConfigError
@@ -682,11 +682,11 @@ def test_an_edited_sampler_does_not_return_the_old_images(tmp_path, monkeypatch,
     """As a user has it: named in the registry, edited between two commands."""
     monkeypatch.chdir(tmp_path)
     draw = lambda **given: sample.main(options(tiny(sampler="mine", num_images=11, batch_size=8), **given))
-    monkeypatch.setitem(config_lib.registry.SAMPLERS, "mine", lambda: Plain(1.0))
+    monkeypatch.setitem(registry.SAMPLERS, "mine", lambda: Plain(1.0))
     draw()
     draw()
     (first,) = (tmp_path / "samples" / "smoke").iterdir()
-    monkeypatch.setitem(config_lib.registry.SAMPLERS, "mine", lambda: Plain(0.5))
+    monkeypatch.setitem(registry.SAMPLERS, "mine", lambda: Plain(0.5))
     draw()
     (second,) = {*(tmp_path / "samples" / "smoke").iterdir()} - {first}
     drawn = [np.load(folder / "samples.npz")["arr_0"] for folder in (first, second)]

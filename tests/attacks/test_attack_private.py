@@ -269,6 +269,7 @@ def test_what_a_killed_process_left_does_not_block(workdir, tmp_path):
         converted(workdir, tmp_path / format_, format_)
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_nothing(workdir, tmp_path, monkeypatch):
     """Of either folder, new or empty; and the same command then works."""
     for format_ in ("diffusers", "orbax"):

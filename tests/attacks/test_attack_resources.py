@@ -109,6 +109,7 @@ def test_what_cannot_be_printed_is_not_done(tmp_path):
         refused(subprocess.CompletedProcess(process.args, process.wait(), "", err))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, file_bytes, name",
     [

@@ -140,6 +140,7 @@ def test_while_the_update_is_compiled(number, tmp_path):
     refused(signalled(process, number), code=CODES[number])
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_training_after_the_step(tmp_path):
     """What is being saved is saved first."""
     often = ("--config.train.num_steps=100000", "--config.train.grid_every=0")

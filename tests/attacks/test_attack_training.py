@@ -20,12 +20,12 @@ from test_commands import SMOKE, leaves, trained  # noqa: F401, a fixture
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import data, train, update
+from ddim_jax import data, train
 from ddim_jax.checkpoint import Checkpoints
 from ddim_jax.data.batches import order
 from ddim_jax.errors import CheckpointError, ConfigError
 from ddim_jax.train_state import TrainState
-from ddim_jax.training import objectives
+from ddim_jax.training import objectives, train_step
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
 CONFIG = dataclasses.replace(
@@ -49,7 +49,7 @@ def objective(factor, config=None):
 def jitted(clip_norm):
     """An update of plain descent whose rate is a leaf of the optimizer's state."""
     optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optax.inject_hyperparams(optax.adam)(1.0))
-    return optimizer, jax.jit(update.build(objective(1.0), optimizer, ema_decay=0.5))
+    return optimizer, jax.jit(train_step.build(objective(1.0), optimizer, ema_decay=0.5))
 
 
 @settings(max_examples=40)
@@ -102,6 +102,7 @@ def saved(workdir):
         return checkpoints.steps()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [pytest.param(np.nan, marks=SLOW), pytest.param(np.inf, marks=SLOW), 1e38])
 def test_good_checkpoints_stay_while_updates_are_left_out(factor, tmp_path, mesh):
     """They were all replaced by later ones of the same parameters, or of worse ones; the sentence was not true."""

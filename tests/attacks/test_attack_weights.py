@@ -251,6 +251,7 @@ def test_a_step_under_another_number(workdir, name, how):
     damage_is_seen(step_inside)
 
 
+@pytest.mark.slow
 def test_a_step_that_was_copied_does_not_resume(workdir):
     """It did, as the step that it was called: with --skip_damaged it is set aside, and training goes on from 10."""
     steps = workdir / "checkpoints"

@@ -15,4 +15,8 @@ def get_config():
     config.sample.tau = "user_lab.samplers:cubic"
     config.evaluate.update(features="user_lab.evaluation:pixel_rows", num_images=32, batch_size=16)
     config.evaluate.metrics = "fid,user_lab.evaluation:mean_distance"
+    config.train.optimizer.name = "user_lab.training:chain"
+    config.train.objective.name = "user_lab.training:huber"
+    config.train.objective.time = "user_lab.training:late"
+    config.train.ema_schedule = "user_lab.training:halving"
     return config
