@@ -47,7 +47,8 @@ NOW = "print('now', flush=True)\n"
         "time.sleep(50)",
         "while True:\n try:\n  time.sleep(50)\n except BaseException: pass",  # as a callback of a compiler does
         "class A:\n def __del__(self): time.sleep(50)\nA()",
-        "import ctypes\nctypes.CDLL(None).sleep(50)",  # a C function that never comes back to Python
+        # A C function that does not come back to Python; a signal may cut it short, then the next one begins.
+        "import ctypes\nwhile True: ctypes.CDLL(None).sleep(50)",
         "import threading\nthreading.Thread(target=time.sleep, args=(50,)).start()",  # Python waits for it at its end
         "import atexit\natexit.register(time.sleep, 50)",
     ],
