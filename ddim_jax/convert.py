@@ -38,7 +38,7 @@ OPTIONS = {
     "format": (None, "diffusers, safetensors or orbax. Default: safetensors for a file of that name, else diffusers."),
     "ema": (True, "The moving average of the parameters, where there are both."),
     "overwrite": (False, "Replace what this command wrote there."),
-    "network": ("", "Run this code of the checkpoint's author, package.module:attribute, where it is that network's."),
+    "code": ("", "Run this code of the checkpoint's author, names package.module:attribute with commas between."),
     "paths": (
         False,
         "Also write the fields of the config that name paths, modules and projects: data.path and others.",
@@ -57,12 +57,9 @@ def main(options: types.SimpleNamespace) -> None:
     if kind == "safetensors" and to.suffix != ".safetensors":
         raise ConfigError(f"--to must end in .safetensors for --format safetensors, got {to}")
     published = weights.describe(source)
-    allowed = vars(options).get("network")
-    if ":" in published.model.name and allowed != published.model.name:
-        raise ConfigError(
-            f"{source} is of the network {published.model.name}, which is code of its author; "
-            f"--network={published.model.name} runs it"
-        )
+    allowed = (vars(options).get("code") or "").split(",")
+    if needed := [name for name in config_lib.code_of(published).values() if name not in allowed]:
+        raise ConfigError(f"{source} needs {needed[0]}, which is code of its author; --code={','.join(needed)} runs it")
     if kind == "diffusers" and published.model.name != "unet":
         raise ConfigError(f"--format: diffusers has no network {published.model.name}; orbax and safetensors hold it")
     check_free(to, kind, options.overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,17 +29,19 @@ class Loaded(NamedTuple):
     source: str  # where it is from, for people
 
 
-def load(where: str, *, ema: bool = True, network: str = "") -> Loaded:
+def load(where: str, *, ema: bool = True, code: Sequence[str] = ()) -> Loaded:
     """The network of a workdir, a .safetensors file, a diffusers folder or hub id, a checkpoint of the official code,
     or the name of weights that ship ("digits").
 
-    ema: the moving average of the parameters, or the raw ones. network: where the checkpoint is of the user's own
-    network, its "package.module:attribute": a file alone imports nothing. CheckpointError where it cannot be used.
+    ema: the moving average of the parameters, or the raw ones. code: names "package.module:attribute" of the
+    checkpoint's author that may be imported, a network or a schedule: a file alone imports nothing. CheckpointError
+    where it cannot be used.
     """
     shipped = pretrained.shipped(where) if where in pretrained.shipped_names() else None
     published = weights.describe(str(shipped or where))
-    if ":" in published.model.name and network != published.model.name:
-        raise CheckpointError(f"{where} is of {published.model.name}, code of its author; network= that name runs it")
+    needed = {field: name for field, name in config_lib.code_of(published).items() if field != "sample.tau"}
+    if missing := [name for name in needed.values() if name not in code]:
+        raise CheckpointError(f"{where} needs {missing[0]}, which is code of its author; code={missing} runs it")
     made = config_lib.network(published.model)
     noise_schedule = config_lib.noise_schedule(published.schedule)
     placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

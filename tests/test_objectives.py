@@ -12,7 +12,7 @@ from test_commands import leaves
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import gaussian, losses, schedule, training
+from ddim_jax import losses, schedule, training
 from ddim_jax.errors import ConfigError
 from ddim_jax.models.network import Functions
 from ddim_jax.training import objectives, optimizers, times
@@ -227,4 +227,3 @@ def test_zero_terminal_snr_through_a_config():
     noise_schedule = config_lib.noise_schedule(config.schedule)
     process = config_lib.process(config.sample, noise_schedule)
     assert noise_schedule.alpha_bar[-1] == 0 and process.transitions.alpha_bar_t[0] == 0
-    assert isinstance(gaussian.PREDICTIONS, dict)

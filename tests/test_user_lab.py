@@ -3,9 +3,11 @@ knows of it.
 """
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
+import mutations
 import numpy as np
 import pytest
 from conftest import meshes, once
@@ -13,9 +15,22 @@ from processes import ROOT, error_line, ok, run
 from user_lab import samplers as lab_samplers
 from user_lab import schedules as lab_schedules
 
+from configs import default
 from ddim_jax import config as config_lib
-from ddim_jax import generate, oracle, registry, samplers, trajectory, weights
-from ddim_jax.errors import ConfigError
+from ddim_jax import (
+    convert,
+    generate,
+    oracle,
+    pretrained,
+    registry,
+    samplers,
+    sampling,
+    schedule,
+    train_state,
+    trajectory,
+    weights,
+)
+from ddim_jax.errors import CheckpointError, ConfigError
 
 LAB = ("--config", "tests/user_lab/config.py")
 SMOKE = ("--config", "configs/smoke.py", "--config.model.channel_mult=(1,)", "--config.model.attention_resolutions=()")
@@ -90,8 +105,6 @@ def test_what_is_trained_is_read_in_python(trained):
 
 def test_a_file_alone_imports_nothing(trained, tmp_path, monkeypatch):
     """A run, or a file, that names its author's code is read only by who names that code too."""
-    from configs import default
-
     values = default.get_config().to_dict()
     values["pretrained"] = str(trained)
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
@@ -99,23 +112,45 @@ def test_a_file_alone_imports_nothing(trained, tmp_path, monkeypatch):
         weights.completed(values)
     assert weights.describe(str(trained)).model.name == "user_lab.networks:Convolutional"
     said = error_line(run("ddim_jax.convert", "--from", trained, "--to", tmp_path / "x.safetensors"))
-    assert "--network=user_lab.networks:Convolutional" in said
+    assert "--code=user_lab.networks:Convolutional,user_lab.schedules:power" in said
 
 
 def test_converted_and_sampled_by_who_names_the_code(trained, tmp_path):
     name = "user_lab.networks:Convolutional"
     file = tmp_path / "bars.safetensors"
-    ok(run("ddim_jax.convert", "--from", trained, "--to", file, f"--network={name}"))
+    code = f"--code={name},user_lab.schedules:power,user_lab.samplers:cubic"
+    ok(run("ddim_jax.convert", "--from", trained, "--to", file, code))
     args = ("--config", "configs/default.py", f"--config.pretrained={file}", f"--config.model.name={name}")
     # The schedule of the file is code too.
     few = ("--config.sample.num_images=2", "--config.sample.steps=2")
     said = error_line(run("ddim_jax.sample", *args, *few, "--out", tmp_path / "out"))
     assert "--config.schedule.name=user_lab.schedules:power" in said
-    ok(
-        run(
-            "ddim_jax.sample", *args, *few, "--config.schedule.name=user_lab.schedules:power", "--out", tmp_path / "out"
-        )
-    )
+    args = (*args, "--config.schedule.name=user_lab.schedules:power")
+    said = error_line(run("ddim_jax.sample", *args, *few, "--out", tmp_path / "out"))
+    assert "--config.sample.tau=user_lab.samplers:cubic" in said  # and so is its tau, unless another is given
+    ok(run("ddim_jax.sample", *args, *few, "--config.sample.tau=uniform", "--out", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("field", ["model.name", "schedule.name", "sample.tau"])
+def test_no_name_in_a_file_is_imported(field, tmp_path, monkeypatch):
+    """Of a file that somebody else has written, whichever way it is opened."""
+    values = mutations.smoke_values()
+    like = train_state.param_shapes(config_lib.network(config_lib.parse_saved(values).model))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+    file = tmp_path / "theirs.safetensors"
+    hostile = config_lib.with_value(values, field, "hostile:run")
+    pretrained.save(file, params, hostile, 5)
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    given = config_lib.with_value(default.get_config().to_dict(), "pretrained", str(file))
+    with pytest.raises(ConfigError, match=f"config.{field}=hostile:run"):
+        config_lib.process(config_lib.parse(weights.completed(given)).sample, schedule.linear())
+    if field != "sample.tau":  # which loading and converting do not look up
+        with pytest.raises(CheckpointError, match="hostile:run"):
+            sampling.load(str(file))
+    for to in ("out.safetensors", "diffusers"):
+        options = dict(to=str(tmp_path / to), format="", ema=True, overwrite=False, code="")
+        with pytest.raises(ConfigError, match="--code=hostile:run"):
+            convert.main(types.SimpleNamespace(**{"from": str(file)}, **options))
 
 
 def test_from_python_without_a_config():
@@ -143,9 +178,7 @@ def test_from_python_without_a_config():
         ("schedule.options", {"exponent": "x"}, ("config.schedule",)),
     ],
 )
-def test_mistakes_are_one_line(field, value, words, monkeypatch):
-    import sys
-
+def test_mistakes_are_one_line(field, value, words):
     from user_lab.config import get_config
 
     values = get_config().to_dict()
@@ -155,7 +188,6 @@ def test_mistakes_are_one_line(field, value, words, monkeypatch):
         config = config_lib.parse(values)
         config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
-    assert sys.modules.get("user_lab.samplers") is lab_samplers
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ def noise_schedule(config: ScheduleConfig) -> Schedule:
         return zero_terminal_snr(made) if config.zero_terminal_snr else made
 
 
+@functools.lru_cache(maxsize=16)  # it is asked for by every batch
 def network(config: ModelConfig) -> Network:
     """The network that config.model describes. ConfigError if its sizes do not fit together."""
     with error_context("config.model.name"):

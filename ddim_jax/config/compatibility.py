@@ -158,13 +158,25 @@ def _check_same(current: Any, expected: Any, fields: Iterable[str], where: str, 
             raise ConfigError(f"{path}.{field} is {shown(a)}, but {where} was made with {shown(b)}")
 
 
-def check_trusted(values: Mapping[str, Any], found: Any, where: str) -> None:
-    """ConfigError where a checkpoint needs code of its author, "module:attribute", that the config does not name too: a
-    file alone imports nothing. found: what the file says, with .model and .schedule.
+def code_of(found: Any) -> dict[str, str]:
+    """field -> "module:attribute", of what a checkpoint needs that is code of its author. found: what its file says,
+    with .model, .schedule and .sample.
     """
-    for section in ("model", "schedule"):
-        name, given = getattr(found, section).name, values.get(section)
-        if ":" in name and not (isinstance(given, Mapping) and given.get("name") == name):
-            raise ConfigError(
-                f"{where} needs {name}, which is code of its author; --config.{section}.name={name} runs it"
-            )
+    names = {
+        "model.name": found.model.name,
+        "schedule.name": found.schedule.name,
+        "sample.tau": found.sample.get("tau") or "",
+    }
+    return {field: name for field, name in names.items() if ":" in name}
+
+
+def check_trusted(values: Mapping[str, Any], found: Any, where: str) -> None:
+    """ConfigError where a checkpoint needs code of its author that the config does not name too: a file alone imports
+    nothing. A tau that the config gives itself stands for the file's.
+    """
+    for field, name in code_of(found).items():
+        section, _, last = field.partition(".")
+        inner = values.get(section)
+        given = inner.get(last) if isinstance(inner, Mapping) else None
+        if given != name and not (field == "sample.tau" and given is not None):
+            raise ConfigError(f"{where} needs {name}, which is code of its author; --config.{field}={name} runs it")

@@ -41,7 +41,7 @@ class Network:
         raise NotImplementedError
 
     def fact(self, name: str, default: Any) -> Any:
-        """A fact that a module tells of itself by an attribute, such as `width`, the most features of a layer."""
+        """An attribute of the module, such as `width`, the most features of a layer; else the default."""
         return default
 
 
