@@ -107,3 +107,23 @@ def write_smoke(path, params, **changes):
 def flat(params):
     """The leaves of nested dicts by their paths, tuples of names."""
     return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def altered(data, content, ways, most):
+    """A bytearray with one to `most` changes, each one of the ways, at places that hypothesis draws."""
+    for _ in range(data.draw(st.integers(1, most))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        match data.draw(st.sampled_from(ways)):
+            case "cut":
+                content = content[: at + 1]
+            case "flip":
+                content[at] ^= 1 << data.draw(st.integers(0, 7))
+            case "swap":
+                content = content[at:] + content[:at]
+            case "zero":
+                content[at : at + 20] = bytes(len(content[at : at + 20]))
+            case "double":
+                content = content + content[at:]
+            case "insert":
+                content[at:at] = data.draw(st.binary(max_size=8))
+    return content

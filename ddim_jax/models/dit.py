@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from ddim_jax import checks, ranges
-from ddim_jax.models.unet import DTYPES, Dropout, depth_to_space, sinusoid, space_to_depth
+from ddim_jax.models.unet import (
+    DTYPES,
+    Dropout,
+    check_inputs,
+    depth_to_space,
+    sinusoid,
+    space_to_depth,
+    with_label_dropout,
+)
 from ddim_jax.schedule import Array
 
 # The published initialisation. What modulates starts at 0, so that every block is the identity and the output is 0.
@@ -144,13 +152,7 @@ class DiT(nn.Module):
         0..num_classes - 1, or num_classes for none where label_dropout is above 0. Returns (B, H, W, C), at least
         float32. train: whether dropout acts, of features and of labels, which then needs a "dropout" rng.
         """
-        if x.shape[1:] != (self.image_size, self.image_size, self.image_channels):
-            raise ValueError(
-                f"the network takes images {self.image_size}x{self.image_size}x{self.image_channels}, got "
-                f"{'x'.join(map(str, x.shape[1:]))}"
-            )
-        if (labels is None) != (self.num_classes == 0):
-            raise ValueError(f"a network with num_classes {self.num_classes} got labels {labels}")
+        check_inputs(self, x, labels)
         dense = lambda width, name, init: nn.Dense(width, kernel_init=init, dtype=self.dtype, name=name)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat else Block  # 3: train
 
@@ -158,10 +160,7 @@ class DiT(nn.Module):
         embedding = nn.silu(dense(self.hidden_size, "time_0", _EMBEDDING)(embedding))
         embedding = dense(self.hidden_size, "time_1", _EMBEDDING)(embedding)
         if self.num_classes:
-            if train and self.label_dropout:
-                dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, labels.shape)
-                labels = jnp.where(dropped, self.num_classes, labels)
-            rows = self.num_classes + (self.label_dropout > 0)
+            labels, rows = with_label_dropout(self, labels, train)
             classes = nn.Embed(rows, self.hidden_size, dtype=self.dtype, embedding_init=_EMBEDDING, name="class")
             embedding += classes(labels)
         condition = nn.silu(embedding)

@@ -65,6 +65,26 @@ def depth_to_space(x: Array, size: int) -> Array:
     return squares.reshape(batch, height * size, width * size, -1)
 
 
+def check_inputs(network: nn.Module, x: Array, labels: Array | None) -> None:
+    """ValueError unless x (B, H, W, C) and labels are what a network with these sizes and classes takes."""
+    shape = network.image_size, network.image_size, network.image_channels
+    if x.shape[1:] != shape:
+        expected, got = ("x".join(map(str, sizes)) for sizes in (shape, x.shape[1:]))
+        raise ValueError(f"the network takes images {expected}, got {got}")
+    if (labels is None) != (network.num_classes == 0):
+        raise ValueError(f"a network with num_classes {network.num_classes} got labels {labels}")
+
+
+def with_label_dropout(network: nn.Module, labels: Array, train: bool) -> tuple[Array, int]:
+    """The labels (B,), each replaced by the class num_classes with probability label_dropout if train (Ho and Salimans
+    2022), and the number of classes with that one, where there is one.
+    """
+    if train and network.label_dropout:
+        dropped = jax.random.bernoulli(network.make_rng("dropout"), network.label_dropout, labels.shape)
+        labels = jnp.where(dropped, network.num_classes, labels)
+    return labels, network.num_classes + (network.label_dropout > 0)
+
+
 class GroupNorm(nn.Module):
     """GroupNorm over (H, W, C / groups) with float32 statistics and a scale and bias per channel (Wu and He 2018).
 
@@ -253,13 +273,7 @@ class UNet(nn.Module):
         0..num_classes - 1, or num_classes for none where label_dropout is above 0. Returns (B, H, W, C), at least
         float32. train: whether dropout acts, of features and of labels, which then needs a "dropout" rng.
         """
-        if x.shape[1:] != (self.image_size, self.image_size, self.image_channels):
-            raise ValueError(
-                f"the network takes images {self.image_size}x{self.image_size}x{self.image_channels}, got "
-                f"{'x'.join(map(str, x.shape[1:]))}"
-            )
-        if (labels is None) != (self.num_classes == 0):
-            raise ValueError(f"a network with num_classes {self.num_classes} got labels {labels}")
+        check_inputs(self, x, labels)
         residual = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock  # 3: train
         block = lambda mult, name: residual(
             self.channels * mult, self.groups, self.norm_epsilon, self.dropout, self.dtype, name=name
@@ -274,10 +288,7 @@ class UNet(nn.Module):
         embedding = sinusoid(time, self.channels, self.frequency_shift, self.cos_first)
         embedding = dense("time_1")(nn.silu(dense("time_0")(embedding)))
         if self.num_classes:
-            if train and self.label_dropout:
-                dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, labels.shape)
-                labels = jnp.where(dropped, self.num_classes, labels)
-            rows = self.num_classes + (self.label_dropout > 0)
+            labels, rows = with_label_dropout(self, labels, train)
             embedding += nn.Embed(rows, 4 * self.channels, dtype=self.dtype, name="class")(labels)
 
         h = conv(self.channels, "conv_in")(space_to_depth(x, self.patch_size))

@@ -18,6 +18,7 @@ import pytest
 from attacking import holds, refuses
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import altered
 from PIL import Image
 
 from ddim_jax import data, images
@@ -124,19 +125,7 @@ def test_images_that_were_changed(data):
 
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]))
     content = bytearray(encoded(PIXELS[1], kind))
-    for _ in range(data.draw(st.integers(1, 3))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        match data.draw(st.sampled_from(["cut", "flip", "swap", "double", "insert"])):
-            case "cut":
-                content = content[: at + 1]
-            case "flip":
-                content[at] ^= 1 << data.draw(st.integers(0, 7))
-            case "swap":
-                content = content[at:] + content[:at]
-            case "double":
-                content = content + content[at:]
-            case "insert":
-                content[at:at] = data.draw(st.binary(max_size=8))
+    content = altered(data, content, ["cut", "flip", "swap", "double", "insert"], 3)
     with tempfile.TemporaryDirectory() as root:
         pathlib.Path(root, "0.png").write_bytes(encoded(PIXELS[0]))
         pathlib.Path(root, "1.png").write_bytes(content)
@@ -229,19 +218,7 @@ def test_npz_files_that_were_changed(data):
 
     save = data.draw(st.sampled_from([np.savez, np.savez_compressed]))
     content = bytearray(npz_bytes(save, arr_0=PIXELS, arr_1=LABELS))
-    for _ in range(data.draw(st.integers(1, 2))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        match data.draw(st.sampled_from(["cut", "flip", "flip", "swap", "zero", "insert"])):
-            case "cut":
-                content = content[: at + 1]
-            case "flip":
-                content[at] ^= 1 << data.draw(st.integers(0, 7))
-            case "swap":
-                content = content[at:] + content[:at]
-            case "zero":
-                content[at : at + 20] = bytes(len(content[at : at + 20]))
-            case "insert":
-                content[at:at] = data.draw(st.binary(max_size=8))
+    content = altered(data, content, ["cut", "flip", "flip", "swap", "zero", "insert"], 2)
     with tempfile.TemporaryDirectory() as root:
         path = pathlib.Path(root, "x.npz")
         path.write_bytes(content)

@@ -14,6 +14,7 @@ import pytest
 from attacking import holds, refused, refuses
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import altered
 from processes import run
 
 from configs import digits, digits_conditional
@@ -138,19 +139,7 @@ def test_statistics_that_were_changed(data):
     file = io.BytesIO()
     save(file, **statistics())
     content = bytearray(file.getvalue())
-    for _ in range(data.draw(st.integers(1, 2))):
-        at = data.draw(st.integers(0, len(content) - 1))
-        match data.draw(st.sampled_from(["cut", "flip", "flip", "swap", "zero", "insert"])):
-            case "cut":
-                content = content[: at + 1]
-            case "flip":
-                content[at] ^= 1 << data.draw(st.integers(0, 7))
-            case "swap":
-                content = content[at:] + content[:at]
-            case "zero":
-                content[at : at + 20] = bytes(len(content[at : at + 20]))
-            case "insert":
-                content[at:at] = data.draw(st.binary(max_size=8))
+    content = altered(data, content, ["cut", "flip", "flip", "swap", "zero", "insert"], 2)
     with tempfile.TemporaryDirectory() as root:
         path = pathlib.Path(root, "s.npz")
         path.write_bytes(content)
