@@ -103,7 +103,7 @@ def main(options: types.SimpleNamespace) -> None:
     common.finish(done.out, text(summary, numbers, rows[0]["images"], done.real), WRITTEN)
 
 
-# --- what is asked for ---
+# --- options ---
 
 
 def axes_of(options: types.SimpleNamespace) -> dict[str, list[Any]]:
@@ -408,7 +408,7 @@ def shown(value: Any) -> str:
 
 
 def spread(values: Sequence[float]) -> bool:
-    """Whether they are told apart better on a logarithmic scale."""
+    """Whether a logarithmic axis shows them better."""
     return min(values) > 0 and max(values) >= 10 * min(values)
 
 

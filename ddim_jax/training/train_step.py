@@ -15,7 +15,7 @@ from ddim_jax.schedule import Array
 from ddim_jax.train_state import TrainState
 from ddim_jax.training.objectives import Objective
 
-BINS = 4  # of the levels, in which the loss is told apart
+BINS = 4  # quarters of 1..T whose losses are logged
 
 
 class Metrics(NamedTuple):
