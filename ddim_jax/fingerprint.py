@@ -125,7 +125,7 @@ def folder_name(config: Config, process: Process, step: int | None, made_from: M
     """
     fields = config.sample
     takes_eta = "eta" in registry.accepts(registry.resolve(registry.SAMPLERS, fields.sampler))
-    tau = fields.tau if fields.tau in registry.NAMED_TAUS or ":" in fields.tau else "explicit"
+    tau = fields.tau if fields.tau in registry.NAMED_TAUS or registry.is_code(fields.tau) else "explicit"
     dtype = getattr(config.model, "dtype", "float32")
     parts = [
         fields.sampler,

@@ -65,13 +65,18 @@ WEIGHTS = losses.WEIGHTS  # (what the signature names) -> LossWeight, or a funct
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
+def is_code(name: Any) -> bool:
+    """Whether a text names code of a user, "package.module:attribute", rather than an entry of a table."""
+    return isinstance(name, str) and NAME.fullmatch(name) is not None
+
+
 def check_name(table: Mapping[str, Any], name: str) -> None:
     """ValueError, with the nearest name, unless it is an entry of the table, or of the form "package.module:attribute".
     Imports nothing.
     """
     if not isinstance(name, str) or ":" not in name:
         lookup(table, name)
-    elif not NAME.fullmatch(name):
+    elif not is_code(name):
         raise ValueError(f"must be one of {', '.join(table)}, or package.module:attribute, got {checks.shown(name)}")
 
 
@@ -80,7 +85,7 @@ def resolve(table: Mapping[str, Any], name: str) -> Any:
     ValueError of one line if there is none, or if importing it fails.
     """
     check_name(table, name)
-    if ":" not in name:
+    if not is_code(name):
         return table[name]
     module, _, attribute = name.partition(":")
     try:

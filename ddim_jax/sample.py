@@ -61,7 +61,7 @@ def main(options: types.SimpleNamespace) -> None:
     out = options.out or default_folder(config, options.workdir, process, found, made_from)
     out = output.open_folder(out, made_from, WRITTEN, options.overwrite)
     steps = len(process.tau) - 1
-    named = config.sample.tau in registry.NAMED_TAUS or ":" in config.sample.tau
+    named = config.sample.tau in registry.NAMED_TAUS or registry.is_code(config.sample.tau)
     fewer_or_more = named and steps != config.sample.steps
     asked = f" ({config.sample.steps} were asked for)" if fewer_or_more else ""
     cli.say(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")

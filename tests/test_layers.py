@@ -54,7 +54,7 @@ ALLOWED = {
     ),
     "usage": ({"config"}, set()),
     "pretrained": (
-        {"checkpoint", "config", "images", "models", "schedule"},
+        {"checkpoint", "config", "images", "models", "registry", "schedule"},
         CORE | {"flax", "safetensors", "yaml", "huggingface_hub", "torch"},
     ),
     "cache": ({"checkpoint", "images"}, {"jax", "tqdm"}),

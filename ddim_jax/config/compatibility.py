@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ddim_jax import files, ranges
+from ddim_jax import files, ranges, registry
 from ddim_jax.config.schema import FREE_OF_NETWORK, Config, kind_of, typed
 from ddim_jax.errors import ConfigError
 from ddim_jax.files import shown
@@ -167,7 +167,7 @@ def code_of(found: Any) -> dict[str, str]:
         "schedule.name": found.schedule.name,
         "sample.tau": found.sample.get("tau") or "",
     }
-    return {field: name for field, name in names.items() if ":" in name}
+    return {field: name for field, name in names.items() if registry.is_code(name)}
 
 
 def check_trusted(values: Mapping[str, Any], found: Any, where: str) -> None:

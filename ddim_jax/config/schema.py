@@ -354,7 +354,7 @@ def kind_of(kind: type, values: Any, path: str, trusted: bool) -> type:
     with error_context(f"{path}.name"):
         ranges.typed(str, name)
         registry.check_name(FACTORIES[kind], name)
-        if ":" in name and not trusted:
+        if registry.is_code(name) and not trusted:
             return _free_section(kind, tuple(Options.of({other: 0 for other in values})))
         return section_of(kind, registry.resolve(FACTORIES[kind], name))
 

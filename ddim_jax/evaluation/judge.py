@@ -16,7 +16,7 @@ from ddim_jax.data import Source, check_labels
 from ddim_jax.evaluation import digits_classifier, frechet, inception, metrics
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output
 from ddim_jax.evaluation.frechet import Moments
-from ddim_jax.registry import resolve
+from ddim_jax.registry import is_code, resolve
 
 FEATURES = {  # (path of the weights, "" for the usual ones) -> FeatureNetwork
     "inception": inception.open_network,
@@ -137,7 +137,7 @@ def metric(name: str) -> Metric:
     returns. ValueError if it is no Metric of known fields.
     """
     found = resolve(METRICS, name)
-    found = found() if ":" in name else found
+    found = found() if is_code(name) else found
     fields = Judged._fields[2:]
     if not isinstance(found, Metric) or not {*found.samples, *found.reference} <= {*fields}:
         raise ValueError(f"{name} must return a Metric that reads {', '.join(fields)}, got {files.shown(found)}")

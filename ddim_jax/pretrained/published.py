@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ddim_jax import config as config_lib
-from ddim_jax import files
+from ddim_jax import files, registry
 from ddim_jax.config import ModelConfig, SampleConfig, ScheduleConfig
 from ddim_jax.errors import CheckpointError, ConfigError, error_context
 
@@ -55,9 +55,9 @@ def describe(
         assumed = {"name": "unet", "dropout": 0.0} if "name" not in model else {}
         parsed = config_lib.section(ModelConfig, {**assumed, **model}, "model")
         noise = config_lib.section(ScheduleConfig, {**config_lib.BEFORE["schedule"], **schedule}, "schedule")
-        if ":" not in parsed.name:  # else it is code, which a file alone does not run
+        if not registry.is_code(parsed.name):  # else it is code, which a file alone does not run
             config_lib.network(parsed)
-        if ":" not in noise.name:
+        if not registry.is_code(noise.name):
             config_lib.noise_schedule(noise)
     except ConfigError as error:
         raise CheckpointError(f"{source} cannot be used: {error}") from error
