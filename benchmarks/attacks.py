@@ -9,7 +9,7 @@ traceback, or an error that is not one clear line), or in silence (a wrong resul
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()

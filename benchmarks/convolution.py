@@ -8,7 +8,7 @@ Milliseconds of the result, and of it with both gradients: the backend's own con
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()

@@ -10,7 +10,7 @@ one core (Linux alone).
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -32,7 +32,7 @@ from sklearn.datasets import load_sample_images
 
 from ddim_jax import cli, data
 from ddim_jax.data import preparing
-from ddim_jax.errors import error_context
+from ddim_jax.utils.errors import error_context
 from experiments import common
 
 REPEATS = 7

@@ -9,7 +9,7 @@ the memory is read from /proc.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -28,9 +28,10 @@ import types
 import jax
 import numpy as np
 
-from ddim_jax import cli, convert, sharding, weights
+from ddim_jax import cli, convert
 from ddim_jax import config as config_lib
-from ddim_jax.pretrained import published
+from ddim_jax.config import weights
+from ddim_jax.utils import sharding
 
 REPEATS = 7
 TARGETS = {"diffusers": "folder", "safetensors": "file.safetensors", "orbax": "run"}
@@ -52,8 +53,7 @@ def main(options: types.SimpleNamespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, target in TARGETS.items():
             to = pathlib.Path(folder, target)
-            own = published.describe_own(dataclasses.asdict(config), 1, config.name, None)
-            convert.WRITERS[name](to, params, own)
+            convert.WRITERS[name](to, params, dataclasses.asdict(config), 1)
             runs = [read_in_a_process(options, to) for _ in range(REPEATS)]
             seconds, peaks = (sorted(run[key] for run in runs) for key in ("seconds", "peak"))
             peak = statistics.median(peaks)
@@ -74,7 +74,7 @@ def measure(path: str) -> dict[str, float]:
     jax.block_until_ready(sharding.put_replicated(mesh, np.zeros(1)))  # the backend is there
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, begin = memory("VmRSS"), time.perf_counter()
-    found = weights.describe(path)
+    found = weights.read_info(path)
     params = found.read(weights.params_like(found.model, mesh), True)
     jax.block_until_ready(params)
     return {"seconds": time.perf_counter() - begin, "peak": memory("VmHWM") - before}

@@ -8,7 +8,7 @@ cache is not used.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -22,8 +22,9 @@ import types
 import jax
 import numpy as np
 
-from ddim_jax import cli, generate, samplers
+from ddim_jax import cli, samplers, sampling
 from ddim_jax import config as config_lib
+from ddim_jax.utils import sharding
 
 REPEATS = 5
 OPTIONS = {"steps": ("10,1000", "The values of S.")}
@@ -54,9 +55,10 @@ def main(options: types.SimpleNamespace) -> None:
 
 def measure(config, steps, params, noise_schedule):
     process = config_lib.process(dataclasses.replace(config.sample, steps=steps), noise_schedule)
+    pipeline = config_lib.pipeline(config, params, sharding.data_mesh(), process)
     index = np.arange(config.sample.batch_size)
-    keys, x = generate.start(config, jax.numpy.asarray(index))
-    denoiser = generate.denoiser(config, params, generate.labels_of(config, index))
+    keys, x = sampling.start(pipeline, jax.numpy.asarray(index))
+    denoiser = sampling.conditioned(pipeline, sampling.labels_of(pipeline, index))
     transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
     times = []
     for _ in range(REPEATS):

@@ -22,7 +22,7 @@ config.model.dtype=bfloat16 is for both. What stands beside diffusers needs pip 
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -49,13 +49,15 @@ from tqdm import tqdm
 from benchmarks.data import rates
 from benchmarks.theirs import Theirs
 from benchmarks.training import copy_rate, machines, matrix_product_rate
-from ddim_jax import cli, data, generate, samplers, sharding, train, trajectory
+from ddim_jax import cli, data, samplers, sampling, trajectory
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
-from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.gaussian import Denoise
 from ddim_jax.registry import lookup
+from ddim_jax.training import loop
 from ddim_jax.trajectory import Transitions
+from ddim_jax.utils import sharding
+from ddim_jax.utils.errors import ConfigError, error_context
 from experiments import common
 
 OURS = "ddim_jax"
@@ -95,7 +97,7 @@ def main(options: types.SimpleNamespace) -> None:
     cli.writable_folder(out.parent)
     params = random_params(config)
     theirs = Theirs(config, params, options.compiled) if options.competitors else None
-    rate = machines(jax.device_count()) * matrix_product_rate(config_lib.DTYPES[config.model.dtype])
+    rate = machines(jax.device_count()) * matrix_product_rate(config.model.dtype)
     setting = Setting(config, params, theirs, batches, size, steps, rounds, rate)
     about = {
         "network": config.name,
@@ -184,7 +186,7 @@ def training(setting: Setting) -> Iterator[Row]:
         setting.config, train=dataclasses.replace(setting.config.train, batch_size=size, accumulate=1)
     )
     update_step, state, key, flops = compiled_update(config)
-    pixels = np.random.default_rng(0).integers(0, 256, (size, *generate.image_shape(config)), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (size, *config_lib.image_shape(config.model)), dtype=np.uint8)
     images, labels, held = sharding.split_batch(sharding.data_mesh(), pixels), labels_of(config, size), [state]
 
     def run():
@@ -267,7 +269,7 @@ def input_(setting: Setting) -> Iterator[Row]:
     with error_context("config.data"):
         source = data.load(config.data.name, config.data.path, "train")
         source = data.in_memory(source) if config.data.in_memory else source
-    given = statistics.median(rates(source, 0 if source.instant else train.READING_THREADS, batches=40))
+    given = statistics.median(rates(source, 0 if source.instant else loop.READING_THREADS, batches=40))
     row = next(training(setting._replace(theirs=None)))
     yield {"data": config.data.name, "given, images/s": given, "taken, images/s": row["images/s"]}
 
@@ -307,11 +309,11 @@ def placed(batch: int) -> tuple[Callable[[Any], Any], Callable[[np.ndarray], jax
 
 
 def noise(config: Config, batch: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(batch, *generate.image_shape(config))).astype(np.float32)
+    return np.random.default_rng(0).normal(size=(batch, *config_lib.image_shape(config.model))).astype(np.float32)
 
 
 def labels_of(config: Config, batch: int) -> jax.Array | None:
-    labels = generate.labels_of(config, np.arange(batch))
+    labels = sampling.labels_of(config_lib.pipeline(config, None, sharding.data_mesh()), np.arange(batch))
     return None if labels is None else placed(batch)[1](labels)
 
 
@@ -329,7 +331,8 @@ def asked(setting: Setting, batch: int) -> tuple[Denoise, jax.Array]:
     """The network and what it is asked about."""
     put, split = placed(batch)
     labels = labels_of(setting.config, batch)
-    return generate.denoiser(setting.config, put(setting.params), labels), split(noise(setting.config, batch))
+    pipeline = config_lib.pipeline(setting.config, put(setting.params), sharding.data_mesh())
+    return sampling.conditioned(pipeline, labels), split(noise(setting.config, batch))
 
 
 def network_call(setting: Setting, batch: int) -> tuple[Callable[[], jax.Array], float]:
@@ -361,8 +364,9 @@ def lowered_run(setting: Setting, batch: int, S: int) -> Any:
 
 
 def compiled_update(config: Config) -> tuple[Any, Any, jax.Array, float]:
-    optimizer, state, key = train.first_state(config, sharding.data_mesh())
-    update_step, flops = train.compiled_update(config, optimizer, sharding.data_mesh(), state, key)
+    recipe, mesh = config_lib.recipe(config), sharding.data_mesh()
+    state, key = loop.first_state(recipe, mesh)
+    update_step, flops = loop.compiled_update(recipe, mesh, state, key, config_lib.image_shape(config.model))
     return update_step, state, key, flops
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ddim_jax import config as config_lib
+from ddim_jax.checkpoints import save_diffusers
 from ddim_jax.config import Config
-from ddim_jax.errors import ConfigError
-from ddim_jax.pretrained import save_diffusers
+from ddim_jax.utils.errors import ConfigError
 
 EAGER, CHANNELS_LAST, COMPILED = "diffusers", "channels_last", "torch.compile"
 

@@ -9,7 +9,7 @@ what is computed twice to save memory counts once.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -27,9 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cli, generate, sharding, train
+from ddim_jax import cli
 from ddim_jax import config as config_lib
 from ddim_jax.data import Batch
+from ddim_jax.training import loop
+from ddim_jax.utils import sharding
 from experiments import common
 
 REPEATS = 7
@@ -65,11 +67,12 @@ def main(options: types.SimpleNamespace) -> None:
 
 def measure(config: config_lib.Config, steps: int) -> dict[str, Any]:
     mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
-    optimizer, state, key = train.first_state(config, mesh)
+    recipe, shape = config_lib.recipe(config), config_lib.image_shape(config.model)
+    state, key = loop.first_state(recipe, mesh)
     begin = time.perf_counter()
-    update_step, flops = train.compiled_update(config, optimizer, mesh, state, key)
+    update_step, flops = loop.compiled_update(recipe, mesh, state, key, shape)
     compile_seconds = time.perf_counter() - begin
-    size, shape, classes = config.train.batch_size, generate.image_shape(config), config.model.num_classes
+    size, classes = config.train.batch_size, config.model.num_classes
     rng = np.random.default_rng(0)
     labels = sharding.split_batch(mesh, rng.integers(0, classes, size, dtype=np.int32)) if classes else None
     batch = Batch(sharding.split_batch(mesh, rng.integers(0, 256, (size, *shape), dtype=np.uint8)), labels)
@@ -94,7 +97,7 @@ def measure(config: config_lib.Config, steps: int) -> dict[str, Any]:
         "slowest": 1e3 * max(times),
         "gflop_per_image": flops / size / 1e9,
         "tflops": flops / statistics.median(times) / 1e12,
-        "ceiling_tflops": machines(mesh.size) * matrix_product_rate(config_lib.DTYPES[config.model.dtype]) / 1e12,
+        "ceiling_tflops": machines(mesh.size) * matrix_product_rate(config.model.dtype) / 1e12,
         "memory_gb": (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9,
         "compile_seconds": compile_seconds,
         "jax": jax.__version__,

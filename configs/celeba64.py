@@ -8,6 +8,7 @@ The images are cut to 128x128 around (89, 121) and resized to 64x64; the 162,770
 One training image costs 139 GFLOP. The paper's FID at eta = 0, S = 10/20/50/100/1000: 17.33, 13.73, 9.17, 6.53, 3.51
 (table 1).
 """
+
 from configs import default
 
 

@@ -8,6 +8,7 @@ The images are those that `python -m ddim_jax.prepare --data cifar10 --from FOLD
 --config.data.name=npz --config.data.path=cifar10.npz. One training image costs 35 GFLOP.
 The paper's FID at eta = 0, S = 10/20/50/100/1000: 13.36, 6.84, 4.67, 4.16, 4.04 (table 1).
 """
+
 from configs import default
 
 

@@ -3,8 +3,9 @@
     python -m ddim_jax.sample --config configs/digits_conditional.py --config.sample.guidance=2
     python -m ddim_jax.train  --config configs/digits_conditional.py --workdir runs/digits_conditional
 
-Expected: see `ddim_jax/pretrained/README.md`.
+Expected: see `ddim_jax/checkpoints/README.md`.
 """
+
 from configs import digits
 
 

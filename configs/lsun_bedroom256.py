@@ -8,6 +8,7 @@ The images are read as they are published, their centre square at 256x256. One t
 little memory, --config.train.accumulate=4 or --config.model.remat=True. The paper's FID at eta = 0, S = 10/20/50/100:
 16.95, 8.89, 6.75, 6.62 (table 3).
 """
+
 from configs import default
 
 

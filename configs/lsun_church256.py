@@ -6,6 +6,7 @@
 
 The paper's FID at eta = 0, S = 10/20/50/100: 19.45, 12.47, 10.84, 10.58 (table 3).
 """
+
 from configs import lsun_bedroom256
 
 

@@ -3,6 +3,7 @@ new machine.
 
     python -m ddim_jax.train --config configs/smoke.py --workdir runs/smoke
 """
+
 from configs import digits
 
 

@@ -20,7 +20,7 @@ _MODULES = (
     "evaluation",
     "gaussian",
     "guidance",
-    "inference",
+    "inference_process",
     "inversion",
     "latent",
     "losses",
@@ -37,7 +37,7 @@ _MODULES = (
     "trajectory",
 )
 _NAMES = {  # name -> the module that it is from
-    "load": "sampling",
+    "load": "config.weights",
     "Denoiser": "models.denoiser",
     "Network": "models.network",
     "Prediction": "gaussian",

@@ -19,23 +19,23 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ddim_jax import cache, files, interrupts, sharding, usage, weights
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config
-from ddim_jax.errors import CheckpointError, ConfigError, error_context
+from ddim_jax.config import Config, help_text, weights
+from ddim_jax.utils import compilation_cache, files, interrupts, sharding
+from ddim_jax.utils.errors import CheckpointError, ConfigError, error_context
 
 FLAGS = flags.FLAGS
 HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull"}
 
 COMMON = {"compilation_cache": (True, "Keep compiled programs in ~/.cache/ddim_jax: what is run again starts sooner.")}
-SEVERAL = {"distributed": (False, "This is one of several processes, as the environment says.")}
+DISTRIBUTED = {"distributed": (False, "This is one of several processes, as the environment says.")}
 
 
 def start(
     main: Callable[[types.SimpleNamespace], None],
     options: Mapping[str, tuple[Any, str]],
     config: bool = True,
-    several: bool = False,
+    distributed: bool = False,
     may_be_empty: Collection[str] = (),
 ) -> NoReturn:
     """Runs main(options) and ends the process: exit code 0 if all of it was done, 2 for a mistake of the user's or
@@ -43,11 +43,12 @@ def start(
 
     options: name -> (default, help text); a bool default makes a switch, None or a string an option with a text, a
     list one that may be given again and again. With config there is --config too, and main finds the checked Config in
-    `options.config`, and the values that it was made of in `options.values`. several: whether it may be one of several
-    processes. may_be_empty: options with a default that are no paths, and that mean something when they are empty.
+    `options.config`, and the values that it was made of in `options.values`. distributed: whether it may be one of
+    several processes. may_be_empty: options with a default that are no paths, and that mean something when they are
+    empty.
     """
     interrupts.install()
-    options = {**options, **COMMON, **(SEVERAL if several else {})}
+    options = {**options, **COMMON, **(DISTRIBUTED if distributed else {})}
     for name, (default, text) in options.items():
         kinds = {bool: flags.DEFINE_bool, list: flags.DEFINE_multi_string}
         kinds.get(type(default), flags.DEFINE_string)(name, default, text)
@@ -69,15 +70,15 @@ def start(
             if len(argv) > 1:
                 raise ConfigError(f"unexpected argument {argv[1]!r}: options begin with --")
             if config:
-                sharding.a_device_per_core(*_batch_and_width())
+                sharding.split_cpu_into_devices(*_batch_and_width())
             given = types.SimpleNamespace(**{name: FLAGS[name].value for name in options})
             for name, (default, _) in options.items():
                 if FLAGS[name].value == "" != default and name not in may_be_empty:
                     # an empty path would be the current folder
                     raise ConfigError(f"--{name} is empty")
             if given.compilation_cache:
-                cache.keep_programs()
-            if several and given.distributed:
+                compilation_cache.enable_compilation_cache()
+            if distributed and given.distributed:
                 with error_context("--distributed"):
                     sharding.start_processes()
             if config:
@@ -143,7 +144,7 @@ def _in_a_thread(event: Any) -> None:
 
 def say(text: str) -> None:
     """Prints, if this is the first process. Control characters, which may come from files, are escaped."""
-    if sharding.is_first():
+    if sharding.is_main_process():
         print("\n".join(map(files.printable, text.split("\n"))), flush=True)
 
 
@@ -186,7 +187,7 @@ def _config(values: dict[str, Any]) -> Config:
     for field, value in _changed().items():
         section, _, name = field.partition(".")
         code = name == "name" and ":" in value  # names what may be run, see `compatibility.check_trusted`
-        if section in ("model", "schedule") and name not in config_lib.FREE_OF_NETWORK and not code:
+        if section in ("model", "schedule") and name not in config_lib.NOT_ARCHITECTURE and not code:
             raise ConfigError(f"config.{field}: with config.pretrained it is the checkpoint's own; leave it out")
     return config_lib.parse(weights.completed(values))
 
@@ -221,9 +222,9 @@ def _without_open_fields(argv: list[str]) -> list[str]:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with every mistake as one line; --help ends the process with what `usage` makes of it."""
+    """absl's parser, with every mistake as one line; --help ends the process with what `help_text` makes of it."""
     if HELP & {*argv[1:]}:
-        print(usage.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS))
+        print(help_text.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS))
         sys.exit(0)
     try:
         if "config" in FLAGS:

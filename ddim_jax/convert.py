@@ -11,7 +11,7 @@ where its data lie nor other paths and names of accounts, unless --paths is give
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -25,12 +25,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddim_jax import cli, files, pretrained, registry, sharding, weights
+from ddim_jax import checkpoints, cli, registry
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.errors import ConfigError, error_context
-from ddim_jax.pretrained import Published
-from ddim_jax.train_state import TrainState
+from ddim_jax.checkpoints import diffusers_folder, model_card
+from ddim_jax.checkpoints.run import Checkpoints
+from ddim_jax.config import weights
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils import files, sharding
+from ddim_jax.utils.errors import ConfigError, error_context
 
 OPTIONS = {
     "from": (None, "A workdir, or a published checkpoint: a path or a hub id."),
@@ -56,18 +58,18 @@ def main(options: types.SimpleNamespace) -> None:
         write = registry.lookup(WRITERS, kind)
     if kind == "safetensors" and to.suffix != ".safetensors":
         raise ConfigError(f"--to must end in .safetensors for --format safetensors, got {to}")
-    published = weights.describe(source)
+    found = weights.read_info(source)
     allowed = (vars(options).get("code") or "").split(",")
-    if needed := [name for name in config_lib.code_of(published).values() if name not in allowed]:
+    if needed := [name for name in config_lib.code_of(found).values() if name not in allowed]:
         raise ConfigError(f"{source} needs {needed[0]}, which is code of its author; --code={','.join(needed)} runs it")
-    if kind == "diffusers" and published.model.name != "unet":
-        raise ConfigError(f"--format: diffusers has no network {published.model.name}; orbax and safetensors hold it")
+    if kind == "diffusers" and found.model.name != "unet":
+        raise ConfigError(f"--format: diffusers has no network {found.model.name}; orbax and safetensors hold it")
     check_free(to, kind, options.overwrite)
-    params = published.read(weights.params_like(published.model, sharding.data_mesh()), options.ema)
-    config = as_config(published)
-    write(to, params, config if vars(options).get("paths") else config_lib.public(config), published.step)
-    weights.show_note(published)
-    print(f"{published.source} is in {to} ({kind}), {params_count(params):,} parameters")
+    params = found.read(weights.params_like(found.model, sharding.data_mesh()), options.ema)
+    config = as_config(found)
+    write(to, params, config if vars(options).get("paths") else config_lib.public(config), found.step)
+    weights.show_note(found)
+    print(f"{found.source} is in {to} ({kind}), {params_count(params):,} parameters")
 
 
 def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
@@ -83,40 +85,47 @@ def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
         raise ConfigError(f"{to} is there already: a run is never written over; give another --to")
     if occupied and not overwrite:
         raise ConfigError(f"{to} is there already; give another --to, or --overwrite to replace it")
-    if occupied and kind == "safetensors" and not pretrained.is_ours(to):
+    if occupied and kind == "safetensors" and not checkpoints.is_ours(to):
         raise ConfigError(f"--overwrite: {to} is not a file that this command wrote; give another --to")
-    if occupied and kind == "diffusers" and (other := pretrained.not_written(to)):
+    if occupied and kind == "diffusers" and (other := not_written(to)):
         raise ConfigError(f"--overwrite: {to} holds what this command did not write, {other}; give another --to")
     cli.writable_folder(to if to.is_dir() else to.parent)
 
 
-def as_config(published: Published) -> dict[str, Any]:
+def not_written(folder: pathlib.Path) -> str | None:
+    """What is in a folder that `write_diffusers` did not write; None if it wrote all of it."""
+    other = next(diffusers_folder.not_written(folder), None)
+    is_own = model_card.is_ours(folder / diffusers_folder.CARD)
+    return other or (None if is_own else f"no {diffusers_folder.CARD} of its own")
+
+
+def as_config(found: weights.Checkpoint) -> dict[str, Any]:
     """The config to save beside the parameters: all of the run's where it was one, else what is known."""
     known = {
-        "name": published.name,
-        "model": dataclasses.asdict(published.model),
-        "schedule": dataclasses.asdict(published.schedule),
-        "sample": {**published.config.get("sample", {}), **published.sample},
+        "name": found.name,
+        "model": dataclasses.asdict(found.model),
+        "schedule": dataclasses.asdict(found.schedule),
+        "sample": {**found.config.get("sample", {}), **found.sample},
     }
-    return {**published.config, **known}
+    return {**found.config, **known}
 
 
 Config = Mapping[str, Any]
 
 
 def write_safetensors(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
-    pretrained.save(to, params, config, step)
+    checkpoints.save(to, params, config, step)
 
 
 def write_diffusers(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
-    pretrained.save_diffusers(to, params, config, pretrained.model_card(config, step, params_count(params)))
+    diffusers_folder.save(to, params, config, model_card.markdown(config, step, params_count(params)))
 
 
 def write_orbax(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
     """Step 0 of a run: the parameters, the same as their moving average, and no optimizer yet."""
-    with files.filling(to) as temporary, Checkpoints(temporary, keep=1) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(0), params, params, {}, jnp.int32(0)), dict(config))
-        checkpoints.wait()
+    with files.filling(to) as temporary, Checkpoints(temporary, keep=1) as run:
+        run.save(TrainState(jnp.int32(0), params, params, {}, jnp.int32(0)), dict(config))
+        run.wait()
 
 
 def params_count(params: Any) -> int:

@@ -1,4 +1,4 @@
-"""Judges samples beside real images, or a network by the likelihood of real images.
+"""Evaluates samples against real images, or a network by the likelihood of real images.
 
     python -m ddim_jax.evaluate --config configs/digits.py --samples DIR_OR_NPZ [--out FILE.json]
     python -m ddim_jax.evaluate --config configs/cifar10.py --save_reference train.npz
@@ -18,7 +18,7 @@ a value takes under the process of config.sample, whose eta must be above 0.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -31,15 +31,15 @@ import types
 from typing import Any
 
 import jax
-import numpy as np
-from tqdm import tqdm
 
-from ddim_jax import cli, data, files, generate, sharding, weights, yardstick
+from ddim_jax import cli, data
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config
-from ddim_jax.errors import ConfigError, error_context
-from ddim_jax.evaluation import reference
+from ddim_jax.config import Config, evaluation, weights
+from ddim_jax.evaluation import likelihood, reference
+from ddim_jax.evaluation.evaluator import evaluate_samples
 from ddim_jax.registry import lookup
+from ddim_jax.utils import files, sharding
+from ddim_jax.utils.errors import ConfigError, error_context
 
 METRICS = {"bits_per_dim": None}
 OPTIONS = {
@@ -64,21 +64,22 @@ def main(options: types.SimpleNamespace) -> None:
     check(options)
     if options.metric is not None:
         return bits_per_dim(options)
-    accepted = yardstick.accepted_fields(options.accept)
-    mesh = sharding.data_mesh()
-    samples = None if options.samples is None else yardstick.load_samples(options.samples, config)
-    network = yardstick.open_network(config)
-    found = yardstick.build(config, network, mesh, samples and samples.image_shape, accepted)
+    accepted = evaluation.accepted_fields(options.accept)
+    mesh, count = sharding.data_mesh(), config.evaluate.num_images
+    samples = None if options.samples is None else evaluation.load_samples(options.samples, config)
+    network = evaluation.open_network(config)
+    evaluator = evaluation.evaluator(config, network, mesh, samples and samples.image_shape, accepted)
+    about = evaluator.reference.about
     if options.save_reference is not None:
-        if found.reference.about is None:
+        if about is None:
             raise ConfigError(f"--save_reference: {config.evaluate.reference} does not say what it is of")
-        if sharding.is_first():
-            reference.save(pathlib.Path(options.save_reference), found.reference)
+        if sharding.is_main_process():
+            reference.save(pathlib.Path(options.save_reference), evaluator.reference)
             print(options.save_reference)
     if samples is None:
         return
-    numbers = yardstick.judge_samples(config, found, samples, mesh, "--samples")
-    if not sharding.is_first():
+    numbers = evaluate_samples(evaluator, samples, count, "--samples")
+    if not sharding.is_main_process():
         return
     for name, value in numbers.items():
         print(f"{name:<22} {value:.6g}")
@@ -86,8 +87,8 @@ def main(options: types.SimpleNamespace) -> None:
         report = {
             "samples": options.samples,
             **numbers,
-            "images": config.evaluate.num_images,
-            "reference": None if found.reference.about is None else dataclasses.asdict(found.reference.about),
+            "images": count,
+            "reference": None if about is None else dataclasses.asdict(about),
             "features": network.name,
             "weights": network.weights,
             "jax": jax.__version__,
@@ -144,36 +145,23 @@ def bits_per_dim(options: types.SimpleNamespace) -> None:
     if config.sample.tau_end:
         raise ConfigError(f"config.sample.tau_end: must be 0 for bits_per_dim, got {config.sample.tau_end}")
     source, where = real_images(config)
-    if source.image_shape != generate.image_shape(config):
+    if source.image_shape != config_lib.image_shape(config.model):
         raise ConfigError(
-            f"{where}: the network takes {reference.resolution(generate.image_shape(config))}, the images are "
+            f"{where}: the network takes {reference.resolution(config_lib.image_shape(config.model))}, the images are "
             f"{reference.resolution(source.image_shape)}"
         )
     mesh = sharding.data_mesh()
     found = weights.find(config, options.workdir, mesh)
     count = min(len(source), config.evaluate.num_images)
-    size = -(-min(config.evaluate.batch_size, count) // mesh.size) * mesh.size
-    bits = []
-    for begin in tqdm(range(0, count, size), "bits_per_dim", unit="batch", disable=not sharding.is_first()):
-        index = np.arange(begin, begin + size)
-        with error_context(where):
-            batch = source[np.minimum(index, count - 1)]
-            own = batch.labels if config.model.num_classes else None
-            if own is not None:
-                data.check_labels(own, config.model.num_classes, np.minimum(index, count - 1))
-        labels = generate.labels_of(config, index) if own is None else own
-        nats = generate.bound(config, process, found.params, mesh, batch.images, index, labels)
-        bits.append(nats[: count - begin] / (np.log(2) * np.prod(source.image_shape)))
-    bits = np.concatenate(bits)
-    if len(bad := np.flatnonzero(~np.isfinite(bits))):
-        raise ConfigError(f"bits_per_dim of image {bad[0]} is not finite ({found.source})")
-    mean, error, steps = float(bits.mean()), float(bits.std() / np.sqrt(count)), len(process.tau) - 1
+    pipeline = config_lib.pipeline(config, found.params, mesh, process)._replace(batch_size=config.evaluate.batch_size)
+    bits = likelihood.bits_per_dim(pipeline, source, count, config.sample.eta, where)
+    mean, error, steps = float(bits.mean()), float(bits.std() / count**0.5), len(process.tau) - 1
     cli.say(
         f"{count} images ({config.evaluate.reference or config.evaluate.split}), {steps} steps, "
         f"eta {config.sample.eta:g}, {found.source}\n"
         f"{'bits_per_dim':<22} {mean:.6g}\n{'standard error':<22} {error:.2g}"
     )
-    if options.out is not None and sharding.is_first():
+    if options.out is not None and sharding.is_main_process():
         report = {
             "bits_per_dim": mean,
             "standard_error": error,
@@ -197,11 +185,11 @@ def real_images(config: Config) -> tuple[data.Source, str]:
     where, path = "config.evaluate.reference", pathlib.Path(evaluate.reference)
     if path.exists():
         with error_context(where):
-            statistics = yardstick.holds_statistics(path)
+            statistics = evaluation.holds_statistics(path)
         if statistics:
             raise ConfigError(f"{where}: bits_per_dim is of images, {path} holds statistics")
-    return yardstick.load_images(evaluate.reference, where), where
+    return evaluation.load_images(evaluate.reference, where), where
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS, several=True)
+    cli.start(main, OPTIONS, distributed=True)

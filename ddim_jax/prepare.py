@@ -12,7 +12,7 @@ It is written to $TFDS_DATA_DIR, else ~/tensorflow_datasets. No TensorFlow is ne
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -22,8 +22,8 @@ import types
 
 from ddim_jax import cli, data
 from ddim_jax.data import preparing
-from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.registry import lookup
+from ddim_jax.utils.errors import ConfigError, error_context
 
 OPTIONS = {
     "data": (None, ", ".join(preparing.RECIPES)),

@@ -8,7 +8,7 @@ folder. A run that was interrupted resumes when the same command is given again.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -18,16 +18,18 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import cli, files, generate, images, output, registry, samplers, sharding, weights
+from ddim_jax import cli, registry, samplers, sampling
 from ddim_jax import config as config_lib
-from ddim_jax import fingerprint as fingerprint_lib
-from ddim_jax.config import Config, Process
+from ddim_jax.config import Config, weights
+from ddim_jax.config import fingerprint as fingerprint_lib
 from ddim_jax.data.scaling import to_uint8
-from ddim_jax.memory import check_sampling
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.sampling import Pipeline
+from ddim_jax.training.memory import check_sampling
+from ddim_jax.utils import files, images, output_folder, sharding
 
 GRID_IMAGES = 100
 FILM_IMAGES = 8
@@ -50,25 +52,26 @@ OPTIONS = {
 
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
-    config_lib.network(config.model)  # mistakes show before anything is read or written
+    network = config_lib.network(config.model)  # mistakes show before anything is read or written
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     if options.out or not options.workdir:  # a workdir that is not there is another mistake
-        output.check_writable(options.out or root(config, None))
+        output_folder.check_writable(options.out or root(config, None))
     mesh = sharding.data_mesh()
-    check_sampling(config, mesh, config.sample.num_images)
+    check_sampling(network, mesh, min(config.sample.batch_size, config.sample.num_images))
     found = weights.find(config, options.workdir, mesh)
     made_from = fingerprint(config, process, found)
     out = options.out or default_folder(config, options.workdir, process, found, made_from)
-    out = output.open_folder(out, made_from, WRITTEN, options.overwrite)
+    out = output_folder.open_folder(out, made_from, WRITTEN, options.overwrite)
     steps = len(process.tau) - 1
     named = config.sample.tau in registry.NAMED_TAUS or registry.is_code(config.sample.tau)
     fewer_or_more = named and steps != config.sample.steps
     asked = f" ({config.sample.steps} were asked for)" if fewer_or_more else ""
     cli.say(f"{config.sample.num_images} images, {config.sample.sampler} in {steps} steps{asked}, from {found.source}")
 
-    npz = draw_all(out, config, process, found.params, mesh)
-    frames = film(config, process, found.params, mesh) if options.film else None
-    if not sharding.is_first():
+    pipeline = config_lib.pipeline(config, found.params, mesh, process)
+    npz = draw_all(out, pipeline, config.sample.num_images)
+    frames = film(pipeline, min(FILM_IMAGES, config.sample.num_images)) if options.film else None
+    if not sharding.is_main_process():
         return
     drawn = images.open_npz(npz)["arr_0"]
     written = [npz, write(out / "grid.png", images.write_png, images.grid(drawn[:GRID_IMAGES]))]
@@ -90,44 +93,43 @@ def root(config: Config, workdir: str | None) -> pathlib.Path:
 
 
 def default_folder(
-    config: Config, workdir: str | None, process: Process, found: weights.Weights, made_from: dict[str, Any]
+    config: Config, workdir: str | None, process: SamplingProcess, found: weights.Weights, made_from: dict[str, Any]
 ) -> pathlib.Path:
     """A folder for each way to sample, so that the default of one never meets the other's files."""
     return root(config, workdir) / fingerprint_lib.folder_name(config, process, workdir and found.step, made_from)
 
 
-def fingerprint(config: Config, process: Process, found: weights.Weights) -> dict[str, Any]:
+def fingerprint(config: Config, process: SamplingProcess, found: weights.Weights) -> dict[str, Any]:
     """All that the images depend on; how they are computed decides their last bits, and is not in it."""
     return {**fingerprint_lib.of_images(config, process), "weights": found.digest}
 
 
-def draw_all(
-    out: output.Folder, config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh
-) -> pathlib.Path:
+def draw_all(out: output_folder.Folder, pipeline: Pipeline, count: int) -> pathlib.Path:
     """samples.npz with all images, and their classes where the network has them."""
-    items = {"arr_0": (generate.image_shape(config), "uint8")}
-    if config.model.num_classes:
+    items = {"arr_0": (pipeline.shape, "uint8")}
+    if pipeline.num_classes:
         items["arr_1"] = ((), "int32")
-    arrays = output.Arrays(config.sample.num_images, "config.sample.num_images", items)
+    arrays = output_folder.Arrays(count, "config.sample.num_images", items)
 
     def batches(first: int) -> Iterator[dict[str, np.ndarray]]:
-        for images_ in generate.batches(config, process, params, mesh, first):
-            labels = generate.labels_of(config, np.arange(first, first + len(images_)))
-            yield {"arr_0": images_} | ({} if labels is None else {"arr_1": labels})
-            first += len(images_)
+        for drawn in sampling.batches(pipeline, count, first):
+            labels = sampling.labels_of(pipeline, np.arange(first, first + len(drawn)))
+            yield {"arr_0": drawn} | ({} if labels is None else {"arr_1": labels})
+            first += len(drawn)
 
-    output.check_room(out, {"samples.npz": arrays})
-    computed_with = fingerprint_lib.computed_with(config, mesh, arrays.length)
-    return output.gather(out, "samples.npz", arrays, batches, "sampling", computed_with)
+    output_folder.check_room(out, {"samples.npz": arrays})
+    computed_with = sampling.computed_with(pipeline, count)
+    return output_folder.gather(out, "samples.npz", arrays, batches, "sampling", computed_with)
 
 
-def film(config: Config, process: Process, params: Any, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """The first images on their way, x_t and the predicted x_0: uint8 (S+1, B, H, W, C), both."""
-    index = np.arange(min(FILM_IMAGES, config.sample.num_images))
-    keys, x = generate.start(config, sharding.put_replicated(mesh, index))
-    denoiser = generate.denoiser(config, params, sharding.put_replicated(mesh, generate.labels_of(config, index)))
+def film(pipeline: Pipeline, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """x_t and the predicted x_0 of the first `count` images at every level: uint8 (S+1, B, H, W, C), both."""
+    index, process = np.arange(count), pipeline.process
+    keys, x = sampling.start(pipeline, sharding.put_replicated(pipeline.mesh, index))
+    labels = sharding.put_replicated(pipeline.mesh, sampling.labels_of(pipeline, index))
+    model = sampling.conditioned(pipeline, labels)
     _, path = samplers.trajectory(
-        process.sampler, denoiser, process.transitions, x, keys if process.sampler.stochastic else None
+        process.sampler, model, process.transitions, x, keys if process.sampler.stochastic else None
     )
     x_t, x_0 = (to_uint8(sharding.to_host(leaf)) for leaf in path)  # (S+1, B, ...), (S, B, ...)
     return x_t, np.concatenate([x_0, x_t[-1:]])  # beside the final image, itself
@@ -155,4 +157,4 @@ def write(path: pathlib.Path, writer: Any, content: Any) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    cli.start(main, OPTIONS, several=True)
+    cli.start(main, OPTIONS, distributed=True)

@@ -42,6 +42,17 @@ class Sampler(Protocol):
         """
 
 
+class SamplingProcess(NamedTuple):
+    """A sampler over the steps of a tau: it draws, and over the same levels in ascending order it encodes."""
+
+    sampler: Sampler
+    tau: np.ndarray  # (S+1,), ascending, from `end` to T
+    transitions: Transitions  # leaves (S,)
+    schedule: Schedule
+    end: float = 0  # the level where sampling ends and encoding starts
+    stride: int = 0  # see `trajectory.descend`
+
+
 class DDIM(NamedTuple):
     """Eq. (12) with the sigma of Eq. (16)."""
 

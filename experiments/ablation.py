@@ -15,7 +15,7 @@ seeds. A cell's images are removed once they are evaluated, unless --keep_sample
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -31,16 +31,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from ddim_jax import config as config_lib
-from ddim_jax import data, files, generate, images, output, ranges, sharding, weights, yardstick
-from ddim_jax.config import Config, Process
+from ddim_jax import data
+from ddim_jax.checkpoints.tensors import digest
+from ddim_jax.config import Config, evaluation, weights
 from ddim_jax.data import Source
-from ddim_jax.errors import CheckpointError, ConfigError, error_context
-from ddim_jax.evaluation import judge
-from ddim_jax.pretrained.tensors import digest
+from ddim_jax.evaluation import metrics as metrics_lib
+from ddim_jax.evaluation.evaluator import Evaluator, evaluate_samples
 from ddim_jax.sample import draw_all
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.utils import files, images, output_folder, ranges, sharding
+from ddim_jax.utils.errors import CheckpointError, ConfigError, error_context
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -198,9 +200,9 @@ def named(where: str) -> Iterator[None]:
 class Filled(NamedTuple):
     """What is in the output folder once all cells are evaluated."""
 
-    out: output.Folder
+    out: output_folder.Folder
     rows: list[dict[str, Any]]  # of all cells there, also of earlier commands: their axes and numbers
-    measured: yardstick.Yardstick
+    measured: Evaluator
     real: dict[str, Any] | None  # the numbers of real images, with --floor
 
 
@@ -230,7 +232,7 @@ def fill(
     weights_of = functools.lru_cache(maxsize=1)(lambda network: weights.find(network, options.workdir, mesh))
     digests = {network: weights_of(network).digest for network in dict.fromkeys(networks)}
     one_network = not {"pretrained", "sample.ema"} & set(axes)
-    features = yardstick.open_network(config)
+    features = evaluation.open_network(config)
     out = common.begin(
         options,
         written,
@@ -243,18 +245,24 @@ def fill(
         data={"name": config.data.name, "path": config.data.path},
         **shared,
     )
-    accepted = yardstick.accepted_fields(options.accept)
+    accepted = evaluation.accepted_fields(options.accept)
     stored = out.find("reference.npz")
-    measured = yardstick.build(config, features, mesh, generate.image_shape(cells[0]), accepted, stored)
+    measured = evaluation.evaluator(config, features, mesh, config_lib.image_shape(cells[0].model), accepted, stored)
     common.keep_reference(out, stored, measured.reference)
-    reference = digest(measured.reference.judged.moments._replace(factor=None))  # a file of them has none
+    reference = digest(measured.reference.features.moments._replace(factor=None))  # a file of them has none
     depends = {cell: grid.depends_on(cell, process) for cell, process in processes.items()}
 
-    def measure(cell: Config, process: Process, network: Config, folder: output.Folder) -> dict[str, Any]:
-        npz = draw_all(folder, cell, process, weights_of(network).params, mesh)
+    def measure(
+        cell: Config, process: SamplingProcess, network: Config, folder: output_folder.Folder
+    ) -> dict[str, Any]:
+        npz = draw_all(
+            folder,
+            config_lib.pipeline(cell, weights_of(network).params, mesh, process),
+            cell.sample.num_images,
+        )
         drawn = data.load("npz", str(npz))
         images.write_png(folder / "first.png", images.grid(drawn.images[:PICTURED], PICTURED))
-        numbers = yardstick.judge_samples(cell, measured, drawn, mesh, "the samples")
+        numbers = evaluate_samples(measured, drawn, cell.evaluate.num_images, "the samples")
         return {**numbers, "images": len(drawn), "steps": len(process.tau) - 1}
 
     temporary = () if options.keep_samples else ("samples.npz", "samples.parts")
@@ -272,18 +280,18 @@ def fill(
             for i in by_network
         ],
     )
-    return Filled(out, rows, measured, None if source is None else floor(config, measured, source, mesh))
+    return Filled(out, rows, measured, None if source is None else floor(config, measured, source))
 
 
 def check_images(places: Sequence[dict[str, Any]], cells: Sequence[Config], config: Config) -> None:
     """ConfigError where the images of some cells cannot be evaluated with the metrics, or with those of the others."""
-    shape = generate.image_shape(cells[0])
-    labelled = [name for name in yardstick.metrics_of(config) if "labels" in judge.METRICS[name].samples]
+    shape = config_lib.image_shape(cells[0].model)
+    labelled = [name for name in evaluation.metric_names(config) if "labels" in metrics_lib.METRICS[name].samples]
     for place, cell in zip(places, cells, strict=True):
-        if generate.image_shape(cell) != shape:
+        if config_lib.image_shape(cell.model) != shape:
             raise ConfigError(
                 f"all cells must draw images of one size: {'x'.join(map(str, shape))} where "
-                f"{grid.words(places[0], places[0])}, {'x'.join(map(str, generate.image_shape(cell)))} where "
+                f"{grid.words(places[0], places[0])}, {'x'.join(map(str, config_lib.image_shape(cell.model)))} where "
                 f"{grid.words(place, place)}"
             )
         if labelled and not cell.model.num_classes:
@@ -300,11 +308,10 @@ def _other(config: Config) -> str:
     return next(split for split in data.SPLITS if split != config.evaluate.split)
 
 
-def floor(config: Config, measured: yardstick.Yardstick, source: Source, mesh: Mesh) -> dict[str, Any]:
+def floor(config: Config, measured: Evaluator, source: Source) -> dict[str, Any]:
     """The numbers of real images that are not the reference: those of the other split."""
     count = min(len(source), config.evaluate.num_images)
-    fewer = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, num_images=count))
-    numbers = yardstick.judge_samples(fewer, measured, source, mesh, "--floor")
+    numbers = evaluate_samples(measured, source, count, "--floor")
     return {"split": _other(config), "images": count, **numbers}
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ddim_jax import cli, files, output
-from ddim_jax.errors import ConfigError
+from ddim_jax import cli
 from ddim_jax.evaluation import reference
+from ddim_jax.utils import files, output_folder
+from ddim_jax.utils.errors import ConfigError
 
 OPTIONS = {
     "workdir": (None, "Use the latest checkpoint of this run, not config.pretrained or the weights that ship."),
@@ -39,7 +40,9 @@ class Cell(NamedTuple):
     axes: dict[str, Any]  # column -> value, a number or a string
     depends: dict[str, Any]  # what its numbers depend on beside what all cells share
     cost: float  # how much longer than the others it takes, for the estimate
-    measure: Callable[[output.Folder], dict[str, Any]]  # (a folder of its own) -> its numbers, JSON can hold them
+    measure: Callable[
+        [output_folder.Folder], dict[str, Any]
+    ]  # (a folder of its own) -> its numbers, JSON can hold them
     temporary: tuple[str, ...] = ()  # files in the folder that go once the numbers are there
 
 
@@ -49,7 +52,7 @@ def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, t
     def checked(given: types.SimpleNamespace) -> None:
         if not given.out:
             raise ConfigError("--out is missing: the folder of the results")
-        output.check_writable(given.out)
+        output_folder.check_writable(given.out)
         main(given)
 
     cli.start(checked, options, **kinds)
@@ -72,15 +75,15 @@ def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
 
 
-def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **depends: Any) -> output.Folder:
+def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **depends: Any) -> output_folder.Folder:
     """The output folder, which becomes this experiment's own when it is first written to.
 
     depends: all that the results depend on; ConfigError if those in the folder depend on something else.
     """
-    return output.open_folder(options.out, depends, written)
+    return output_folder.open_folder(options.out, depends, written)
 
 
-def run(out: output.Folder, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def run(out: output_folder.Folder, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Measures the cells that are not measured yet, and returns all that are in the folder, those of earlier commands
     too: their axes and numbers, in order of the axes from the last to the first.
 
@@ -89,7 +92,7 @@ def run(out: output.Folder, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """
     todo = []
     for cell in cells:
-        home = output.open_folder(out / folder_of(cell.axes), cell.depends, WRITTEN_BY_CELLS, inside=out)
+        home = output_folder.open_folder(out / folder_of(cell.axes), cell.depends, WRITTEN_BY_CELLS, inside=out)
         if home.find(RESULT) is not None and home.find_all():
             home.forget(*cell.temporary)
         else:
@@ -112,9 +115,9 @@ def run(out: output.Folder, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return [{**row["axes"], **row["numbers"]} for row in rows]
 
 
-def _row(out: output.Folder, path: pathlib.Path) -> dict[str, Any] | None:
+def _row(out: output_folder.Folder, path: pathlib.Path) -> dict[str, Any] | None:
     """What is in the folder of a cell, also of an earlier command; None if it is not measured yet."""
-    home = output.open_folder(path, None, WRITTEN_BY_CELLS, inside=out)
+    home = output_folder.open_folder(path, None, WRITTEN_BY_CELLS, inside=out)
     if home.find(RESULT) is None:
         return None
     home.find_all()
@@ -126,7 +129,7 @@ def _row(out: output.Folder, path: pathlib.Path) -> dict[str, Any] | None:
     return row
 
 
-def keep_reference(out: output.Folder, stored: pathlib.Path | None, found: reference.Reference) -> None:
+def keep_reference(out: output_folder.Folder, stored: pathlib.Path | None, found: reference.Reference) -> None:
     """Keeps the statistics of the real images for the next command, if they are not `stored` yet and it is known what
     they are of.
     """
@@ -169,7 +172,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def write_table(out: output.Folder, rows: list[dict[str, Any]], **beside: Any) -> None:
+def write_table(out: output_folder.Folder, rows: list[dict[str, Any]], **beside: Any) -> None:
     """table.csv, and table.json with what else there is to say."""
     text = io.StringIO()
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -191,7 +194,7 @@ def markdown(head: Sequence[Any], body: Sequence[Sequence[Any]]) -> str:
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, body)]) + "\n"
 
 
-def finish(out: output.Folder, text: str, written: Sequence[str] = FILES) -> None:
+def finish(out: output_folder.Folder, text: str, written: Sequence[str] = FILES) -> None:
     """Writes the text as table.md, records the files written, and prints the table and where all is."""
     write_text(out / "table.md", text)
     out.record(*written)

@@ -10,7 +10,7 @@ over d log 2, which no Gaussian process can be compared with: it is the probabil
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -25,27 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddim_jax import (
-    cli,
-    data,
-    discrete,
-    generate,
-    images,
-    samplers,
-    sharding,
-    train,
-    yardstick,
-)
+from ddim_jax import cli, data, discrete, samplers, sampling, train
 from ddim_jax import config as config_lib
-from ddim_jax.config import Config
+from ddim_jax.checkpoints.tensors import digest
+from ddim_jax.config import Config, evaluation
 from ddim_jax.data.scaling import from_one_hot, to_one_hot
 from ddim_jax.discrete import LogProbsFn
-from ddim_jax.errors import ConfigError, error_context
+from ddim_jax.evaluation.evaluator import evaluate_samples
 from ddim_jax.models.denoiser import log_probs_fn
-from ddim_jax.pretrained.tensors import digest
 from ddim_jax.training import objectives
 from ddim_jax.training.objectives import Objective
 from ddim_jax.trajectory import Transitions
+from ddim_jax.utils import images, sharding
+from ddim_jax.utils.errors import ConfigError, error_context
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -73,7 +65,7 @@ def main(options: types.SimpleNamespace) -> None:
     if source.image_shape[-1] != 1:
         raise ConfigError("config.data: the images must be grey, with one channel")
 
-    features = yardstick.open_network(config)
+    features = evaluation.open_network(config)
     trained_with = {name: value for name, value in dataclasses.asdict(network).items() if name in TRAINED_WITH}
     out = common.begin(
         options,
@@ -86,17 +78,19 @@ def main(options: types.SimpleNamespace) -> None:
         **trained_with,
     )
     stored = out.find("reference.npz")
-    measured = yardstick.build(config, features, mesh, source.image_shape, [], stored)
+    measured = evaluation.evaluator(config, features, mesh, source.image_shape, [], stored)
     common.keep_reference(out, stored, measured.reference)
     out.claim()
-    params = train.run(network, objective, source, cli.writable_folder(out / "training"), mesh)
+    params = train.run(
+        network, config_lib.recipe(network, objective), source, cli.writable_folder(out / "training"), mesh
+    )
     params = sharding.put_replicated(mesh, jax.device_get(params))
     predict = log_probs_fn(config_lib.network(network.model), params)
 
     def measure(share: float, S: int, folder: Any) -> dict[str, Any]:
         drawn = draw(config, predict, share, transitions_of[S], mesh)
         images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
-        numbers = yardstick.judge_samples(config, measured, data.ArraySource(drawn), mesh, "the samples")
+        numbers = evaluate_samples(measured, data.ArraySource(drawn), config.evaluate.num_images, "the samples")
         x_0 = to_one_hot(LEVELS, test[np.arange(min(held_out, len(test)))].images)
         keys = samplers.image_keys(jax.random.key(config.sample.seed), jnp.arange(len(x_0)))
         nats = discrete.j_sigma(predict, transitions_of[S], x_0, keys, share)
@@ -158,7 +152,7 @@ def draw(config: Config, log_probs_fn: LogProbsFn, share: float, steps: Transiti
     total, drawn = config.evaluate.num_images, []
     shape = (config.model.image_size, config.model.image_size, LEVELS)
     sampler = discrete.discrete_ddim(share)
-    for index in generate.batch_indices(config, mesh, 0, total):
+    for index in sampling.batch_indices(config.sample.batch_size, mesh, 0, total):
         keys = samplers.image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
         x_0 = samplers.integrate(sampler, discrete.from_log_probs(log_probs_fn), steps, _initial(keys, shape), keys)
         drawn.append(from_one_hot(sharding.to_host(x_0))[: total - index[0]])

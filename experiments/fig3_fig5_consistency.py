@@ -9,7 +9,7 @@ other. Distances are root mean squares over pixels in [0, 1].
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax import images, output, sample, sharding, weights
-from ddim_jax.config import Config, Process
-from ddim_jax.errors import ConfigError
+from ddim_jax import config as config_lib
+from ddim_jax import sample
+from ddim_jax.config import Config, weights
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.utils import images, output_folder, sharding
+from ddim_jax.utils.errors import ConfigError
 from experiments import common, grid, paper
 from experiments.common import Cell
 
@@ -48,8 +51,9 @@ def main(options: types.SimpleNamespace) -> None:
         options, experiment="fig3_fig5", weights=found.digest, count=count, sample=grid.fixed(config, ("eta", "S"))
     )
 
-    def measure(cell: Config, process: Process, folder: output.Folder) -> dict[str, Any]:
-        drawn = images.open_npz(sample.draw_all(folder, cell, process, found.params, mesh))["arr_0"]
+    def measure(cell: Config, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
+        pipeline = config_lib.pipeline(cell, found.params, mesh, process)
+        drawn = images.open_npz(sample.draw_all(folder, pipeline, cell.sample.num_images))["arr_0"]
         images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
         return {"images": count}
 

@@ -8,7 +8,7 @@ the medians by least squares; R^2 says how straight it is. Nothing else should r
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -24,8 +24,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddim_jax import fingerprint, generate, sharding, weights
-from ddim_jax.config import Config, Process
+from ddim_jax import config as config_lib
+from ddim_jax import sampling
+from ddim_jax.config import Config, fingerprint, weights
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.utils import sharding
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -59,11 +62,11 @@ def main(options: types.SimpleNamespace) -> None:
     )
     jax.config.update("jax_enable_compilation_cache", False)
 
-    def measure(cell: Config, process: Process, folder: Any) -> dict[str, Any]:
+    def measure(cell: Config, process: SamplingProcess, folder: Any) -> dict[str, Any]:
         times = []
         for _ in range(1 + repeats):
             begin = time.perf_counter()
-            (_,) = generate.batches(cell, process, found.params, mesh)
+            (_,) = sampling.batches(config_lib.pipeline(cell, found.params, mesh, process), cell.sample.num_images)
             times.append(time.perf_counter() - begin)
         median = statistics.median(times[1:])
         return {

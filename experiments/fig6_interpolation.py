@@ -10,7 +10,7 @@ of a line, `ends` the mean distance of its ends, both root mean squares over pix
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -22,8 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax import encode, files, generate, images, latent, output, sharding, weights
+from ddim_jax import config as config_lib
+from ddim_jax import encode, latent, sampling
+from ddim_jax.config import weights
 from ddim_jax.data.scaling import to_uint8, to_unit
+from ddim_jax.utils import files, images, output_folder, sharding
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -47,6 +50,7 @@ def main(options: types.SimpleNamespace) -> None:
     source, total = encode.load_images(options.images, str(ends), config)
     mesh = sharding.data_mesh()
     found = weights.find(config, options.workdir, mesh)
+    pipeline, refine = config_lib.pipeline(config, found.params, mesh, process), config.sample.refine
     depends = encode.fingerprint(config, process, found, source, total)
     written = [*common.WRITTEN, *PICTURES]
     sizes = [lines, points, side]
@@ -56,25 +60,28 @@ def main(options: types.SimpleNamespace) -> None:
         """make(indices, labels) for all of 0 .. count - 1. A network with classes has one for all."""
         return np.concatenate(
             [
-                make(np.minimum(index, count - 1), generate.labels_of(config, np.zeros_like(index)))[: count - index[0]]
-                for index in generate.batch_indices(config, mesh, 0, count)
+                make(np.minimum(index, count - 1), sampling.labels_of(pipeline, np.zeros_like(index)))[
+                    : count - index[0]
+                ]
+                for index in sampling.batch_indices(pipeline.batch_size, mesh, 0, count)
             ]
         )
 
     def random() -> np.ndarray:
-        return np.asarray(generate.start(config, np.arange(ends))[1])
+        return np.asarray(sampling.start(pipeline, np.arange(ends))[1])
 
     def encoded() -> np.ndarray:
-        up = functools.partial(generate.encode, config, process, found.params, mesh)
-        return in_batches(lambda index, labels: up(to_unit(source[index].images), labels), ends)
+        return in_batches(
+            lambda index, labels: sampling.encode(pipeline, to_unit(source[index].images), labels, refine=refine), ends
+        )
 
-    def measure(latents: Callable[[], np.ndarray], folder: output.Folder) -> dict[str, Any]:
+    def measure(latents: Callable[[], np.ndarray], folder: output_folder.Folder) -> dict[str, Any]:
         x_T = latents()
         along = [latent.line(*x_T[2 * i : 2 * i + 2], points) for i in range(lines)]
         square = latent.grid(x_T[2 * lines :], side, side).reshape(-1, *x_T.shape[1:])
         between = np.concatenate([*along, square])
-        down = functools.partial(generate.decode, config, process, found.params, mesh)
-        drawn = to_uint8(in_batches(lambda index, labels: down(between[index], labels), len(between)))
+        decode = lambda index, labels: sampling.decode(pipeline, between[index], labels)
+        drawn = to_uint8(in_batches(decode, len(between)))
         drawn_lines, drawn_grid = np.split(drawn, [lines * points])
         images.write_png(folder / "lines.png", images.grid(drawn_lines, points))
         images.write_png(folder / "grid.png", images.grid(drawn_grid, side))

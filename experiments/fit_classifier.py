@@ -7,7 +7,7 @@ python -m ddim_jax.evaluate --config ... --config.evaluate.weights=FILE.safetens
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -16,9 +16,9 @@ import pathlib
 import types
 
 from ddim_jax import cli, data
-from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.evaluation import classifier, digits_classifier
 from ddim_jax.registry import lookup
+from ddim_jax.utils.errors import ConfigError, error_context
 from experiments import cifar10_classifier, common
 
 JUDGES = {"digits": (digits_classifier, False), "cifar10": (cifar10_classifier, True)}  # (module, mirrored too)

@@ -10,7 +10,7 @@ with --minutes=0 it trains no further, otherwise for as long again.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -27,10 +27,11 @@ import types
 
 import numpy as np
 
-from ddim_jax import cli, files
+from ddim_jax import cli
 from ddim_jax.config import Config
-from ddim_jax.errors import ConfigError
 from ddim_jax.train import RUN_ME_AGAIN
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import ConfigError
 from experiments import common, fit_classifier
 
 OPTIONS = {

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from ddim_jax import config as config_lib
-from ddim_jax import fingerprint, generate, output, registry, weights
-from ddim_jax.config import Config, Process
-from ddim_jax.errors import ConfigError
+from ddim_jax import registry
+from ddim_jax.config import Config, fingerprint, weights
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.utils import output_folder
+from ddim_jax.utils.errors import ConfigError
 from experiments import common, paper
 
 OPTIONS = common.OPTIONS | {
@@ -57,7 +59,7 @@ def why_no_axis(field: str) -> str:
     if field.startswith(("train.", "evaluate.", "data.")) or field in ("name", "sample.num_images"):
         return "does not change what is sampled"
     section, _, name = field.partition(".")
-    if section == "schedule" or (section == "model" and name not in config_lib.FREE_OF_NETWORK):
+    if section == "schedule" or (section == "model" and name not in config_lib.NOT_ARCHITECTURE):
         return "is what the network was trained with; sweep pretrained instead"
     return ""
 
@@ -95,14 +97,14 @@ def network_of(cell: Config, base: Config) -> Config:
     return dataclasses.replace(cell, sample=dataclasses.replace(base.sample, ema=cell.sample.ema))
 
 
-def process_of(config: Config) -> Process:
+def process_of(config: Config) -> SamplingProcess:
     """Its generative process; ConfigError if it is not legal."""
     return config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
 
 
-def depends_on(cell: Config, process: Process) -> dict[str, Any]:
+def depends_on(cell: Config, process: SamplingProcess) -> dict[str, Any]:
     """What the images of a cell depend on, beside the weights and the fields that all cells share."""
-    shape = generate.image_shape(cell)
+    shape = config_lib.image_shape(cell.model)
     return {
         "process": fingerprint.of_process(process.sampler, process.transitions, shape),
         "model": fingerprint.model(cell.model),
@@ -149,7 +151,11 @@ def number(value: Any) -> str:
 
 
 def picture(
-    rows: list[dict[str, Any]], axes: list[str], out: output.Folder, across: str = "S", unnamed: Collection[str] = ()
+    rows: list[dict[str, Any]],
+    axes: list[str],
+    out: output_folder.Folder,
+    across: str = "S",
+    unnamed: Collection[str] = (),
 ) -> np.ndarray:
     """The first images of every cell; the same noise in all of them. unnamed: axes that are not in their words."""
     lines, columns, cells = laid_out(rows, [name for name in axes if name not in unnamed], across)

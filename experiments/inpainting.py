@@ -9,7 +9,7 @@ that were given, and `table.png` has the images, what was given, and what became
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -21,11 +21,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import data, generate, guidance, images, output, samplers, sharding, weights, yardstick
-from ddim_jax.config import Config
+from ddim_jax import config as config_lib
+from ddim_jax import data, guidance, samplers, sampling
+from ddim_jax.config import Config, evaluation, weights
 from ddim_jax.data.scaling import to_uint8, to_unit
-from ddim_jax.errors import ConfigError, error_context
-from ddim_jax.evaluation import judge
+from ddim_jax.evaluation import features as features_lib
+from ddim_jax.evaluation import metrics as metrics_lib
+from ddim_jax.utils import images, output_folder, sharding
+from ddim_jax.utils.errors import ConfigError, error_context
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -50,7 +53,7 @@ def main(options: types.SimpleNamespace) -> None:
         raise ConfigError(f"--count: there are {len(source)} images, {source.num_classes} classes; got {count}")
     real = source[np.arange(count)]
     mesh = sharding.data_mesh()
-    found, features = weights.find(config, options.workdir, mesh), yardstick.open_network(config)
+    found, features = weights.find(config, options.workdir, mesh), evaluation.open_network(config)
     out = common.begin(
         options,
         experiment="inpainting",
@@ -61,16 +64,17 @@ def main(options: types.SimpleNamespace) -> None:
     )
     x_0, mask = to_unit(real.images), hidden(source.image_shape)
     index = np.arange(count)
-    labels = generate.labels_of(config, index)
-    network = generate.denoiser(config, found.params, None if labels is None else jnp.asarray(labels))
+    pipeline = config_lib.pipeline(config, found.params, mesh)
+    labels = sampling.labels_of(pipeline, index)
+    network = sampling.conditioned(pipeline, None if labels is None else jnp.asarray(labels))
     inpainted = guidance.inpainted(network, x_0, ~mask)
 
     def seen(pixels: np.ndarray) -> float:
-        judged = judge.judge(features, data.ArraySource(pixels, real.labels), mesh, 500, {"logits", "labels"})
-        return judge.METRICS["agreement"].compute(judged, judged)["agreement"]
+        judged = features_lib.extract(features, data.ArraySource(pixels, real.labels), mesh, 500, {"logits", "labels"})
+        return metrics_lib.METRICS["agreement"].compute(judged, judged)["agreement"]
 
-    def measure(cell: Config, process: Any, folder: output.Folder) -> dict[str, Any]:
-        keys, x_T = generate.start(cell, jnp.asarray(index))
+    def measure(cell: Config, process: Any, folder: output_folder.Folder) -> dict[str, Any]:
+        keys, x_T = sampling.start(config_lib.pipeline(cell, found.params, mesh, process), jnp.asarray(index))
         keys = keys if process.sampler.stochastic else None
         drawn = np.asarray(samplers.integrate(process.sampler, inpainted, process.transitions, x_T, keys))
         images.write_png(folder / "first.png", images.grid(to_uint8(drawn[:PICTURED]), PICTURED))

@@ -9,7 +9,7 @@ encoding alone: S for explicit steps, S (1 + refine) for solved ones.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -19,8 +19,9 @@ import functools
 import types
 from typing import Any
 
-from ddim_jax import encode, output, sharding, weights
-from ddim_jax.config import Config
+from ddim_jax import encode
+from ddim_jax.config import Config, weights
+from ddim_jax.utils import output_folder, sharding
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -46,7 +47,7 @@ def main(options: types.SimpleNamespace) -> None:
     del depends["tau"], depends["process"]  # of the cells
     out = common.begin(options, experiment="inversion", tau=config.sample.tau, **depends)
 
-    def measure(cell: Config, process: Any, folder: output.Folder) -> dict[str, Any]:
+    def measure(cell: Config, process: Any, folder: output_folder.Folder) -> dict[str, Any]:
         files = encode.round_trip(folder, cell, process, found.params, mesh, source, total)
         report, steps = encode.make_report(*files, len(process.tau) - 1), len(process.tau) - 1
         return {

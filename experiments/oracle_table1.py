@@ -16,7 +16,7 @@ paper used quadratic tau for CIFAR-10.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -32,13 +32,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import config as config_lib
-from ddim_jax import data, fingerprint, gaussian, images, oracle, output, samplers
-from ddim_jax.config import Process
+from ddim_jax import data, gaussian, oracle, samplers
+from ddim_jax.config import fingerprint
 from ddim_jax.data.scaling import to_uint8, to_unit
-from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.evaluation import digits_classifier, frechet
 from ddim_jax.registry import lookup
+from ddim_jax.samplers import SamplingProcess
 from ddim_jax.schedule import NoiseSchedule
+from ddim_jax.utils import images, output_folder
+from ddim_jax.utils.errors import ConfigError, error_context
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -117,7 +119,7 @@ def main(options: types.SimpleNamespace) -> None:
         told, again = map(DISTANCES[name].read, sets)
         return told, DISTANCES[name].between(told, again)
 
-    def measure(name: str, process: Process, folder: output.Folder) -> dict[str, Any]:
+    def measure(name: str, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
         if name == "gaussian":
             mean, std = law(process, oracle.gaussian(noise_schedule, *GAUSSIAN))
             return {"distance": float(np.hypot(mean - GAUSSIAN[0], std - GAUSSIAN[1])), "floor": 0.0}
@@ -152,7 +154,7 @@ def main(options: types.SimpleNamespace) -> None:
     common.finish(out, text + said, [*common.FILES, "distances.png"])
 
 
-def law(process: Process, eps_fn: Any) -> tuple[float, float]:
+def law(process: SamplingProcess, eps_fn: Any) -> tuple[float, float]:
     """Mean and standard deviation of the last x, exactly, for an eps that is affine in x: so is each step then,
     `x_s = a x_t + b + c z`, and a, b, c are read off it.
     """
@@ -168,7 +170,7 @@ def law(process: Process, eps_fn: Any) -> tuple[float, float]:
     return mean, float(np.sqrt(variance))
 
 
-def draw(process: Process, eps_fn: Any, key: Any, shape: tuple[int, ...], count: int) -> np.ndarray:
+def draw(process: SamplingProcess, eps_fn: Any, key: Any, shape: tuple[int, ...], count: int) -> np.ndarray:
     """Samples (count, ...) of a process, batch by batch; sample i by (key, i) alone."""
     parts = []
     for begin in range(0, count, BATCH):
@@ -228,7 +230,7 @@ def draw_distances(rows: list[dict[str, Any]], figure: Any) -> None:
         axes.legend(fontsize=7)
 
 
-def draw_samples(rows: list[dict[str, Any]], out: output.Folder, figure: Any) -> None:
+def draw_samples(rows: list[dict[str, Any]], out: output_folder.Folder, figure: Any) -> None:
     """Samples of the ring, or else of the digits: rows of eta and columns of S."""
     name = next((name for name in MIXTURES if any(row["data"] == name for row in rows)), None)
     lines, columns, cells = grid.laid_out([row for row in rows if row["data"] == name], ["eta", "S"])

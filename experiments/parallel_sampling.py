@@ -9,7 +9,7 @@ than the sequential ones where a device has room for `window` times the batch.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -25,9 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import generate, output, parallel, samplers, sharding, weights
-from ddim_jax.config import Process
-from ddim_jax.errors import ConfigError, error_context
+from ddim_jax import config as config_lib
+from ddim_jax import parallel, samplers, sampling
+from ddim_jax.config import weights
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.utils import output_folder, sharding
+from ddim_jax.utils.errors import ConfigError, error_context
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -59,19 +62,20 @@ def main(options: types.SimpleNamespace) -> None:
         count=count,
     )
     index = np.arange(count)
-    keys, x_T = generate.start(config, jnp.asarray(index))
-    labels = generate.labels_of(config, index)
-    denoiser = generate.denoiser(config, found.params, None if labels is None else jnp.asarray(labels))
+    pipeline = config_lib.pipeline(config, found.params, mesh)
+    keys, x_T = sampling.start(pipeline, jnp.asarray(index))
+    labels = sampling.labels_of(pipeline, index)
+    denoiser = sampling.conditioned(pipeline, None if labels is None else jnp.asarray(labels))
 
     @functools.cache
     def one_by_one(S: int) -> tuple[np.ndarray, float]:
         process = processes[S]
         return timed(lambda: samplers.integrate(process.sampler, denoiser, process.transitions, x_T, keys_of(process)))
 
-    def keys_of(process: Process) -> jax.Array | None:
+    def keys_of(process: SamplingProcess) -> jax.Array | None:
         return keys if process.sampler.stochastic else None
 
-    def measure(S: int, window: int, tolerance: float, folder: output.Folder) -> dict[str, Any]:
+    def measure(S: int, window: int, tolerance: float, folder: output_folder.Folder) -> dict[str, Any]:
         process = processes[S]
         (x_0, rounds), seconds = timed(
             lambda: parallel.integrate(

@@ -14,7 +14,7 @@ after it a blurred image that becomes sharp. A trained network's eps has an erro
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -27,9 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax import generate, images, output, samplers, sharding, weights
-from ddim_jax.config import Config, Process
+from ddim_jax import config as config_lib
+from ddim_jax import samplers, sampling
+from ddim_jax.config import Config, weights
 from ddim_jax.data.scaling import to_uint8
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.sampling import Pipeline
+from ddim_jax.utils import images, output_folder, sharding
 from experiments import common, grid
 from experiments.common import Cell
 
@@ -58,11 +62,12 @@ def main(options: types.SimpleNamespace) -> None:
         count=count,
     )
 
-    def measure(cell: Config, process: Process, folder: output.Folder) -> dict[str, Any]:
+    def measure(cell: Config, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
         """The whole way of a few images at a time is in memory, never that of all."""
         distances, first, middle, last = [], [], [], []
-        for index in generate.batch_indices(cell, mesh, 0, count):
-            x, predicted = way(cell, process, found.params, mesh, index)
+        pipeline = config_lib.pipeline(cell, found.params, mesh, process)
+        for index in sampling.batch_indices(pipeline.batch_size, mesh, 0, count):
+            x, predicted = path_of(pipeline, index)
             kept = slice(count - index[0])
             distances.append(common.root_mean_square(predicted[:, kept], x[None, kept]))
             first.append(predicted[0, kept])
@@ -103,12 +108,13 @@ def main(options: types.SimpleNamespace) -> None:
     common.finish(out, common.markdown(head, body), [*common.FILES, "distances.png"])
 
 
-def way(config: Config, process: Process, params: Any, mesh: Any, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images (B, H, W, C) with these indices, and the x_0 predicted on the way to them (S, B, H, W, C); uint8."""
-    keys, x_T = generate.start(config, sharding.split_batch(mesh, index))
-    labels = generate.labels_of(config, index)
-    denoiser = generate.denoiser(config, params, None if labels is None else sharding.split_batch(mesh, labels))
-    sampler, transitions = process.sampler, process.transitions
+def path_of(pipeline: Pipeline, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The images index (B,), (B, H, W, C), and the x_0 predicted at every step before, (S, B, H, W, C); uint8."""
+    keys, x_T = sampling.start(pipeline, sharding.split_batch(pipeline.mesh, index))
+    labels = sampling.labels_of(pipeline, index)
+    labels = None if labels is None else sharding.split_batch(pipeline.mesh, labels)
+    denoiser = sampling.conditioned(pipeline, labels)
+    sampler, transitions = pipeline.process.sampler, pipeline.process.transitions
     x, path = samplers.trajectory(sampler, denoiser, transitions, x_T, keys if sampler.stochastic else None)
     return tuple(to_uint8(sharding.to_host(leaf)) for leaf in (x, path.x_0))
 

@@ -9,7 +9,7 @@ the error is the root of the mean square over 256 points. The order is the slope
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -22,9 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import fingerprint, oracle, output, registry, samplers, trajectory
+from ddim_jax import oracle, registry, samplers, trajectory
+from ddim_jax.config import fingerprint
 from ddim_jax.schedule import NoiseSchedule
 from ddim_jax.trajectory import Transitions
+from ddim_jax.utils import output_folder
 from experiments import common
 from experiments.common import Cell
 
@@ -56,7 +58,7 @@ def main(options: types.SimpleNamespace) -> None:
     out = common.begin(options, experiment="solvers")
     exact = functools.cache(lambda: run(*REFERENCE))
 
-    def measure(name: str, steps: int, folder: output.Folder) -> dict[str, Any]:
+    def measure(name: str, steps: int, folder: output_folder.Folder) -> dict[str, Any]:
         return {"error": float(np.sqrt(np.square(run(name, steps) - exact()).mean())), "calls": calls_of(name, steps)}
 
     counts = {

@@ -13,7 +13,7 @@ images are removed once they are measured, unless --keep_samples is given; its f
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -22,7 +22,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from ddim_jax import images
+from ddim_jax.utils import images
 from experiments import ablation, common, grid, paper
 
 OPTIONS = grid.OPTIONS | ablation.EVALUATION

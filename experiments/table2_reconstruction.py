@@ -10,7 +10,7 @@ above what became of them, errors.png the error over S.
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()
@@ -22,8 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax import encode, images, output, sharding, weights
-from ddim_jax.config import Config, Process
+from ddim_jax import config as config_lib
+from ddim_jax import encode, encoding
+from ddim_jax.config import Config, weights
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.utils import images, output_folder, sharding
 from experiments import common, grid, paper
 from experiments.common import Cell
 
@@ -48,10 +51,11 @@ def main(options: types.SimpleNamespace) -> None:
     del depends["tau"], depends["process"]  # of the cells
     out = common.begin(options, [*common.WRITTEN, "errors.png"], experiment="table2", tau=config.sample.tau, **depends)
 
-    def measure(cell: Config, process: Process, folder: output.Folder) -> dict[str, Any]:
-        latents, again = encode.round_trip(folder, cell, process, found.params, mesh, source, total)
-        images.write_png(folder / "first.png", images.grid(images.open_npz(again)["arr_0"][:PICTURED], PICTURED))
-        report = encode.make_report(latents, again, len(process.tau) - 1)
+    def measure(cell: Config, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
+        pipeline = config_lib.pipeline(cell, found.params, mesh, process)
+        latents, decoded = encoding.round_trip(folder, pipeline, source, total, cell.sample.refine)
+        images.write_png(folder / "first.png", images.grid(images.open_npz(decoded)["arr_0"][:PICTURED], PICTURED))
+        report = encoding.make_report(latents, decoded, len(process.tau) - 1)
         return {name: report[name] for name in ("error_mean", "error_max", "latent_mean", "latent_std", "images")}
 
     rows = common.run(

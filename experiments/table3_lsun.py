@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from ddim_jax import interrupts
+from ddim_jax.utils import interrupts
 
 if __name__ == "__main__":
     interrupts.install()

@@ -7,9 +7,10 @@ import numpy as np
 import safetensors.numpy
 
 from configs import smoke
+from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax import pretrained, weights
-from ddim_jax.errors import CheckpointError, DamagedError
+from ddim_jax.config import weights
+from ddim_jax.utils.errors import CheckpointError, DamagedError
 
 DEEP = "[" * 100_000 + "]" * 100_000
 # What no field of a config or a header may be: of another type, too large, or not finite.
@@ -78,7 +79,7 @@ _likes = {}
 
 def load(where):
     """(what a checkpoint says of its network, parameters)"""
-    published = weights.describe(str(where))
+    published = weights.read_info(str(where))
     if published.model not in _likes:
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
         _likes[published.model] = weights.params_like(published.model, mesh)
@@ -101,7 +102,7 @@ def write_old_safetensors(path, arrays, metadata):
 
 def write_smoke(path, params, **changes):
     """A .safetensors file of ours. changes: sections and fields of its config, and what they are instead."""
-    pretrained.save(path, params, smoke_values() | changes, 5)
+    checkpoints.save(path, params, smoke_values() | changes, 5)
 
 
 def flat(params):

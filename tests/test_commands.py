@@ -14,7 +14,7 @@ from conftest import once
 from PIL import Image
 from processes import ROOT, error_line, ok, run, start
 
-from ddim_jax import cache
+from ddim_jax.utils import compilation_cache
 
 SMOKE = ("--config", "configs/smoke.py", "--config.model.channel_mult=(1,)", "--config.model.attention_resolutions=()")
 
@@ -175,7 +175,7 @@ def test_the_shipped_weights_are_sampled_by_one_command(tmp_path):
 def test_compiled_programs_are_kept_where_nobody_else_can_write(switch, mode, kept, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "cache" / "programs" / cache.processor()
+    folder = tmp_path / "cache" / "programs" / compilation_cache.processor()
     folder.mkdir(parents=True)
     folder.chmod(mode)
     one = ("--config.sample.num_images=1", "--config.sample.steps=1", "--out", tmp_path / "out")

@@ -8,7 +8,7 @@ import pytest
 
 from configs import default, digits
 from ddim_jax import config as config_lib
-from ddim_jax.errors import ConfigError
+from ddim_jax.utils.errors import ConfigError
 
 DEFAULT = default.get_config().to_dict()
 
@@ -61,9 +61,9 @@ def build(values):
         ("sample.clip_range", 0.0, "config.sample.clip_range: must be above 0, got 0.0"),
         ("sample.clip_quantile", 1.0, "config.sample.clip_quantile: must be in [0, 1), got 1.0"),
         (
-            "model.halve_padding",
+            "model.downsample_padding",
             "ends",
-            "config.model.halve_padding: 'ends' is not one of end, both (did you mean 'end'?)",
+            "config.model.downsample_padding: 'ends' is not one of end, both (did you mean 'end'?)",
         ),
         ("sample.eta", -0.1, "config.sample.eta: must be at least 0, got -0.1"),
         ("sample.eta", 3.0, "config.sample.eta: eta must be in [0, 1.* got 3.0"),

@@ -56,8 +56,8 @@ def test_a_doubled_image_need_not_be_made(size):
 def test_a_doubled_image_is_convolved_either_way(batch):
     """Below the bound, and above: one 3x3 convolution, and four of 2x2."""
     x, kernel, _ = arrays(batch, 8, 8, 3, 5, np.float32)
-    np.testing.assert_allclose(convolution.convolve_doubled(x, kernel), convolution.folded(x, kernel), atol=1e-5)
-    text = jax.jit(convolution.convolve_doubled).lower(x, kernel).as_text()
+    np.testing.assert_allclose(convolution.convolve_upsampled(x, kernel), convolution.folded(x, kernel), atol=1e-5)
+    text = jax.jit(convolution.convolve_upsampled).lower(x, kernel).as_text()
     assert text.count("stablehlo.convolution") == (4 if batch == 16 else 1)
 
 
@@ -113,7 +113,7 @@ def test_a_cpu_is_a_device_for_each_core_where_the_network_is_small(batch, width
     env |= {
         name: value.replace("FIVE", "--xla_force_host_platform_device_count=5") for name, value in environment.items()
     }
-    asked = f"from ddim_jax.sharding import a_device_per_core; a_device_per_core({batch}, {width})"
+    asked = f"from ddim_jax.utils.sharding import split_cpu_into_devices; split_cpu_into_devices({batch}, {width})"
     code = f"{asked}; import jax; print(jax.device_count())"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     cores = len(os.sched_getaffinity(0))

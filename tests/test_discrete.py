@@ -180,7 +180,7 @@ def test_a_network_that_knows_nothing_pays_the_logarithm_of_the_classes(mesh):
     import optax
     from test_update import KEY, MODEL
 
-    from ddim_jax import train_state
+    from ddim_jax.training import train_state
 
     model = MODEL.clone(image_channels=17, dropout=0.0)
     optimizer = optax.adam(5e-3)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddim_jax import train_state
+from ddim_jax.models import network as network_lib
 from ddim_jax.models.dit import TIME_FEATURES, DiT, attention, modulated_norm
 from ddim_jax.models.network import as_network
 from ddim_jax.models.unet import sinusoid
@@ -18,7 +18,7 @@ def random_params(model, seed=0):
     """Not the initial ones: there the network's output is 0."""
     rng = np.random.default_rng(seed)
     made = lambda leaf: (rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0])).astype(np.float32)
-    return jax.tree.map(made, train_state.param_shapes(model))
+    return jax.tree.map(made, network_lib.param_shapes(model))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "train"))  # one for all tests: each model compiles once
@@ -91,7 +91,7 @@ def published(torch, **settings):
     )
     model.check()
     params = params_of(net)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, train_state.param_shapes(model))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network_lib.param_shapes(model))
     return net, model, params
 
 
@@ -173,7 +173,7 @@ def test_dit_xl_2_has_the_published_number_of_parameters():
     """Theirs counts the fixed embedding of 256 positions, and predicts a variance beside each of the 4 channels."""
     model = DiT(32, 4, 2, depth=28, hidden_size=1152, num_heads=16, num_classes=1000, label_dropout=0.1)
     model.check()
-    count = sum(leaf.size for leaf in jax.tree.leaves(train_state.param_shapes(model)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(network_lib.param_shapes(model)))
     assert count + 256 * 1152 + 2 * 2 * 4 * (1152 + 1) == 675_129_632
 
 
@@ -189,13 +189,13 @@ def test_the_initial_output_is_zero():
 
 
 def test_an_unconditional_network_has_no_embedding_of_classes():
-    assert train_state.param_shapes(GUIDED).keys() - train_state.param_shapes(TINY).keys() == {"class"}
+    assert network_lib.param_shapes(GUIDED).keys() - network_lib.param_shapes(TINY).keys() == {"class"}
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
     params, (x, labels) = random_params(GUIDED), inputs(GUIDED, 4)
     low = GUIDED.clone(dtype=jnp.bfloat16)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(train_state.param_shapes(low)))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(network_lib.param_shapes(low)))
     exact, rough = apply(GUIDED, params, x, 10, labels), apply(low, params, x, 10, labels)
     assert exact.dtype == rough.dtype == jnp.float32
     assert 1e-4 < difference(rough, exact) < 0.05

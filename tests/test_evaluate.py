@@ -9,7 +9,8 @@ from PIL import Image
 from processes import error_line, ok, run
 
 from ddim_jax import data
-from ddim_jax.evaluation import frechet, judge
+from ddim_jax.evaluation import features as features_lib
+from ddim_jax.evaluation import frechet
 
 DIGITS = ("--config", "configs/digits.py")
 FEW = "--config.evaluate.num_images=50"
@@ -62,7 +63,7 @@ def test_samples_of_a_file_and_of_a_folder(samples, statistics, tmp_path):
     }
     report = json.loads(out.read_text())
     assert report["images"] == 50 and report["reference"]["count"] == 1438 and report["reference"]["split"] == "train"
-    feature_fn = judge.open_features("digits").feature_fn
+    feature_fn = features_lib.open_features("digits").feature_fn
     moments = [
         frechet.moments(np.asarray(feature_fn(images).features))
         for images in (data.load("digits", split="test").images[:50], data.load("digits").images)
@@ -228,12 +229,13 @@ def test_mistakes_are_told_in_one_line(samples, args, said):
 def test_statistics_tell_data_sets_of_tensorflow_datasets_apart():
     """Two that are read by the same name of ours, and a folder wherever it lies."""
     from configs import digits
-    from ddim_jax import config, yardstick
+    from ddim_jax import config
+    from ddim_jax.config import evaluation
 
     def name(**fields):
         values = digits.get_config().to_dict()
         values["data"].update(fields)
-        return yardstick._data_name(config.parse(values))
+        return evaluation._data_name(config.parse(values))
 
     assert name(name="tfds", path="mnist") == "mnist" != name(name="tfds", path="lsun/bedroom")
     assert name(name="folder", path="/a/faces") == name(name="folder", path="b/faces") == "faces"

@@ -12,10 +12,13 @@ from conftest import meshes
 from jax.tree_util import Partial
 from scipy import linalg
 
-from ddim_jax import cache, data
-from ddim_jax.errors import CheckpointError
-from ddim_jax.evaluation import classifier, digits_classifier, frechet, inception, judge, metrics, reference
+from ddim_jax import data
+from ddim_jax.evaluation import classifier, digits_classifier, frechet, inception, metrics, reference
+from ddim_jax.evaluation import features as features_lib
+from ddim_jax.evaluation import metrics as metrics_lib
 from ddim_jax.evaluation.feature_network import Output, feature_network
+from ddim_jax.utils import download
+from ddim_jax.utils.errors import CheckpointError
 
 RNG = np.random.default_rng(0)
 
@@ -185,15 +188,15 @@ class Counting:
 def test_one_pass_whatever_the_batches_and_the_devices(batch_size, devices):
     """The last batch is not dropped, nothing beyond it is counted, and the images are never all in memory."""
     images = RNG.integers(0, 256, (83, 8, 8, 1), dtype=np.uint8)
-    network = judge.open_features("digits")
+    network = features_lib.open_features("digits")
     whole = network.feature_fn(images[:70])
     source = Counting(images)
-    found = judge.judge(network, source, meshes()[devices > 1], batch_size, ("features", "logits"), count=70)
+    found = features_lib.extract(network, source, meshes()[devices > 1], batch_size, ("features", "logits"), count=70)
     assert found.count == 70 and source.most <= -(-min(batch_size, 70) // devices) * devices
     np.testing.assert_allclose(found.features, whole.features, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.logits, whole.logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.moments.cov, np.cov(found.features.astype(np.float64), rowvar=False), rtol=1e-9)
-    assert judge.judge(network, source, meshes()[0], 50).features is None
+    assert features_lib.extract(network, source, meshes()[0], 50).features is None
 
 
 def own_network(weights):
@@ -218,16 +221,18 @@ def test_a_network_of_ones_own_through_the_same_door(tmp_path, monkeypatch, mesh
         "from test_evaluation import own_network as make, blind_network\nnothing = lambda weights: None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    network = judge.open_features("my_features:make")
+    network = features_lib.open_features("my_features:make")
     source = data.load("digits")
-    found = judge.judge(network, source, mesh, 100, ("features",))
+    found = features_lib.extract(network, source, mesh, 100, ("features",))
     expected = 2 * source.images.reshape(len(source), -1).mean(1)
     np.testing.assert_allclose(found.features[:, 0], expected, rtol=1e-5)
     assert len(network.weights) == 64
     with pytest.raises(ValueError, match=r"the features of image 7 are not finite \(mine\)"):
         pixels = np.zeros((9, 8, 8, 1), np.uint8)
         pixels[7] = 255
-        judge.judge(judge.open_features("my_features:blind_network"), data.sources.ArraySource(pixels), mesh, 4)
+        features_lib.extract(
+            features_lib.open_features("my_features:blind_network"), data.sources.ArraySource(pixels), mesh, 4
+        )
     for name, said in [
         ("inceptoin", "did you mean 'inception'"),
         ("my_features:nope", "my_features has no nope"),
@@ -235,28 +240,32 @@ def test_a_network_of_ones_own_through_the_same_door(tmp_path, monkeypatch, mesh
         ("my_features:nothing", "must return a FeatureNetwork, got NoneType"),
     ]:
         with pytest.raises(ValueError, match=said):
-            judge.open_features(name)
+            features_lib.open_features(name)
 
 
 def test_metrics_say_what_they_lack():
     moments = frechet.moments(RNG.normal(size=(10, 3)))
-    bare = judge.Judged(0, moments)
-    full = judge.Judged(10, moments, RNG.normal(size=(10, 3)), RNG.normal(size=(10, 4)), RNG.integers(0, 4, 10))
-    assert judge.measure(["fid"], full, bare) == {"fid": pytest.approx(0, abs=1e-9)}
+    bare = features_lib.ImageFeatures(0, moments)
+    full = features_lib.ImageFeatures(
+        10, moments, RNG.normal(size=(10, 3)), RNG.normal(size=(10, 4)), RNG.integers(0, 4, 10)
+    )
+    assert metrics_lib.compute(["fid"], full, bare) == {"fid": pytest.approx(0, abs=1e-9)}
     for name in ("kid", "precision_recall", "nearest"):
         with pytest.raises(ValueError, match=f"{name} needs the features of the real images"):
-            judge.measure([name], full, bare)
-    numbers = judge.measure(list(judge.METRICS), full, full)
+            metrics_lib.compute([name], full, bare)
+    numbers = metrics_lib.compute(list(metrics_lib.METRICS), full, full)
     assert numbers["kid_subset_size"] == 10 and numbers["inception_score_splits"] == 10 and numbers["recall"] == 1
 
 
 def test_agreement_is_with_the_class_that_was_asked_for(mesh):
     """The classifier is right about nearly all of its own training images, and about a tenth of shuffled labels."""
-    network, real = judge.open_features("digits"), data.load("digits")
-    say = lambda labels: judge.measure(
+    network, real = features_lib.open_features("digits"), data.load("digits")
+    say = lambda labels: metrics_lib.compute(
         ["agreement"],
-        judge.judge(network, data.sources.ArraySource(real.images[:200], labels), mesh, 64, {"logits", "labels"}),
-        judge.Judged(0, None),
+        features_lib.extract(
+            network, data.sources.ArraySource(real.images[:200], labels), mesh, 64, {"logits", "labels"}
+        ),
+        features_lib.ImageFeatures(0, None),
     )["agreement"]
     assert say(real.labels[:200]) > 0.97 and say((real.labels[:200] + 1) % 10) < 0.03
     with pytest.raises(ValueError, match="the images have no classes"):
@@ -264,10 +273,10 @@ def test_agreement_is_with_the_class_that_was_asked_for(mesh):
 
 
 def made(**changes):
-    network = judge.open_features("digits")
+    network = features_lib.open_features("digits")
     about = reference.about(data.load("digits"), "8x8x1", network, "digits", "train")
     features = RNG.normal(size=(1438, 3)).astype(np.float32)
-    judged = judge.Judged(1438, frechet.moments(features), features)
+    judged = features_lib.ImageFeatures(1438, frechet.moments(features), features)
     return reference.Reference(judged, dataclasses.replace(about, **changes))
 
 
@@ -277,7 +286,7 @@ def test_statistics_say_what_they_are(tmp_path):
     theirs = reference.load(tmp_path / "a.npz")
     assert theirs.about == ours.about
     assert theirs.about.count == 1438 and theirs.about.crop == "none" and len(theirs.about.weights) == 64
-    for a, b in zip(jax.tree.leaves(ours.judged), jax.tree.leaves(theirs.judged), strict=True):
+    for a, b in zip(jax.tree.leaves(ours.features), jax.tree.leaves(theirs.features), strict=True):
         np.testing.assert_array_equal(a, b)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:  # as others read them
         assert file["mu"].shape == (3,) and file["sigma"].shape == (3, 3) and file["sigma"].dtype == np.float64
@@ -308,7 +317,7 @@ def test_statistics_of_others_and_what_are_none(tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3))
     found = reference.load(path)
-    assert found.about is None and found.judged.features is None and found.judged.moments.mean.dtype == np.float64
+    assert found.about is None and found.features.features is None and found.features.moments.mean.dtype == np.float64
     for arrays, said in [
         ({"mu": np.zeros(3)}, "there is no mu and sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"sigma \(D, D\), got \(3,\) and \(4, 4\)"),
@@ -356,29 +365,29 @@ def server(tmp_path, monkeypatch):
 
 def test_a_file_is_fetched_once_and_checked(server):
     digest = hashlib.sha256(CONTENT).hexdigest()
-    path = cache.fetch(f"{server.url}/net.pth", digest, "the weights")
+    path = download.fetch(f"{server.url}/net.pth", digest, "the weights")
     assert path == server.root / "cache" / "net.pth" and path.read_bytes() == CONTENT
-    assert cache.fetch(f"{server.url}/net.pth", digest, "the weights") == path and server.handler.asked == 1
+    assert download.fetch(f"{server.url}/net.pth", digest, "the weights") == path and server.handler.asked == 1
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(CheckpointError, match="is not the weights .*: remove it"):
-        cache.fetch(f"{server.url}/net.pth", digest, "the weights")
+        download.fetch(f"{server.url}/net.pth", digest, "the weights")
 
 
 def test_a_file_that_cannot_be_fetched_is_told_where_it_belongs(server):
     wanted = rf"the weights are wanted: put {server.url}/\w+.pth at {server.root}/cache/\w+.pth, or give its path"
     with pytest.raises(CheckpointError, match=wanted + r" \(what came from there has not the SHA-256 0000"):
-        cache.fetch(f"{server.url}/net.pth", "0" * 64, "the weights")
+        download.fetch(f"{server.url}/net.pth", "0" * 64, "the weights")
     with pytest.raises(CheckpointError, match=wanted + ".*(404|Not Found)"):
-        cache.fetch(f"{server.url}/nope.pth", "0" * 64, "the weights")
+        download.fetch(f"{server.url}/nope.pth", "0" * 64, "the weights")
     assert list((server.root / "cache").iterdir()) == []
     with pytest.raises(CheckpointError, match="it cannot be fetched: .*refused"):
-        cache.fetch("http://127.0.0.1:1/net.pth", "0" * 64, "the weights")
+        download.fetch("http://127.0.0.1:1/net.pth", "0" * 64, "the weights")
 
 
 def test_the_inception_weights_are_asked_for_by_name(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="pt_inception-2015-12-05-6726825d.pth, are wanted"):
-        judge.open_features("inception", str(tmp_path / "nope.pth"))
+        features_lib.open_features("inception", str(tmp_path / "nope.pth"))
     monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path))
     (tmp_path / inception.WEIGHTS).write_bytes(b"something else")
     with pytest.raises(CheckpointError, match=f"{inception.WEIGHTS} is not the weights of FID's Inception network"):
-        judge.open_features("inception")
+        features_lib.open_features("inception")

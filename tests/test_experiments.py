@@ -19,10 +19,13 @@ from PIL import Image
 from processes import error_line, ok, run, start
 
 from configs import digits
+from ddim_jax import checkpoints, data, encode, oracle, sampling, schedule
 from ddim_jax import config as config_lib
-from ddim_jax import data, encode, generate, oracle, pretrained, schedule, sharding, weights
-from ddim_jax.errors import CheckpointError, ConfigError
-from ddim_jax.evaluation import frechet, judge
+from ddim_jax.config import weights
+from ddim_jax.evaluation import features as features_lib
+from ddim_jax.evaluation import frechet
+from ddim_jax.utils import sharding
+from ddim_jax.utils.errors import CheckpointError, ConfigError
 from experiments import ablation, common, fig3_fig5_consistency, fig4_wallclock, grid, oracle_table1, paper, table1_fid
 
 DIGITS = ("--config", "configs/digits.py")
@@ -139,7 +142,7 @@ def test_a_later_command_adds_its_cells_and_no_others(table1, tmp_path):
     ]:
         refused = error_line(run("experiments.table1_fid", *TABLE1, change, "--out", out))
         assert said in refused and refused.endswith("; give another --out")
-    with safetensors.safe_open(pretrained.shipped("digits"), framework="numpy") as file:
+    with safetensors.safe_open(checkpoints.shipped("digits"), framework="numpy") as file:
         other = {name: 1.01 * file.get_tensor(name) for name in file.keys()}
         of_both = {name: text for name, text in file.metadata().items() if name not in ("digest", "checksums")}
         safetensors.numpy.save_file(other, tmp_path / "other.safetensors", of_both)
@@ -168,7 +171,7 @@ def test_checkpoints_as_an_axis(tmp_path):
     """The shipped weights under two names: one network, one number."""
     paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for path in paths:
-        path.write_bytes(pretrained.shipped("digits").read_bytes())
+        path.write_bytes(checkpoints.shipped("digits").read_bytes())
     sweep = f"--sweep=pretrained={paths[0]},{paths[1]}"
     ok(run("experiments.table1_fid", *TABLE1, "--steps=5", "--etas=0", sweep, "--out", tmp_path / "out"))
     first, second = rows(tmp_path / "out")
@@ -208,7 +211,7 @@ def test_mistakes_are_told_in_one_line_before_anything_is_drawn(tmp_path, args, 
 MODEL = {
     **dict(image_size=8, image_channels=1, patch_size=1, channels=32, channel_mult=[1, 2], num_res_blocks=1),
     **dict(attention_resolutions=[4], middle_attention=True, head_channels=0, groups=8, norm_epsilon=1e-6),
-    **dict(halve_padding="end", frequency_shift=1.0, cos_first=False, num_classes=0, label_dropout=0.0),
+    **dict(downsample_padding="end", frequency_shift=1.0, cos_first=False, num_classes=0, label_dropout=0.0),
     **dict(dtype="float32", prediction="eps"),
 }
 PROCESSES = {
@@ -353,7 +356,7 @@ def test_a_later_seed_is_added_and_nothing_is_drawn_again(ablated, tmp_path, cap
 def test_the_number_of_a_cell_is_table_1_s(table1, tmp_path):
     """Both commands, as a user runs them; the values of an axis may be paths."""
     path = tmp_path / "a$b$.safetensors"
-    path.write_bytes(pretrained.shipped("digits").read_bytes())
+    path.write_bytes(checkpoints.shipped("digits").read_bytes())
     axes = ("--axis", f"pretrained={path}", "--axis=sample.sampler=ddim,ddpm_hat", "--config.sample.steps=5")
     done = ok(run("experiments.ablation", *DIGITS, *TABLE1[4:], *axes, "--out", tmp_path / "out"))
     assert "sample.sampler ddpm_hat, sample.seed 0: fid" in done.stdout
@@ -693,7 +696,13 @@ def sampled(network, count, **fields):
     config, params, mesh = network
     sample = dataclasses.replace(config.sample, num_images=count, batch_size=250, **fields)
     config = dataclasses.replace(config, sample=sample)
-    return np.concatenate(list(generate.batches(config, grid.process_of(config), params, mesh)))
+    return np.concatenate(
+        list(
+            sampling.batches(
+                config_lib.pipeline(config, params, mesh, grid.process_of(config)), config.sample.num_images
+            )
+        )
+    )
 
 
 @pytest.mark.slow
@@ -705,8 +714,8 @@ def test_the_reconstruction_error_falls_with_every_doubling_of_the_steps(network
     errors = []
     for S in (5, 10, 20, 50):
         process = grid.process_of(dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S)))
-        x_T = generate.encode(config, process, params, mesh, x_0, None)
-        again = generate.decode(config, process, params, mesh, x_T, None)
+        x_T = sampling.encode(config_lib.pipeline(config, params, mesh, process), x_0, None)
+        again = sampling.decode(config_lib.pipeline(config, params, mesh, process), x_T, None)
         errors.append(float(np.square((again - x_0) / 2).mean()))
     assert all(later < 0.7 * earlier for earlier, later in zip(errors, errors[1:], strict=False)), errors
     assert errors[-1] < 1e-3  # a difference of 3 % of a pixel's range
@@ -728,10 +737,12 @@ def test_x_T_decides_the_image_if_eta_is_0_and_not_if_it_is_1(network):
 def test_few_steps_ddim_is_near_the_best_and_sigma_hat_the_worst(network, S):
     """1,000 images of each: with fewer the distance of one process moves by more than what divides the best."""
     config, _, mesh = network
-    features = judge.open_features("digits")
-    reference = judge.judge(features, data.load("digits"), mesh, 500).moments
+    features = features_lib.open_features("digits")
+    reference = features_lib.extract(features, data.load("digits"), mesh, 500).moments
     distance = lambda **fields: frechet.distance(
-        judge.judge(features, data.sources.ArraySource(sampled(network, 1000, steps=S, **fields)), mesh, 500).moments,
+        features_lib.extract(
+            features, data.sources.ArraySource(sampled(network, 1000, steps=S, **fields)), mesh, 500
+        ).moments,
         reference,
     )
     found = {eta: distance(eta=eta) for eta in (0.0, 0.5, 1.0)} | {"hat": distance(sampler="ddpm_hat")}

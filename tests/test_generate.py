@@ -9,7 +9,9 @@ from conftest import meshes
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import generate, sharding, train_state
+from ddim_jax import sampling
+from ddim_jax.models import network as network_lib
+from ddim_jax.utils import sharding
 
 
 def make(eta=0.5, num_images=11, batch_size=8, **model):
@@ -24,7 +26,7 @@ def make(eta=0.5, num_images=11, batch_size=8, **model):
 
 def params_of(config):
     """Random parameters, scaled so that eps has about unit size: images vary and stay in range."""
-    like = train_state.param_shapes(config_lib.network(config.model))
+    like = network_lib.param_shapes(config_lib.network(config.model))
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: (
@@ -37,7 +39,9 @@ def params_of(config):
 def drawn(mesh, config, process, first=0):
     """Images before they are rounded to uint8, and after."""
     params = sharding.put_replicated(mesh, params_of(config))
-    return np.concatenate(list(generate.batches(config, process, params, mesh, first)))
+    return np.concatenate(
+        list(sampling.batches(config_lib.pipeline(config, params, mesh, process), config.sample.num_images, first))
+    )
 
 
 @pytest.mark.slow
@@ -60,12 +64,12 @@ def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(
     config, process = make(eta)
 
     def floats(mesh, index):
-        keys, x = generate.start(config, sharding.split_batch(mesh, np.asarray(index)))
-        params = sharding.put_replicated(mesh, params_of(config))
+        pipeline = config_lib.pipeline(config, sharding.put_replicated(mesh, params_of(config)), mesh)
+        keys, x = sampling.start(pipeline, sharding.split_batch(mesh, np.asarray(index)))
         return sharding.to_host(
             samplers.integrate(
                 process.sampler,
-                generate.denoiser(config, params),
+                sampling.conditioned(pipeline),
                 process.transitions,
                 x,
                 keys if process.sampler.stochastic else None,
@@ -103,10 +107,13 @@ def test_batches_that_are_dispatched_ahead_are_the_same(ahead, monkeypatch):
 @pytest.mark.slow
 def test_classes_in_turn_or_all_alike():
     config, _ = make(num_classes=3)
-    assert generate.labels_of(config, np.arange(5)).tolist() == [0, 1, 2, 0, 1]
+    labels_of = lambda config, count: sampling.labels_of(
+        config_lib.pipeline(config, None, meshes()[0]), np.arange(count)
+    )
+    assert labels_of(config, 5).tolist() == [0, 1, 2, 0, 1]
     fixed = dataclasses.replace(config, sample=dataclasses.replace(config.sample, label=2))
-    assert generate.labels_of(fixed, np.arange(3)).tolist() == [2, 2, 2]
-    assert generate.labels_of(make()[0], np.arange(3)) is None
+    assert labels_of(fixed, 3).tolist() == [2, 2, 2]
+    assert labels_of(make()[0], 3) is None
     for mesh in meshes():
         assert drawn(mesh, *make(num_classes=3)).shape == (11, 8, 8, 1)
 
@@ -121,15 +128,10 @@ def test_clipping_keeps_the_last_prediction_in_range():
     for fields in (dict(), dict(clip_x0=True), dict(clip_x0=True, clip_range=0.5),
                    dict(clip_x0=True, clip_range=9.0, clip_quantile=0.5)):  # fmt: skip
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **fields))
-        _, x = generate.start(config, np.arange(8))
-        params = jax.tree.map(lambda leaf: 3 * leaf, params_of(config))
-        reach.append(
-            float(
-                abs(
-                    samplers.integrate(process.sampler, generate.denoiser(config, params), process.transitions, x)
-                ).max()
-            )
-        )
+        pipeline = config_lib.pipeline(config, jax.tree.map(lambda leaf: 3 * leaf, params_of(config)), meshes()[0])
+        _, x = sampling.start(pipeline, np.arange(8))
+        x_0 = samplers.integrate(process.sampler, sampling.conditioned(pipeline), process.transitions, x)
+        reach.append(float(abs(x_0).max()))
     assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4 and reach[2] <= 0.5 + 1e-4 and reach[3] <= 1 + 1e-4
 
 
@@ -142,6 +144,9 @@ def test_latents_of_a_network_with_classes_decode_with_the_same_classes():
     labels = np.arange(8, dtype=np.int32) % 3
     for mesh in meshes():
         placed = jax.tree.map(lambda leaf, mesh=mesh: sharding.put_replicated(mesh, leaf), params)
-        x_T = generate.encode(config, process, placed, mesh, x_0, labels)
-        same, other = (generate.decode(config, process, placed, mesh, x_T, c) for c in (labels, (labels + 1) % 3))
+        x_T = sampling.encode(config_lib.pipeline(config, placed, mesh, process), x_0, labels)
+        same, other = (
+            sampling.decode(config_lib.pipeline(config, placed, mesh, process), x_T, c)
+            for c in (labels, (labels + 1) % 3)
+        )
         assert x_T.shape == x_0.shape and abs(same - x_0).mean() < 0.5 * abs(other - x_0).mean()

@@ -13,9 +13,11 @@ from test_generate import make, params_of
 
 from configs import digits_conditional
 from ddim_jax import config as config_lib
-from ddim_jax import data, gaussian, generate, guidance, oracle, samplers, schedule, trajectory, weights
+from ddim_jax import data, gaussian, guidance, oracle, samplers, sampling, schedule, trajectory
+from ddim_jax.config import weights
 from ddim_jax.data.scaling import to_uint8
-from ddim_jax.evaluation import judge
+from ddim_jax.evaluation import features as features_lib
+from ddim_jax.evaluation import metrics as metrics_lib
 from ddim_jax.models.unet import UNet
 
 LINEAR = schedule.linear()
@@ -113,27 +115,28 @@ def test_images_are_guided_as_the_config_says():
     config, process = make(0.0, num_images=3, num_classes=3, label_dropout=0.1)
     params, mesh = params_of(config), meshes()[0]
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=2.5, label=-1))
-    keys, x = generate.start(config, jnp.arange(3))
-    drawn = np.concatenate(list(generate.batches(config, process, params, mesh)))
-    plain = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance=1.0))
-    one, none = (generate.denoiser(plain, params, jnp.array(labels)) for labels in ([0, 1, 2], [3, 3, 3]))
+    guided = config_lib.pipeline(config, params, mesh, process)
+    keys, x = sampling.start(guided, jnp.arange(3))
+    drawn = sampling.draw(guided, 3)
+    plain = guided._replace(guidance=1.0)
+    one, none = (sampling.conditioned(plain, jnp.array(labels)) for labels in ([0, 1, 2], [3, 3, 3]))
     model = gaussian.Denoise(
         lambda x, level: gaussian.from_eps_output(x, 2.5 * one(x, level).eps - 1.5 * none(x, level).eps, level)
     )
     x_0 = samplers.integrate(process.sampler, model, process.transitions, x)
     assert np.abs(np.asarray(to_uint8(x_0)).astype(int) - drawn).max() <= 1
-    assert np.abs(np.concatenate(list(generate.batches(plain, process, params, mesh))).astype(int) - drawn).max() > 5
+    assert np.abs(sampling.draw(plain, 3).astype(int) - drawn).max() > 5
 
 
 def test_the_shipped_network_draws_the_class_that_is_asked_for(mesh):
     """Nine of ten at least, by a classifier that never saw it; with no guidance at all one of ten by chance."""
     config = config_lib.parse(digits_conditional.get_config().to_dict())
-    params, network = weights.find(config, None, mesh).params, judge.open_features("digits")
+    params, network = weights.find(config, None, mesh).params, features_lib.open_features("digits")
     for guidance_, least, most in ((2.0, 0.9, 1.0), (0.0, 0.0, 0.35)):
         sample = dataclasses.replace(config.sample, num_images=60, batch_size=60, steps=8, guidance=guidance_)
         told = dataclasses.replace(config, sample=sample)
         process = config_lib.process(sample, config_lib.noise_schedule(config.schedule))
-        drawn = np.concatenate(list(generate.batches(told, process, params, mesh)))
-        source = data.ArraySource(drawn, generate.labels_of(told, np.arange(60)))
-        judged = judge.judge(network, source, mesh, 60, {"logits", "labels"})
-        assert least <= judge.METRICS["agreement"].compute(judged, judged)["agreement"] <= most
+        drawn = sampling.draw(config_lib.pipeline(told, params, mesh, process), told.sample.num_images)
+        source = data.ArraySource(drawn, sampling.labels_of(config_lib.pipeline(told, None, None), np.arange(60)))
+        judged = features_lib.extract(network, source, mesh, 60, {"logits", "labels"})
+        assert least <= metrics_lib.METRICS["agreement"].compute(judged, judged)["agreement"] <= most

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddim_jax import files, images
+from ddim_jax.utils import files, images
 
 RNG = np.random.default_rng(0)
 

@@ -12,8 +12,9 @@ import safetensors.numpy
 torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e '.[parity]'")
 
 from ddim_jax.data.sources import ArraySource  # noqa: E402
-from ddim_jax.errors import CheckpointError  # noqa: E402
-from ddim_jax.evaluation import frechet, inception, judge, metrics  # noqa: E402
+from ddim_jax.evaluation import features as features_lib  # noqa: E402
+from ddim_jax.evaluation import frechet, inception, metrics  # noqa: E402
+from ddim_jax.utils.errors import CheckpointError  # noqa: E402
 
 TORCHVISION = ("", ".transforms", ".transforms.functional", ".datasets", ".models")
 
@@ -114,7 +115,7 @@ def test_the_whole_way_of_images_is_torch_fidelity_s(published, mesh):
     """In batches that the number of images does not fill, grey images as colours."""
     net, path = published
     grey = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
-    found = judge.judge(inception.open_network(str(path)), ArraySource(grey), mesh, 2, ("features", "logits"))
+    found = features_lib.extract(inception.open_network(str(path)), ArraySource(grey), mesh, 2, ("features", "logits"))
     images = torch.tensor(np.broadcast_to(grey, (5, 28, 28, 3)).transpose(0, 3, 1, 2).copy())
     features, logits = (leaf.numpy() for leaf in net(images))
     assert difference(found.features, features) < 1e-4 and difference(found.logits, logits) < 1e-4

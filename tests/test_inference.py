@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddim_jax import inference, schedule, trajectory
+from ddim_jax import inference_process, schedule, trajectory
 
 LINEAR = schedule.linear()
 COUNT = 40_000
@@ -16,7 +16,9 @@ COUNT = 40_000
 def chains(tau, eta, x_0=0.7):
     """(2, S, COUNT): draws of all levels, given one x_0, backward and forward."""
     x = jnp.full((COUNT, 1), x_0)
-    drawn = (walk(LINEAR, tau, x, jax.random.key(5), eta) for walk in (inference.backward, inference.forward))
+    drawn = (
+        walk(LINEAR, tau, x, jax.random.key(5), eta) for walk in (inference_process.backward, inference_process.forward)
+    )
     return np.stack([np.asarray(path[..., 0]) for path in drawn])
 
 
@@ -52,6 +54,6 @@ def test_eta_0_is_one_line_and_eta_1_forgets_x_0():
 
 
 def test_an_eta_beyond_its_range_is_refused():
-    for walk in (inference.backward, inference.forward):
+    for walk in (inference_process.backward, inference_process.forward):
         with pytest.raises(ValueError, match="eta must be in"):
             walk(LINEAR, trajectory.uniform(1000, 10), jnp.zeros((2, 1)), jax.random.key(0), 50.0)

@@ -8,7 +8,8 @@ from conftest import meshes
 
 from configs import digits
 from ddim_jax import config as config_lib
-from ddim_jax import data, generate, inversion, oracle, samplers, schedule, trajectory, weights
+from ddim_jax import data, inversion, oracle, samplers, sampling, schedule, trajectory
+from ddim_jax.config import weights
 from ddim_jax.data.scaling import to_unit
 
 LINEAR = schedule.linear()
@@ -66,7 +67,7 @@ def test_the_digits_come_back_a_thousand_times_nearer():
     """The trained network at S = 20: mean square error of the explicit scheme over that of solved steps."""
     config = config_lib.parse(digits.get_config().to_dict())
     mesh = meshes()[0]
-    eps_fn = generate.denoiser(config, weights.find(config, None, mesh).params)
+    eps_fn = sampling.conditioned(config_lib.pipeline(config, weights.find(config, None, mesh).params, None))
     x_0 = jnp.asarray(to_unit(data.load("digits", split="test")[np.arange(24)].images))
     tau = trajectory.uniform(1000, 20)
     explicit = closed(eps_fn, tau, x_0, samplers.invert(eps_fn, LINEAR, tau, x_0))

@@ -7,17 +7,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# module or package of ddim_jax -> (modules of ddim_jax that it may import, third-party packages that it may import)
+# module or package of ddim_jax -> (modules of ddim_jax that it may import, third-party packages that it may import).
+# All but the mathematics may import utils; nothing may import config that stands before it.
 CORE = {"jax", "numpy"}
-BASE = {"errors", "files", "interrupts"}  # for all but the mathematics, which have
-CHECKS = {"checks"}
-MATHEMATICS = {"schedule", "gaussian", "trajectory", "losses", "samplers", "multistep", "ode", "inference", "inversion"}
-MATHEMATICS |= {"checks", "parallel", "guidance", "discrete", "latent", "oracle", "registry"}
+MATHEMATICS = {"schedule", "gaussian", "trajectory", "losses", "samplers", "multistep", "ode", "inference_process"}
+MATHEMATICS |= {"checks", "parallel", "guidance", "discrete", "latent", "oracle", "registry", "inversion"}
 ALLOWED = {
-    "errors": (set(), set()),
-    "interrupts": (set(), set()),
-    "files": ({"interrupts"}, set()),
     "checks": (set(), CORE),
+    "utils": ({"checks"}, CORE | {"PIL", "tqdm"}),
     "schedule": (set(), CORE),
     "gaussian": ({"schedule"}, CORE),
     "trajectory": ({"schedule", "gaussian"}, CORE),
@@ -25,7 +22,7 @@ ALLOWED = {
     "samplers": ({"schedule", "gaussian", "trajectory"}, CORE),
     "multistep": ({"schedule", "gaussian", "trajectory"}, CORE),
     "ode": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
-    "inference": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
+    "inference_process": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "inversion": ({"schedule", "gaussian", "trajectory", "samplers", "multistep"}, CORE),
     "parallel": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "guidance": ({"schedule", "gaussian"}, CORE),
@@ -33,60 +30,32 @@ ALLOWED = {
     "latent": ({"schedule"}, CORE),
     "oracle": ({"schedule", "gaussian", "trajectory", "samplers"}, CORE),
     "registry": ({"schedule", "gaussian", "losses", "trajectory", "samplers", "multistep"}, CORE),
-    "ranges": ({"checks"}, {"numpy"}),
-    "models": ({"checks", "ranges", "schedule", "gaussian", "discrete"}, CORE | {"flax"}),
-    "images": (set(), {"numpy", "PIL"}),
-    "data": (
-        {"images", "registry"},
-        {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl", "lmdb"},
+    "models": ({"checks", "schedule", "gaussian", "discrete"}, CORE | {"flax"}),
+    "data": ({"registry"}, {"numpy", "PIL", "sklearn", "tqdm", "tensorflow_datasets", "grain", "absl", "lmdb"}),
+    "checkpoints": (
+        {"models", "registry"},
+        CORE | {"flax", "orbax", "safetensors", "yaml", "huggingface_hub", "torch"},
     ),
-    "train_state": ({"models", "schedule"}, CORE | {"optax"}),
-    "sharding": (set(), CORE),
-    "checkpoint": ({"sharding", "train_state"}, CORE | {"orbax"}),
+    "sampling": (
+        {"checks", "data", "gaussian", "guidance", "inversion", "losses", "models", "registry", "samplers", "schedule"}
+        | {"trajectory"},
+        CORE,
+    ),
+    "encoding": ({"data", "sampling"}, CORE),
     "training": (
-        {"checks", "schedule", "gaussian", "losses", "discrete", "models", "data", "sharding", "train_state"}
-        | {"checkpoint"},
-        CORE | {"flax", "optax", "chex", "tqdm"},
+        {"checkpoints", "checks", "data", "discrete", "gaussian", "losses", "models", "schedule"},
+        CORE | {"flax", "optax", "chex", "tqdm", "tensorboardX", "wandb"},
     ),
-    "config": (
-        {"ranges", "registry", "trajectory", "samplers", "schedule", "data", "models", "training"},
-        CORE | {"optax"},
-    ),
-    "usage": ({"config"}, set()),
-    "pretrained": (
-        {"checkpoint", "config", "images", "models", "registry", "schedule"},
-        CORE | {"flax", "safetensors", "yaml", "huggingface_hub", "torch"},
-    ),
-    "cache": ({"checkpoint", "images"}, {"jax", "tqdm"}),
     "evaluation": (
-        {"cache", "checkpoint", "data", "images", "pretrained", "registry", "schedule", "sharding"},
+        {"checkpoints", "data", "registry", "sampling", "schedule"},
         CORE | {"flax", "optax", "safetensors", "tqdm"},
     ),
-    "yardstick": (
-        {"checkpoint", "config", "data", "evaluation", "images", "registry", "sharding"},
-        CORE,
+    "config": (
+        {"checkpoints", "data", "evaluation", "gaussian", "models", "registry", "samplers", "sampling", "schedule"}
+        | {"training", "trajectory"},
+        CORE | {"optax"},
     ),
-    "weights": ({"config", "pretrained", "ranges", "sharding", "train_state", "checkpoint"}, CORE),
-    "sampling": (
-        {"config", "gaussian", "models", "pretrained", "registry", "samplers", "schedule", "sharding", "train_state"}
-        | {"checks", "trajectory", "weights"},
-        CORE,
-    ),
-    "memory": ({"config", "sharding", "train_state"}, CORE),
-    "journal": (
-        {"config", "images", "sharding", "training"},
-        CORE | {"tensorboardX", "tqdm", "wandb"},
-    ),
-    "generate": (
-        {"config", "guidance", "inversion", "losses", "samplers", "schedule", "sharding", "data", "gaussian", "models"},
-        CORE,
-    ),
-    "fingerprint": ({"config", "gaussian", "generate", "registry", "samplers", "trajectory"}, CORE),
-    "output": ({"images", "sharding"}, {"numpy", "tqdm"}),
-    "cli": (
-        {"cache", "config", "checkpoint", "sharding", "usage", "weights"},
-        {"absl", "jax", "ml_collections"},
-    ),
+    "cli": ({"config"}, {"absl", "jax", "ml_collections"}),
 }
 MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
 
@@ -130,8 +99,27 @@ def test_imports_follow_the_arrows(name, file):
         assert not ours & MAINS
         return
     modules, packages = ALLOWED[name]
-    assert ours <= modules | {name} | (CHECKS if name in MATHEMATICS else BASE)
+    assert ours <= modules | {name} | ({"checks"} if name in MATHEMATICS else {"utils"})
     assert others <= packages
+
+
+def test_a_config_is_read_by_the_commands_alone():
+    """Below them nothing takes a Config: what they need is built first."""
+    above = MAINS | {"cli", "config", "__init__"}
+    readers = {str(file) for name, file in files() if "config" in imports(file)[0] and name not in above}
+    assert not readers
+
+
+def test_checkpoints_do_not_know_what_trains():
+    assert "training" not in set().union(*(imports(file)[0] for name, file in files() if name == "checkpoints"))
+
+
+def test_no_file_is_long_without_a_reason():
+    """Of more than 300 lines: its docstring says why they stand together."""
+    for _, file in files():
+        source = file.read_text()
+        if len(source.splitlines()) > 300:
+            assert "One file because" in ast.get_docstring(ast.parse(source)), file
 
 
 def test_the_arrows_have_no_cycle():
@@ -155,7 +143,7 @@ class Refuse:
         if name.split(".")[0] in REFUSED:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-from ddim_jax import checks, discrete, gaussian, guidance, inference, inversion, latent, losses, multistep, ode, oracle
-from ddim_jax import parallel, registry, samplers, schedule, trajectory
+from ddim_jax import checks, discrete, gaussian, guidance, inference_process, inversion, latent, losses, multistep
+from ddim_jax import ode, oracle, parallel, registry, samplers, schedule, trajectory
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

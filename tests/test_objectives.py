@@ -13,9 +13,9 @@ from test_commands import leaves
 from configs import smoke
 from ddim_jax import config as config_lib
 from ddim_jax import losses, schedule, training
-from ddim_jax.errors import ConfigError
 from ddim_jax.models.network import Functions
 from ddim_jax.training import objectives, optimizers, times
+from ddim_jax.utils.errors import ConfigError
 
 LINEAR = schedule.linear()
 TABLE = schedule.levels(LINEAR)

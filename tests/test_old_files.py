@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from processes import ROOT, ok, run
 
-from ddim_jax import weights
+from ddim_jax.config import weights
 
 SMOKE = (
     *("--config", "configs/smoke.py", "--config.model.channel_mult=(1,)", "--config.model.attention_resolutions=()"),
@@ -49,7 +49,7 @@ def test_an_output_folder_is_complete(old):
 
 def test_a_file_of_weights_and_statistics(old):
     file = old / "network.safetensors"
-    published = weights.describe(str(file))
+    published = weights.read_info(str(file))
     assert published.model.name == "unet" and published.config["train"]["objective"]["time"] == "uniform"
     few = ("--config.sample.steps=5", "--config.sample.num_images=32", "--config.sample.batch_size=32")
     ok(

@@ -20,10 +20,11 @@ diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip 
 from conftest import meshes  # noqa: E402
 from official_model import Model  # noqa: E402
 
+from ddim_jax import checkpoints, convert, gaussian, registry, samplers, sampling, schedule, trajectory  # noqa: E402
 from ddim_jax import config as config_lib  # noqa: E402
-from ddim_jax import convert, gaussian, generate, pretrained, registry, samplers, schedule, trajectory, weights  # noqa: E402
-from ddim_jax.errors import CheckpointError  # noqa: E402
+from ddim_jax.config import weights  # noqa: E402
 from ddim_jax.models.unet import sinusoid  # noqa: E402
+from ddim_jax.utils.errors import CheckpointError  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -87,7 +88,7 @@ def publish(folder, net, scheduler=None):
 
 def read(where):
     """(published, flax module, params)"""
-    published = weights.describe(where)
+    published = weights.read_info(where)
     params = published.read(weights.params_like(published.model, meshes()[0]), True)
     return published, config_lib.network(published.model).module, params
 
@@ -180,7 +181,7 @@ def ours(where, params, x, steps, labels=None):
     values["sample"]["steps"] = steps
     config = config_lib.parse(weights.completed(values))
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    model = generate.denoiser(config, params, labels)
+    model = sampling.conditioned(config_lib.pipeline(config, params, None), labels)
     return np.asarray(samplers.integrate(process.sampler, model, process.transitions, x))
 
 
@@ -305,15 +306,17 @@ def test_our_network_samples_the_same_in_ddim_pipeline(tmp_path):
     from configs import digits
 
     digits = config_lib.parse(digits.get_config().to_dict())
-    convert_(pretrained.shipped("digits"), tmp_path / "digits")
+    convert_(checkpoints.shipped("digits"), tmp_path / "digits")
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "digits")
-    _, x = generate.start(digits, jnp.arange(9))
+    _, x = sampling.start(config_lib.pipeline(digits, None, None), jnp.arange(9))
     pipeline.scheduler.set_timesteps(50)
     theirs = ddim_of_diffusers(pipeline.unet, pipeline.scheduler, x, 50)
     config = dataclasses.replace(digits, sample=dataclasses.replace(digits.sample, steps=50, num_images=9))
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     params = weights.find(config, None, meshes()[0]).params
-    ours = samplers.integrate(process.sampler, generate.denoiser(config, params), process.transitions, x)
+    ours = samplers.integrate(
+        process.sampler, sampling.conditioned(config_lib.pipeline(config, params, None)), process.transitions, x
+    )
     assert difference(ours, theirs) < 1e-4
     assert len(pipeline(batch_size=2, num_inference_steps=2, output_type="np").images) == 2
     card = (tmp_path / "digits" / "README.md").read_text()
@@ -421,13 +424,13 @@ def test_the_networks_of_ho_are_known_by_the_names_of_their_files(tmp_path):
         ("diffusion_lsun_cat_model/model-1761000.ckpt", 256),
     ]:
         torch.save(state, tmp_path / name)
-        model = weights.describe(str(tmp_path / name)).model
+        model = weights.read_info(str(tmp_path / name)).model
         assert model.image_size == size and model.attention_resolutions == (16,) and model.channels == 128
         with pytest.raises(CheckpointError, match="which the network of that name expects"):
             read(str(tmp_path / name))
     torch.save(state, tmp_path / "ema_diffusion_celeba_model-1.ckpt")
     with pytest.raises(CheckpointError, match="does not tell the size of its images"):
-        weights.describe(str(tmp_path / "ema_diffusion_celeba_model-1.ckpt"))
+        weights.read_info(str(tmp_path / "ema_diffusion_celeba_model-1.ckpt"))
 
 
 def test_the_official_model_of_this_test_has_the_published_size():
@@ -586,7 +589,7 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
     """Our step between diffusers' own pairs of levels, on the same x and the same noise."""
     settings = BASE | settings
     scheduler = diffusers.DDIMScheduler(**settings)
-    noise_config, prediction, sample = pretrained.diffusers_folder.noise_fields(dict(scheduler.config), "test")
+    noise_config, prediction, sample = checkpoints.diffusers_folder.noise_fields(dict(scheduler.config), "test")
     noise_schedule = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, noise_config, "test"))
     table = schedule.levels(noise_schedule)
     np.testing.assert_allclose(table.alpha_bar[1:], scheduler.alphas_cumprod.numpy(), rtol=2e-5)
@@ -639,7 +642,7 @@ LOOPS = [  # whole loops as diffusers runs them by default: eps stays as it was 
 def loop(settings, stepping=diffusers.DDIMScheduler, steps=30, **fields):
     """(a scheduler, in float64, over our process of the same settings; the process; the denoiser)."""
     scheduler = stepping(**settings)
-    noise, prediction, sample = pretrained.diffusers_folder.noise_fields(
+    noise, prediction, sample = checkpoints.diffusers_folder.noise_fields(
         {**scheduler.config, "_class_name": "DDIMScheduler"}, "test"
     )
     values = config_of("")
@@ -701,10 +704,10 @@ def test_the_inverse_loops_of_diffusers(prediction, spacing, end, x64):
     np.testing.assert_allclose(ours, from_torch(x_t), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", pretrained.diffusers_folder.SCHEDULERS)
+@pytest.mark.parametrize("name", checkpoints.diffusers_folder.SCHEDULERS)
 def test_every_field_of_every_scheduler_is_known_with_its_default(name):
     """What its constructor takes: understood, known not to matter here, or refused unless it is the default."""
-    table = pretrained.diffusers_folder
+    table = checkpoints.diffusers_folder
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     theirs = {field: parameter.default for field, parameter in parameters.items() if field != "self"}
     fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in theirs}
@@ -729,7 +732,7 @@ def test_tau_is_diffusers_s_list_of_timesteps(spacing, num_train_steps):
 
 def test_sigmoid_is_that_of_diffusers_s_ddpm_scheduler():
     scheduler = diffusers.DDPMScheduler(beta_schedule="sigmoid", beta_start=3e-4, beta_end=0.01)
-    fields, _, _ = pretrained.diffusers_folder.noise_fields(dict(scheduler.config), "test")
+    fields, _, _ = checkpoints.diffusers_folder.noise_fields(dict(scheduler.config), "test")
     ours = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, fields, "test")).alpha_bar
     np.testing.assert_allclose(ours[1:], scheduler.alphas_cumprod.numpy(), rtol=1e-6)
 
@@ -737,9 +740,9 @@ def test_sigmoid_is_that_of_diffusers_s_ddpm_scheduler():
 @pytest.mark.parametrize("settings", GRID, ids=lambda settings: "-".join(map(str, settings))[:60] or "defaults")
 def test_the_scheduler_is_written_as_it_was_read(settings):
     theirs = dict(diffusers.DDIMScheduler(**(BASE | settings)).config)
-    noise_fields = pretrained.diffusers_folder.noise_fields
+    noise_fields = checkpoints.diffusers_folder.noise_fields
     noise, prediction, sample = noise_fields(theirs, "test")
-    written = pretrained.diffusers_folder.scheduler_config(
+    written = checkpoints.diffusers_folder.scheduler_config(
         {"model": {"prediction": prediction}, "schedule": noise, "sample": sample}
     )
     assert noise_fields(written, "test") == (noise, prediction, sample)

@@ -1,4 +1,4 @@
-"""Published checkpoints without PyTorch: what is read, what is refused, and what the commands do with them."""
+"""CheckpointInfo checkpoints without PyTorch: what is read, what is refused, and what the commands do with them."""
 
 import dataclasses
 import http.server
@@ -19,10 +19,11 @@ from processes import error_line, ok, run
 from test_unet import random_params
 
 from configs import default, digits_conditional, smoke
+from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax import pretrained, weights
-from ddim_jax.errors import CheckpointError
-from ddim_jax.pretrained import diffusers_folder, names
+from ddim_jax.checkpoints import diffusers_folder, parameter_names
+from ddim_jax.config import weights
+from ddim_jax.utils.errors import CheckpointError
 
 SMOKE = ("--config", "configs/smoke.py")
 DEFAULT = ("--config", "configs/default.py", "--config.sample.steps=4", "--config.sample.num_images=3")
@@ -53,7 +54,7 @@ def folder(original, tmp_path):
 
 
 def load(where):
-    published = weights.describe(str(where))
+    published = weights.read_info(str(where))
     return published.read(weights.params_like(published.model, meshes()[0]), True)
 
 
@@ -72,7 +73,7 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 def test_what_was_written_is_read(tmp_path):
     params = write(tmp_path / "it", tau="trailing", clip_x0=True, clip_range=2.0)
-    published = weights.describe(str(tmp_path / "it"))
+    published = weights.read_info(str(tmp_path / "it"))
     expected = config_lib.parse(smoke.get_config().to_dict())
     assert (published.name, published.model, published.schedule) == ("it", expected.model, expected.schedule)
     assert published.sample == {
@@ -83,12 +84,12 @@ def test_what_was_written_is_read(tmp_path):
 
 
 def test_loading_places_parameters_on_every_device(original):
-    published = weights.describe(str(original))
+    published = weights.read_info(str(original))
     params = published.read(weights.params_like(published.model, meshes()[1]), True)
     assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("layout", [names.DIFFUSERS, names.DIFFUSERS_OLD, names.OFFICIAL])
+@pytest.mark.parametrize("layout", [parameter_names.DIFFUSERS, parameter_names.DIFFUSERS_OLD, parameter_names.OFFICIAL])
 def test_every_parameter_has_its_own_name_in_every_layout(layout):
     paths = [
         tuple(key.key for key in path)
@@ -104,8 +105,8 @@ def test_every_parameter_has_its_own_name_in_every_layout(layout):
     )
     kernel = np.arange(24.0).reshape(1, 2, 3, 4)
     for path, array in [(("a", "conv_0", "kernel"), kernel), (("a", "query", "kernel"), kernel[0, 0])]:
-        there = names.to_theirs(path, array, layout)
-        np.testing.assert_array_equal(names.to_ours(path, there, array.ndim), array)
+        there = parameter_names.to_theirs(path, array, layout)
+        np.testing.assert_array_equal(parameter_names.to_ours(path, there, array.ndim), array)
 
 
 def test_the_checkpoint_decides_what_the_config_leaves_open(original, folder):
@@ -278,14 +279,17 @@ def test_other_files_are_named(tmp_path):
 
 
 def test_a_config_saved_by_an_earlier_version_is_read():
-    """The digits that ship were saved before the fields of `BEFORE` were there."""
-    with safetensors.safe_open(pretrained.shipped("digits"), framework="numpy") as file:
+    """The digits that ship were saved before the fields of `FIELDS_ADDED_LATER` were there."""
+    with safetensors.safe_open(checkpoints.shipped("digits"), framework="numpy") as file:
         saved = json.loads(file.metadata()["config"])
-    assert "halve_padding" not in saved["model"] and "pretrained" not in saved
+    assert "downsample_padding" not in saved["model"] and "pretrained" not in saved
     config = config_lib.parse_saved(saved)
-    assert (config.pretrained, config.model.halve_padding, config.sample.tau_end) == ("", "end", 0)
+    assert (config.pretrained, config.model.downsample_padding, config.sample.tau_end) == ("", "end", 0)
     now = default.get_config().to_dict()
-    for section, fields in config_lib.BEFORE.items():  # what it was is what it is unless a user asks for another
+    for (
+        section,
+        fields,
+    ) in config_lib.FIELDS_ADDED_LATER.items():  # what it was is what it is unless a user asks for another
         assert fields == ({name: now[section][name] for name in fields} if isinstance(fields, dict) else now[section])
 
 

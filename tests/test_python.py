@@ -15,9 +15,9 @@ from flax import nnx
 
 import ddim_jax as dj
 from ddim_jax import data, evaluation, samplers, sampling, schedule, training
-from ddim_jax.errors import CheckpointError
 from ddim_jax.models.network import Functions, make
 from ddim_jax.training import objectives
+from ddim_jax.utils.errors import CheckpointError
 
 LINEAR = schedule.linear(100, 1e-3, 0.2)  # alpha_bar[T] is 2e-5
 

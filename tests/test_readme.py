@@ -201,16 +201,26 @@ def test_every_row_is_a_process(row, monkeypatch):
 @pytest.mark.slow
 def test_the_custom_timesteps_draw_digits(monkeypatch):
     """A classifier is as sure of them as of those of as many uniform steps."""
-    from ddim_jax import data, generate, sharding, weights, yardstick
-    from ddim_jax.evaluation import judge, metrics
+    from ddim_jax import data, sampling
+    from ddim_jax.config import evaluation, weights
+    from ddim_jax.evaluation import features as features_lib
+    from ddim_jax.evaluation import metrics
+    from ddim_jax.utils import sharding
 
     (custom,) = (row for row in ROWS if any(re.search("tau=.*,", option) for option in row))
     few = ["--config.sample.num_images=64", "--config.sample.batch_size=64"]
     config, mesh = config_of(parsed(monkeypatch, "ddim_jax.sample", custom + few)), sharding.data_mesh()
-    network = yardstick.open_network(config)
+    network = evaluation.open_network(config)
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    drawn = np.concatenate(list(generate.batches(config, process, weights.find(config, None, mesh).params, mesh)))
-    seen = judge.judge(network, data.ArraySource(drawn), mesh, 64, ("logits",))
+    drawn = np.concatenate(
+        list(
+            sampling.batches(
+                config_lib.pipeline(config, weights.find(config, None, mesh).params, mesh, process),
+                config.sample.num_images,
+            )
+        )
+    )
+    seen = features_lib.extract(network, data.ArraySource(drawn), mesh, 64, ("logits",))
     assert metrics.confidence(seen.logits).confidence > 0.95
 
 

@@ -437,7 +437,7 @@ def test_registry_names_the_nearest():
 def test_eight_devices_draw_what_one_draws():
     from conftest import meshes
 
-    from ddim_jax import sharding
+    from ddim_jax.utils import sharding
 
     eps_fn, transitions = oracle.mixture(LINEAR, *MIXTURE), trajectory.descend(LINEAR, trajectory.uniform(1000, 25))
 

@@ -19,10 +19,10 @@ from PIL import Image
 from processes import ROOT, error_line, ok, run, start, xla_flags
 from test_commands import SMOKE, assert_same_run, leaves
 
-from ddim_jax import sharding
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.errors import DamagedError
-from ddim_jax.train_state import TrainState
+from ddim_jax.checkpoints.run import Checkpoints
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils import sharding
+from ddim_jax.utils.errors import DamagedError
 
 OFTEN = (*SMOKE, "--config.train.checkpoint_every=5", "--config.train.grid_every=0", "--config.train.keep=50")
 

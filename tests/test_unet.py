@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ddim_jax import config as config_lib
-from ddim_jax import samplers, schedule, train_state, trajectory
+from ddim_jax import samplers, schedule, trajectory
+from ddim_jax.models import network as network_lib
 from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.unet import Attention, Dropout, GroupNorm, UNet, depth_to_space, sinusoid, space_to_depth
 
@@ -28,7 +29,7 @@ TINY = UNet(
 
 def random_params(model, seed=0):
     """Not the initial ones: there the network's output is 0."""
-    like = train_state.param_shapes(model)
+    like = network_lib.param_shapes(model)
     leaves, tree = jax.tree.flatten(like)
     rng = np.random.default_rng(seed)
     return tree.unflatten(
@@ -41,7 +42,7 @@ def random_params(model, seed=0):
 
 
 def test_the_cifar10_network_has_the_published_number_of_parameters():
-    like = train_state.param_shapes(UNet())
+    like = network_lib.param_shapes(UNet())
     assert sum(leaf.size for leaf in jax.tree.leaves(like)) == 35_746_307
 
 
@@ -71,7 +72,7 @@ def test_every_config_builds_its_network(name):
     model = config_lib.network(config.model).module
     config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     size = (2, config.model.image_size, config.model.image_size, config.model.image_channels)
-    params = train_state.param_shapes(model)
+    params = network_lib.param_shapes(model)
     labels = jnp.zeros(2, int) if model.num_classes else None
     apply = lambda params, x: model.apply({"params": params}, x, jnp.zeros(2), labels)
     out = jax.eval_shape(apply, params, jnp.zeros(size))
@@ -179,7 +180,7 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
     params, x = random_params(TINY), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     exact = jax.jit(TINY.apply)({"params": params}, x, jnp.full(2, 10))
     low = TINY.clone(dtype=jnp.bfloat16)
-    made = train_state.param_shapes(low)
+    made = network_lib.param_shapes(low)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(made))
     rough = jax.jit(low.apply)({"params": params}, x, jnp.full(2, 10))
     assert rough.dtype == jnp.float32

@@ -11,11 +11,12 @@ import optax
 import pytest
 from conftest import meshes
 
-from ddim_jax import data, losses, schedule, sharding, train_state
+from ddim_jax import data, losses, schedule
 from ddim_jax.data.scaling import to_unit
 from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.unet import UNet
-from ddim_jax.training import objectives, optimizers, train_step
+from ddim_jax.training import objectives, optimizers, train_state, train_step
+from ddim_jax.utils import sharding
 
 # One resolution: what compiles in seconds has every kind of layer but the change of resolution.
 MODEL = UNet(

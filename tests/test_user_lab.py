@@ -16,21 +16,11 @@ from user_lab import samplers as lab_samplers
 from user_lab import schedules as lab_schedules
 
 from configs import default
+from ddim_jax import checkpoints, convert, oracle, registry, samplers, sampling, schedule, trajectory
 from ddim_jax import config as config_lib
-from ddim_jax import (
-    convert,
-    generate,
-    oracle,
-    pretrained,
-    registry,
-    samplers,
-    sampling,
-    schedule,
-    train_state,
-    trajectory,
-    weights,
-)
-from ddim_jax.errors import CheckpointError, ConfigError
+from ddim_jax.config import weights
+from ddim_jax.models import network as network_lib
+from ddim_jax.utils.errors import CheckpointError, ConfigError
 
 LAB = ("--config", "tests/user_lab/config.py")
 SMOKE = ("--config", "configs/smoke.py", "--config.model.channel_mult=(1,)", "--config.model.attention_resolutions=()")
@@ -98,7 +88,7 @@ def test_what_is_trained_is_read_in_python(trained):
     assert type(config_lib.network(config.model).module).__name__ == "Convolutional"
     found = weights.find(config, str(trained), meshes()[0])
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    model = generate.denoiser(config, found.params)
+    model = sampling.conditioned(config_lib.pipeline(config, found.params, None))
     x = samplers.integrate(process.sampler, model, process.transitions, jnp.ones((2, 8, 8, 1)), jax.random.key(0))
     assert np.isfinite(x).all()
 
@@ -110,7 +100,7 @@ def test_a_file_alone_imports_nothing(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     with pytest.raises(ConfigError, match="config.model.name=user_lab.networks:Convolutional"):
         weights.completed(values)
-    assert weights.describe(str(trained)).model.name == "user_lab.networks:Convolutional"
+    assert weights.read_info(str(trained)).model.name == "user_lab.networks:Convolutional"
     said = error_line(run("ddim_jax.convert", "--from", trained, "--to", tmp_path / "x.safetensors"))
     assert "--code=user_lab.networks:Convolutional,user_lab.schedules:power" in said
 
@@ -135,18 +125,18 @@ def test_converted_and_sampled_by_who_names_the_code(trained, tmp_path):
 def test_no_name_in_a_file_is_imported(field, tmp_path, monkeypatch):
     """Of a file that somebody else has written, whichever way it is opened."""
     values = mutations.smoke_values()
-    like = train_state.param_shapes(config_lib.network(config_lib.parse_saved(values).model))
+    like = network_lib.param_shapes(config_lib.network(config_lib.parse_saved(values).model))
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
     file = tmp_path / "theirs.safetensors"
     hostile = config_lib.with_value(values, field, "hostile:run")
-    pretrained.save(file, params, hostile, 5)
+    checkpoints.save(file, params, hostile, 5)
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
     given = config_lib.with_value(default.get_config().to_dict(), "pretrained", str(file))
     with pytest.raises(ConfigError, match=f"config.{field}=hostile:run"):
         config_lib.process(config_lib.parse(weights.completed(given)).sample, schedule.linear())
     if field != "sample.tau":  # which loading and converting do not look up
         with pytest.raises(CheckpointError, match="hostile:run"):
-            sampling.load(str(file))
+            weights.load(str(file))
     for to in ("out.safetensors", "diffusers"):
         options = dict(to=str(tmp_path / to), format="", ema=True, overwrite=False, code="")
         with pytest.raises(ConfigError, match="--code=hostile:run"):

@@ -1,8 +1,19 @@
 """What a config may say (`schema`), the objects that it names (`build`), and saved configs (`compatibility`)."""
 
-from ddim_jax.config.build import Process, ema_decay, network, noise_schedule, objective, optimizer, process
+from ddim_jax.config.build import (
+    denoiser,
+    ema_decay,
+    image_shape,
+    network,
+    noise_schedule,
+    objective,
+    optimizer,
+    pipeline,
+    process,
+    recipe,
+)
 from ddim_jax.config.compatibility import (
-    BEFORE,
+    FIELDS_ADDED_LATER,
     PRIVATE,
     check_resumed,
     check_sampled,
@@ -13,8 +24,8 @@ from ddim_jax.config.compatibility import (
     public,
 )
 from ddim_jax.config.schema import (
-    FREE_OF_NETWORK,
-    OPEN,
+    DEFAULT_IF_UNSET,
+    NOT_ARCHITECTURE,
     Config,
     DataConfig,
     EvaluateConfig,
@@ -38,16 +49,15 @@ from ddim_jax.config.schema import (
 )
 
 __all__ = [
-    "BEFORE",
-    "FREE_OF_NETWORK",
-    "OPEN",
+    "FIELDS_ADDED_LATER",
+    "NOT_ARCHITECTURE",
+    "DEFAULT_IF_UNSET",
     "PRIVATE",
     "Config",
     "DataConfig",
     "EvaluateConfig",
     "MeshConfig",
     "ModelConfig",
-    "Process",
     "SampleConfig",
     "ScheduleConfig",
     "TrainConfig",
@@ -62,6 +72,10 @@ __all__ = [
     "filled",
     "is_open",
     "literal",
+    "denoiser",
+    "image_shape",
+    "pipeline",
+    "recipe",
     "network",
     "noise_schedule",
     "objective",

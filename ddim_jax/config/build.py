@@ -7,23 +7,29 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from ddim_jax import ranges, registry, samplers, trajectory
+from ddim_jax import registry, samplers, trajectory
 from ddim_jax.config.schema import Config, ModelConfig, SampleConfig, ScheduleConfig, TrainConfig
-from ddim_jax.errors import error_context
+from ddim_jax.gaussian import Denoise, clip_x0, from_eps, threshold_x0
 from ddim_jax.models import NETWORKS
 from ddim_jax.models import network as network_lib
+from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.network import Network
-from ddim_jax.samplers import Sampler
-from ddim_jax.schedule import Schedule, zero_terminal_snr
+from ddim_jax.samplers import SamplingProcess
+from ddim_jax.sampling import Pipeline
+from ddim_jax.schedule import Level, Schedule, zero_terminal_snr
 from ddim_jax.training import optimizers
+from ddim_jax.training.loop import Recipe
 from ddim_jax.training.objectives import OBJECTIVES, Objective
 from ddim_jax.training.times import TIMES
-from ddim_jax.trajectory import Transitions
+from ddim_jax.utils import ranges
+from ddim_jax.utils.errors import error_context
 
 
 def noise_schedule(config: ScheduleConfig) -> Schedule:
@@ -44,9 +50,8 @@ def network(config: ModelConfig) -> Network:
     with error_context("config.model.name"):
         factory = registry.resolve(NETWORKS, config.name)
     with error_context("config.model"):
-        shape = config.image_size, config.image_size, config.image_channels
         fields = ranges.arguments(factory, dataclasses.asdict(config))
-        return network_lib.make(factory, fields, shape, config.num_classes)
+        return network_lib.make(factory, fields, image_shape(config), config.num_classes)
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -87,6 +92,31 @@ def objective(config: Config) -> Objective:
     return made
 
 
+def recipe(config: Config, objective_of: Callable[[Config], Objective] = objective) -> Recipe:
+    """The training that a config describes. objective_of: what makes its objective."""
+    train, model = config.train, config.model
+    counted = None
+    if getattr(model, "remat", False):
+        counted = objective_of(dataclasses.replace(config, model=dataclasses.replace(model, remat=False)))
+    return Recipe(
+        network=network(model),
+        objective=objective_of(config),
+        optimizer=optimizer(train),
+        num_steps=train.num_steps,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        ema_decay=ema_decay(train),
+        accumulate=train.accumulate,
+        flip=config.data.flip,
+        max_skipped=train.max_skipped,
+        checkpoint_every=train.checkpoint_every,
+        keep=train.keep,
+        keep_every=train.keep_every,
+        workers=config.data.workers,
+        counted=counted,
+    )
+
+
 def ema_decay(config: TrainConfig) -> Callable[[Any], Any]:
     """step -> the decay of the moving average."""
     with error_context("config.train.ema_schedule"):
@@ -109,16 +139,7 @@ def _built(factory: Any, config: Any) -> Any:
     return registry.build(factory, fields, options)
 
 
-class Process(NamedTuple):
-    """A generative process, ready to run."""
-
-    sampler: Sampler
-    tau: np.ndarray  # (S+1,), from config.sample.tau_end up
-    transitions: Transitions  # leaves (S,)
-    stride: int  # of config.sample.fixed_stride, 0 for none
-
-
-def process(config: SampleConfig, schedule: Schedule) -> Process:
+def process(config: SampleConfig, schedule: Schedule) -> SamplingProcess:
     """Sampler, tau and transitions of config.sample; ConfigError if they do not fit together or the schedule.
 
     config.tau is a name in registry.TAUS or registry.SPACINGS, a function of the user's, "module:function", from
@@ -144,7 +165,57 @@ def process(config: SampleConfig, schedule: Schedule) -> Process:
         sampler = _built(factory, config)
         samplers.check_sampler(sampler)
         sampler.check(transitions)
-    return Process(sampler, tau, transitions, stride)
+    return SamplingProcess(sampler, tau, transitions, schedule, config.tau_end, stride)
+
+
+def pipeline(config: Config, params: Any, mesh: Mesh, sampling_process: SamplingProcess | None = None) -> Pipeline:
+    """The network of config.model with these parameters, replicated over the mesh, sampled as config.sample says.
+
+    sampling_process: default: that of config.sample.
+    """
+    sample = config.sample
+    if sampling_process is None:
+        sampling_process = process(sample, noise_schedule(config.schedule))
+    return Pipeline(
+        denoiser(config, params),
+        sampling_process,
+        mesh,
+        sample.batch_size,
+        sample.seed,
+        sample.label,
+        sample.guidance,
+        _bound_x0(sample),
+    )
+
+
+def denoiser(config: Config, params: Any) -> Denoiser:
+    """The network of config.model with these parameters, without guidance and bounds."""
+    return Denoiser(network(config.model), params, config.model.prediction, lowest=_lowest(config.schedule))
+
+
+def _bound_x0(config: SampleConfig) -> Callable[[Denoise], Denoise] | None:
+    """What bounds the predicted x_0, None where config.clip_x0 is False."""
+    if not config.clip_x0:
+        return None
+    if not config.clip_quantile:
+        return functools.partial(clip_x0, low=-config.clip_range, high=config.clip_range, keep_eps=config.keep_eps)
+    bound = functools.partial(
+        threshold_x0, quantile=config.clip_quantile, maximum=config.clip_range, keep_eps=config.keep_eps
+    )
+    with error_context("config.sample.clip_range"):
+        bound(from_eps(lambda x, t: x))  # a mistake shows here
+    return bound
+
+
+@functools.lru_cache(maxsize=16)
+def _lowest(config: ScheduleConfig) -> Level:
+    """The lowest level that a network is trained on."""
+    return jax.tree.map(np.float32, noise_schedule(config).level(1))._replace(t=np.int32(1))
+
+
+def image_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """(H, W, C) of the images of a network."""
+    return config.image_size, config.image_size, config.image_channels
 
 
 @contextlib.contextmanager

@@ -8,13 +8,14 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ddim_jax import files, ranges, registry
-from ddim_jax.config.schema import FREE_OF_NETWORK, Config, kind_of, typed
-from ddim_jax.errors import ConfigError
-from ddim_jax.files import shown
+from ddim_jax import registry
+from ddim_jax.config.schema import NOT_ARCHITECTURE, Config, kind_of, typed
+from ddim_jax.utils import files, ranges
+from ddim_jax.utils.errors import ConfigError
+from ddim_jax.utils.files import shown
 
 # What held before a field was there: configs saved by earlier versions do not have it.
-BEFORE = {
+FIELDS_ADDED_LATER = {
     "pretrained": "",
     "data": {"in_memory": False, "workers": 0},
     "model": {"name": "unet"},
@@ -52,6 +53,9 @@ BEFORE = {
 }
 
 
+RENAMED = {"halve_padding": "downsample_padding"}  # fields of config.model, by their earlier names
+
+
 def parse_saved(values: Mapping[str, Any]) -> Config:
     """The Config that was saved as JSON, also by an earlier version. Raises ConfigError.
 
@@ -65,7 +69,9 @@ def parse_saved(values: Mapping[str, Any]) -> Config:
 
 def filled(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """Saved values with the fields that came later, and under the names that they have now."""
-    values = _fill(BEFORE, values)
+    if isinstance(values, Mapping) and isinstance(model := values.get("model"), Mapping) and "halve_padding" in model:
+        values = {**values, "model": {RENAMED.get(name, name): value for name, value in model.items()}}
+    values = _fill(FIELDS_ADDED_LATER, values)
     if isinstance(values, Mapping) and isinstance(train := values.get("train"), Mapping) and "objective" not in train:
         time = "real" if train.get("real_time") else "uniform"
         objective = {"name": "noise_prediction", "weight": train.get("gamma", "one"), "time": time}
@@ -101,7 +107,7 @@ def public(values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a config's nested values to give to others: the fields of PRIVATE hold their defaults, and what is no
     field of a config, or of another type, is left out. It takes any part of a config.
     """
-    return _public(Config, values, BEFORE, "")
+    return _public(Config, values, FIELDS_ADDED_LATER, "")
 
 
 def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> 
 
 
 # What a run that continues must not change, and what a network must be sampled with as it was trained.
-RESUMED_WITH = (
+MUST_MATCH_TO_RESUME = (
     "pretrained",
     "model",
     "schedule",
@@ -131,19 +137,19 @@ RESUMED_WITH = (
     *(f"train.{name}" for name in ("batch_size", "seed", "learning_rate", "warmup", "clip_norm", "ema_decay")),
     *(f"train.{name}" for name in ("optimizer", "objective", "ema_schedule", "accumulate")),
 )
-SAMPLED_WITH = ("schedule", "model")
+MUST_MATCH_TO_SAMPLE = ("schedule", "model")
 
 
 def check_resumed(config: Config, saved: Config, where: str) -> None:
     """ConfigError, naming the first field that differs, unless the run in `where` can continue with this config."""
-    _check_same(config, saved, RESUMED_WITH, where)
+    _check_same(config, saved, MUST_MATCH_TO_RESUME, where)
 
 
 def check_sampled(config: Config, saved: Any, where: str) -> None:
     """ConfigError, naming the first field that differs, unless the config is of the network and the schedule saved in
     `where`: fields .model and .schedule.
     """
-    _check_same(config, saved, SAMPLED_WITH, where, ignored=FREE_OF_NETWORK)
+    _check_same(config, saved, MUST_MATCH_TO_SAMPLE, where, ignored=NOT_ARCHITECTURE)
 
 
 def _check_same(current: Any, expected: Any, fields: Iterable[str], where: str, ignored=(), path="config") -> None:

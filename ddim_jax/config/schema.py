@@ -17,15 +17,16 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ddim_jax import files, ranges, registry
+from ddim_jax import registry
 from ddim_jax.data import DATASETS, SPLITS
-from ddim_jax.errors import ConfigError, error_context
-from ddim_jax.files import shown
 from ddim_jax.models import NETWORKS
-from ddim_jax.ranges import Options
 from ddim_jax.training.objectives import OBJECTIVES
 from ddim_jax.training.optimizers import EMAS, OPTIMIZERS, RATES
 from ddim_jax.training.times import TIMES
+from ddim_jax.utils import files, ranges
+from ddim_jax.utils.errors import ConfigError, error_context
+from ddim_jax.utils.files import shown
+from ddim_jax.utils.ranges import Options
 
 MOST_STEPS = 1_000_000  # T: a file may ask for any, and is refused before anything of that size is made
 
@@ -174,7 +175,7 @@ FACTORIES = {ModelConfig: NETWORKS, OptimizerConfig: OPTIMIZERS}
 GIVEN = ("learning_rate",)  # parameters of factories that another field of the config gives
 
 # How a network is computed, which its parameters do not depend on.
-FREE_OF_NETWORK = ("dropout", "dtype", "remat")
+NOT_ARCHITECTURE = ("dropout", "dtype", "remat")
 
 
 class Open(NamedTuple):
@@ -184,7 +185,7 @@ class Open(NamedTuple):
     beside: Mapping[str, Any]  # the fields that are decided with it -> their values where they say nothing
 
 
-OPEN = {  # of config.sample
+DEFAULT_IF_UNSET = {  # of config.sample
     "tau": Open("uniform", {"tau_offset": 0, "tau_end": 0}),
     "clip_x0": Open(False, {"clip_range": 1.0, "clip_quantile": 0.0}),
 }
@@ -246,7 +247,7 @@ def _closed(values: Any) -> Any:
     if not isinstance(values, Mapping) or not isinstance(values.get("sample"), Mapping):
         return values
     sample = values["sample"]
-    closed = {name: field.value for name, field in OPEN.items() if name in sample and sample[name] is None}
+    closed = {name: field.value for name, field in DEFAULT_IF_UNSET.items() if name in sample and sample[name] is None}
     return {**values, "sample": {**sample, **closed}}
 
 
@@ -254,7 +255,7 @@ def decided(sample: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str
     """config.sample with what it leaves open as a checkpoint is sampled. ConfigError for a field that is given though
     the checkpoint decides it.
     """
-    for name, field in OPEN.items():
+    for name, field in DEFAULT_IF_UNSET.items():
         if name in sample and sample[name] is None:
             check_without_effect(sample, name, f"while config.sample.{name} is open: config.pretrained decides both")
             given = {name: published[name]} | {other: published[other] for other in field.beside}
@@ -264,7 +265,7 @@ def decided(sample: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str
 
 def check_without_effect(sample: Mapping[str, Any], name: str, why: str) -> None:
     """ConfigError if a field that goes with the open field `name` of config.sample is given."""
-    for other, neutral in OPEN[name].beside.items():
+    for other, neutral in DEFAULT_IF_UNSET[name].beside.items():
         if sample.get(other, neutral) != neutral:
             raise ConfigError(f"config.sample.{other}: has no effect {why}; got {shown(sample[other])}")
 

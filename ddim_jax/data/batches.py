@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddim_jax import interrupts
 from ddim_jax.data.source import Batch, Source
+from ddim_jax.utils import interrupts
 
 
 def order(length: int, seed: int, first: int, count: int) -> np.ndarray:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ddim_jax import files
 from ddim_jax.data.source import Batch, check_labels
+from ddim_jax.utils import files
 
 SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # what others call them
 

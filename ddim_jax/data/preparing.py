@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ddim_jax.data import prepared
-from ddim_jax.files import check_regular, printable
+from ddim_jax.utils.files import check_regular, printable
 
 Examples = Iterator[tuple[str, dict[str, Any]]]  # key -> features
 

@@ -14,13 +14,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ddim_jax import files
 from ddim_jax.data import prepared
 from ddim_jax.data.prepared import PreparedSource
 from ddim_jax.data.source import Batch, Source, check_labels
-from ddim_jax.files import shown
-from ddim_jax.images import open_npz
 from ddim_jax.registry import resolve
+from ddim_jax.utils import files
+from ddim_jax.utils.files import shown
+from ddim_jax.utils.images import open_npz
 
 SPLITS = ("train", "test")
 JPEG_SUFFIXES = (".jpg", ".jpeg")

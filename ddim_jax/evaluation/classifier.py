@@ -13,12 +13,12 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from ddim_jax import files
+from ddim_jax.checkpoints import tensors
 from ddim_jax.data import Plan, Source, batches
 from ddim_jax.data.scaling import to_unit
-from ddim_jax.errors import CheckpointError
 from ddim_jax.evaluation.feature_network import on_one_device
-from ddim_jax.pretrained import tensors
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError
 
 Shape = tuple[int, int, int]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import Partial
 
-from ddim_jax.pretrained.tensors import digest
+from ddim_jax.checkpoints.tensors import digest
 from ddim_jax.schedule import Array
 
 

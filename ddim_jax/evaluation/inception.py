@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import cache
-from ddim_jax.errors import CheckpointError
+from ddim_jax.checkpoints import tensors
+from ddim_jax.checkpoints.parameter_names import Layout
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output, feature_network, on_one_device
-from ddim_jax.pretrained import tensors
-from ddim_jax.pretrained.names import Layout
 from ddim_jax.schedule import Array
+from ddim_jax.utils import download
+from ddim_jax.utils.errors import CheckpointError
 
 SIZE = 299
 FEATURES = 2048
@@ -224,7 +224,7 @@ def open_network(path: str = "") -> FeatureNetwork:
     """
     if path and not pathlib.Path(path).is_file():
         raise CheckpointError(f"there is no file {path}: the weights of FID's Inception network, {WEIGHTS}, are wanted")
-    found = pathlib.Path(path) if path else cache.fetch(URL, SHA256, "the weights of FID's Inception network")
+    found = pathlib.Path(path) if path else download.fetch(URL, SHA256, "the weights of FID's Inception network")
     return feature_network("inception-2015-12-05", apply, load(found), f"bilinear of TensorFlow 1 to {SIZE}x{SIZE}")
 
 

@@ -1,15 +1,20 @@
-"""What is computed from features beside the Fréchet distance: KID, Inception Score, precision and recall. Host,
-float64.
+"""Metrics of image features: KID, Inception Score, precision and recall, and the table of all metrics by name. On the
+host, in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddim_jax.evaluation.frechet import checked
+from ddim_jax.data import check_labels
+from ddim_jax.evaluation import frechet
+from ddim_jax.evaluation.features import ImageFeatures
+from ddim_jax.evaluation.frechet import Moments, checked
+from ddim_jax.registry import is_code, resolve
+from ddim_jax.utils import files
 
 BLOCK = 2048
 
@@ -120,3 +125,101 @@ def confidence(logits: np.ndarray) -> Confidence:
     likeliest = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
     shares = np.bincount(logits.argmax(axis=1), minlength=logits.shape[1]) / len(logits)
     return Confidence(float((1 / likeliest).mean()), float(shares.min()), float(shares.max()))
+
+
+# --- by name ---
+
+
+class Metric(NamedTuple):
+    samples: tuple[str, ...]  # the fields of ImageFeatures that it reads, beside count and moments, of the samples
+    reference: tuple[str, ...]  # and of the real images
+    compute: Callable[[ImageFeatures, ImageFeatures], dict[str, float]]  # (samples, real) -> numbers, main first
+
+
+def compute(names: Iterable[str], samples: ImageFeatures, real: ImageFeatures) -> dict[str, Any]:
+    """The numbers of the metrics that names lists. ValueError where the reference does not have what one needs, or for
+    fewer images than it takes.
+    """
+    check(names, real)
+    return {name: value for one in names for name, value in metric(one).compute(samples, real).items()}
+
+
+def metric(name: str) -> Metric:
+    """The metric called name in METRICS, or what the function of the user's that "package.module:function" names
+    returns. ValueError if it is no Metric of known fields.
+    """
+    found = resolve(METRICS, name)
+    found = found() if is_code(name) else found
+    fields = ImageFeatures._fields[2:]
+    if not isinstance(found, Metric) or not {*found.samples, *found.reference} <= {*fields}:
+        raise ValueError(f"{name} must return a Metric that reads {', '.join(fields)}, got {files.shown(found)}")
+    return found
+
+
+def check(names: Iterable[str], real: ImageFeatures) -> None:
+    """ValueError where a metric needs more of the real images than what is there."""
+    for name in names:
+        if any(getattr(real, field) is None for field in metric(name).reference):
+            raise ValueError(f"{name} needs the features of the real images, and the reference is mu and sigma alone")
+
+
+def needed_of_samples(names: Iterable[str]) -> set[str]:
+    """What `features.extract` must keep of the samples for these metrics."""
+    return {field for name in names for field in metric(name).samples}
+
+
+def needed_of_reference(names: Iterable[str]) -> set[str]:
+    """What `features.extract` must keep of the real images for these metrics."""
+    return {field for name in names for field in metric(name).reference}
+
+
+def _fid(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
+    return {"fid": frechet.distance(*(_with_factor(images) for images in (samples, real)))}
+
+
+def _with_factor(images: ImageFeatures) -> Moments:
+    """Its moments, with their factor where the features are there to take it from."""
+    moments, features = images.moments, images.features
+    if moments.factor is None and features is not None and len(features) <= features.shape[1]:
+        moments = moments._replace(factor=frechet.moments(features).factor)
+    return moments
+
+
+def _kid(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
+    size = min(1000, samples.count, real.count)
+    found = kid(samples.features, real.features, subset_size=size)
+    return {"kid": found.mean, "kid_std": found.std, "kid_subset_size": size}
+
+
+def _inception_score(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
+    splits = min(10, samples.count)
+    found = inception_score(samples.logits, splits)
+    return {"inception_score": found.mean, "inception_score_std": found.std, "inception_score_splits": splits}
+
+
+def _precision_recall(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
+    return precision_recall(samples.features, real.features)._asdict()
+
+
+def _confidence(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
+    return confidence(samples.logits)._asdict()
+
+
+def _agreement(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
+    check_labels(samples.labels, samples.logits.shape[1])
+    return {"agreement": float((samples.logits.argmax(axis=1) == samples.labels).mean())}
+
+
+def _nearest(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
+    return {"nearest": nearest(samples.features, real.features)}
+
+
+METRICS = {
+    "fid": Metric((), (), _fid),
+    "kid": Metric(("features",), ("features",), _kid),
+    "inception_score": Metric(("logits",), (), _inception_score),
+    "precision_recall": Metric(("features",), ("features",), _precision_recall),
+    "confidence": Metric(("logits",), (), _confidence),
+    "agreement": Metric(("logits", "labels"), (), _agreement),
+    "nearest": Metric(("features",), ("features",), _nearest),
+}

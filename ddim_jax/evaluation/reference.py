@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddim_jax import files, images
 from ddim_jax.data import Source
 from ddim_jax.evaluation.feature_network import FeatureNetwork
+from ddim_jax.evaluation.features import ImageFeatures
 from ddim_jax.evaluation.frechet import Moments
-from ddim_jax.evaluation.judge import Judged
+from ddim_jax.utils import files, images
 
 VERSION = 1  # of what the numbers in the file mean
 
@@ -39,7 +39,7 @@ REQUIRED = {field.name for field in dataclasses.fields(About) if field.default i
 
 
 class Reference(NamedTuple):
-    judged: Judged
+    features: ImageFeatures
     about: About | None  # None: nobody said
 
 
@@ -57,8 +57,8 @@ def resolution(shape: tuple[int, ...]) -> str:
 
 def save(path: pathlib.Path, reference: Reference) -> None:
     """Writes an .npz: `mu` and `sigma` under the names that others read, `about` as JSON, and what else was kept."""
-    judged = reference.judged
-    arrays = {"mu": judged.moments.mean, "sigma": judged.moments.cov, "features": judged.features}
+    kept = reference.features
+    arrays = {"mu": kept.moments.mean, "sigma": kept.moments.cov, "features": kept.features}
     with files.replacing(path) as file:
         np.savez(
             file,
@@ -104,7 +104,7 @@ def _reference(arrays: Mapping[str, np.ndarray]) -> Reference:
     if np.diagonal(sigma).min() < 0 or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-5 * sigma.max()):
         raise ValueError("sigma must be a covariance: symmetric, and no variance below 0")
     count = len(features) if features is not None else known.count if known else None
-    return Reference(Judged(count or 0, Moments(mu, sigma), features), known)
+    return Reference(ImageFeatures(count or 0, Moments(mu, sigma), features), known)
 
 
 def _about(array: np.ndarray) -> About:

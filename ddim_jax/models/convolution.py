@@ -31,17 +31,17 @@ class Conv3x3(nn.Module):
     features: int
     kernel_init: Callable[..., Array]
     dtype: Any
-    doubled: bool = False
+    upsample: bool = False
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        return (convolve_doubled if self.doubled else convolve)(x, kernel) + bias[None, None, None]
+        return (convolve_upsampled if self.upsample else convolve)(x, kernel) + bias[None, None, None]
 
 
-def convolve_doubled(x: Array, kernel: Array) -> Array:
+def convolve_upsampled(x: Array, kernel: Array) -> Array:
     """x (B, H, W, C), kernel (3, 3, C, K) -> (B, 2 H, 2 W, K): `convolve` of x with every pixel repeated in two rows
     and two columns.
     """

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ddim_jax import checks, ranges
+from ddim_jax import checks
 from ddim_jax.models.unet import (
     DTYPES,
     Dropout,
@@ -25,6 +25,7 @@ from ddim_jax.models.unet import (
     with_label_dropout,
 )
 from ddim_jax.schedule import Array
+from ddim_jax.utils import ranges
 
 # The published initialisation. What modulates starts at 0, so that every block is the identity and the output is 0.
 _INIT = nn.initializers.xavier_uniform()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -133,6 +134,16 @@ def as_network(made: Any, shape: tuple[int, ...] | None = None, num_classes: int
         raise ValueError("shape must be given, that of one x: the network does not say image_size and image_channels")
     num_classes = getattr(made, "num_classes", 0) if num_classes is None else num_classes
     return Functions(tuple(shape), num_classes, *made) if pair else Linen(tuple(shape), num_classes, made)
+
+
+def param_shapes(network: Network) -> Any:
+    """Shapes and dtypes of the parameters of a network, without making any."""
+    return _param_shapes(as_network(network))
+
+
+@functools.lru_cache(maxsize=16)
+def _param_shapes(network: Network) -> Any:
+    return jax.eval_shape(network.init, jax.random.key(0))
 
 
 class _Fields(dict):

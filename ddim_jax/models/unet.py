@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import ranges
 from ddim_jax.models.convolution import Conv3x3
 from ddim_jax.schedule import Array
+from ddim_jax.utils import ranges
 
 # Ho's initialisation: uniform with variance 1 / mean(fan_in, fan_out); what closes a residual branch starts at 0.
 _INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -32,7 +32,7 @@ MOST_BLOCKS = 128  # residual blocks, in all
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 # Rows and columns of zeros (before, after) each axis of the image, where a stride-2 convolution halves it.
-HALVE_PADDING = {"end": ((0, 1), (0, 1)), "both": ((1, 1), (1, 1))}
+DOWNSAMPLE_PADDING = {"end": ((0, 1), (0, 1)), "both": ((1, 1), (1, 1))}
 
 
 def sinusoid(time: Array, features: int, shift: float = 1.0, cos_first: bool = False) -> Array:
@@ -190,11 +190,11 @@ class UNet(nn.Module):
     patch_size^2 times the channels (space-to-depth). Height and width in positions, H / patch_size, are halved
     len(channel_mult) - 1 times. attention_resolutions: sizes, in positions, at which every block is followed by
     attention. middle_attention: whether the middle has one. head_channels: channels of an attention
-    head, 0 for a single head. halve_padding: a name in HALVE_PADDING. frequency_shift, cos_first: see `sinusoid`.
-    num_classes: 0 for none, else `labels` are required. label_dropout: above 0 there is one more class, num_classes,
-    which says nothing of the image; in training a label is replaced by it with this probability, so that the network
-    can guide itself (Ho and Salimans 2022). remat: compute the blocks again for the gradient instead of
-    keeping what they computed: less memory, a third more time.
+    head, 0 for a single head. downsample_padding: a name in DOWNSAMPLE_PADDING. frequency_shift, cos_first: see
+    `sinusoid`. num_classes: 0 for none, else `labels` are required. label_dropout: above 0 there is one more class,
+    num_classes, which says nothing of the image; in training a label is replaced by it with this probability, so
+    that the network can guide itself (Ho and Salimans 2022). remat: compute the blocks again for the gradient instead
+    of keeping what they computed: less memory, a third more time.
     """
 
     image_size: int = ranges.at_least(1, 2048, 32)
@@ -208,7 +208,7 @@ class UNet(nn.Module):
     head_channels: int = ranges.at_least(0, 1 << 18, 0)
     groups: int = ranges.at_least(1, 1 << 18, 32)
     norm_epsilon: float = ranges.above_zero(1e-6)
-    halve_padding: str = ranges.one_of(HALVE_PADDING, "end")
+    downsample_padding: str = ranges.one_of(DOWNSAMPLE_PADDING, "end")
     frequency_shift: float = 1.0
     cos_first: bool = False
     dropout: float = ranges.below_one(0.1)
@@ -280,8 +280,9 @@ class UNet(nn.Module):
         )
         attention = lambda name: Attention(self.groups, self.norm_epsilon, self.head_channels, self.dtype, name=name)
         conv = lambda features, name, init=_INIT: Conv3x3(features, init, self.dtype, name=name)
-        halve = lambda features, name: nn.Conv(
-            features, (3, 3), 2, HALVE_PADDING[self.halve_padding], kernel_init=_INIT, dtype=self.dtype, name=name
+        padding = DOWNSAMPLE_PADDING[self.downsample_padding]
+        downsample = lambda features, name: nn.Conv(
+            features, (3, 3), 2, padding, kernel_init=_INIT, dtype=self.dtype, name=name
         )
         dense = lambda name: nn.Dense(4 * self.channels, kernel_init=_INIT, dtype=self.dtype, name=name)
 
@@ -301,7 +302,7 @@ class UNet(nn.Module):
                     h = attention(f"down_{level}_attention_{i}")(h)
                 skips.append(h)
             if level < last:
-                h = halve(h.shape[-1], f"down_{level}_halve")(h)
+                h = downsample(h.shape[-1], f"down_{level}_halve")(h)
                 skips.append(h)
 
         h = block(self.channel_mult[-1], "middle_block_0")(h, embedding, train)
@@ -315,7 +316,7 @@ class UNet(nn.Module):
                 if h.shape[1] in self.attention_resolutions:
                     h = attention(f"up_{level}_attention_{i}")(h)
             if level > 0:
-                h = Conv3x3(h.shape[-1], _INIT, self.dtype, doubled=True, name=f"up_{level}_double")(h)
+                h = Conv3x3(h.shape[-1], _INIT, self.dtype, upsample=True, name=f"up_{level}_double")(h)
 
         h = nn.silu(GroupNorm(self.groups, self.norm_epsilon, name="norm_out")(h))
         h = conv(self.patch_size**2 * self.image_channels, "conv_out", init=_ZERO)(h)

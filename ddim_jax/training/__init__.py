@@ -10,5 +10,5 @@ __all__ = ["fit"]
 
 def __getattr__(name: str) -> Any:
     if name == "fit":  # loaded when it is first used: it needs Orbax, which takes a second
-        return importlib.import_module("ddim_jax.training.loop").fit
+        return importlib.import_module("ddim_jax.training.fitting").fit
     raise AttributeError(f"module 'ddim_jax.training' has no attribute {name!r}")

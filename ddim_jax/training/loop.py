@@ -1,135 +1,311 @@
-"""Training from Python, without a config."""
+"""The training loop: from a recipe and a data set to parameters, with checkpoints and exact resume."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import fcntl
+import math
+import os
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
+from jax.sharding import Mesh
 
-from ddim_jax import checks, data, sharding, train_state
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.errors import CheckpointError
-from ddim_jax.models.network import Network, as_network
-from ddim_jax.training import train_step
+from ddim_jax import data
+from ddim_jax.checkpoints.run import Checkpoints
+from ddim_jax.models.network import Network
+from ddim_jax.training import train_state, train_step
 from ddim_jax.training.objectives import Objective
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils import files, interrupts, sharding
+from ddim_jax.utils.errors import CheckpointError, ConfigError, DamagedError, error_context
 
-KEEP = 3  # latest checkpoints
-
-
-class Fitted(NamedTuple):
-    params: Any
-    ema_params: Any  # their moving average: what is sampled
-    losses: np.ndarray  # (num_steps - the step that it began at,)
+READING_THREADS = 4
 
 
-class Points:
-    """Training data of any shape: x (N, ...), floating point or uint8, with labels (N,) or None. A `data.Source`."""
+class Recipe(NamedTuple):
+    """What is trained, on which batches, and for how long."""
 
-    crop, jpegs, instant = "none", 0, True
+    network: Network
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    num_steps: int  # updates in all
+    batch_size: int  # examples of one update, on all devices together
+    seed: int = 0  # of the parameters, the order of the data and all noise
+    ema_decay: float | Callable = 0.9999  # a number, or a function of the step
+    accumulate: int = 1  # into how many parts a batch is divided, one after the other
+    flip: bool = False  # whether half of the images are mirrored
+    max_skipped: int = 20  # updates in a row that may be left out as not finite
+    checkpoint_every: int = 1000
+    keep: int = 3  # the latest checkpoints
+    keep_every: int = 0  # and those of the multiples of this step; 0: none
+    workers: int = 0  # processes that read data
+    counted: Objective | None = None  # the same objective without rematerialisation, whose operations are counted
 
-    def __init__(self, x: np.ndarray, labels: np.ndarray | None = None):
-        self.images, self.labels = np.asarray(x), None if labels is None else np.asarray(labels, np.int32)
-        if not self.images.ndim or not len(self.images):
-            raise ValueError(f"x must be (N, ...), N at least 1, got shape {self.images.shape}")
-        if labels is not None and self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"labels must have the shape {self.images.shape[:1]}, got {self.labels.shape}")
-        self.image_shape = self.images.shape[1:]
-        self.num_classes = 0 if labels is None else int(self.labels.max()) + 1
 
-    def __len__(self) -> int:
-        return len(self.images)
+class Writers(Protocol):
+    """What the loop tells of every update; see `metric_writers.MetricWriters`."""
 
-    def __getitem__(self, indices: np.ndarray) -> data.Batch:
-        return data.Batch(self.images[indices], None if self.labels is None else self.labels[indices])
+    flops: float  # of one update
+
+    def add_update(self, step: int, metrics: train_step.Metrics) -> None: ...
+
+    def __enter__(self) -> Writers: ...
+
+    def __exit__(self, *exception) -> None: ...
 
 
-def fit(
-    network: Network | nn.Module,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    source: data.Source | np.ndarray,
+OnStep = Callable[..., None]  # (writers, step, ema_params, resumed=False)
+
+
+def run(
+    recipe: Recipe,
+    source: data.Source,
+    mesh: Mesh,
+    open_writers: Callable[[int], Writers],
+    workdir: pathlib.Path | None = None,
     *,
-    num_steps: int,
-    batch_size: int,
-    workdir: str | pathlib.Path | None = None,
-    seed: int = 0,
-    ema_decay: float | Callable = 0.9999,
-    accumulate: int = 1,
-    checkpoint_every: int = 1000,
-    mesh: jax.sharding.Mesh | None = None,
-    progress: bool = True,
-) -> Fitted:
-    """Trains a network until num_steps updates are done, over all devices.
+    record: Mapping[str, Any] | None = None,
+    check_saved: Callable[[Mapping[str, Any]], None] = lambda saved: None,
+    initial_params: Callable[[bool], tuple[Any, str] | None] = lambda converted: None,
+    on_step: OnStep = lambda writers, step, ema_params, resumed=False: None,
+    skip_damaged: bool = False,
+) -> TrainState:
+    """Trains until recipe.num_steps updates are done, from where the workdir is, and returns the last state.
 
-    network: a `Network`, or a Linen module. objective: see `objectives.noise_prediction` and `objectives.make`.
-    optimizer: any of optax. source: a `data.Source`, or an array (N, ...) of any shape, whose uint8 values are taken as
-    pixels and whose floats as x_0. workdir: checkpoints are written there every checkpoint_every updates and at the
-    end, and the same call continues from the last one, to the same parameters as without a break. ema_decay: a number,
-    or a function of the step. mesh: of devices; default: all. The batch of step k depends on (seed, k) alone.
+    source: its examples have the network's shape. open_writers: (step that training begins from) -> Writers. workdir:
+    checkpoints are written below it; None: nothing is written. record: a JSON object that is saved with each
+    checkpoint. check_saved: (record of a checkpoint); raises ConfigError or CheckpointError if training must not resume
+    from it. initial_params: (whether the workdir holds parameters without an optimizer) -> the parameters to begin with
+    and where they are from, or None for random ones. on_step: called after every update, and once where training
+    resumes. skip_damaged: set a damaged checkpoint aside and resume from the one before.
 
-    ValueError where the shapes do not fit; CheckpointError for a workdir of another network, data or seed.
+    SIGTERM saves a checkpoint and ends the process with exit code os.EX_TEMPFAIL, Ctrl-C raises KeyboardInterrupt after
+    the update, where `interrupts.install` was called. ConfigError where the loss or the parameters stay not finite,
+    where the checkpoints do not fit on the disk, and where another process trains in the workdir; CheckpointError or
+    DamagedError where a checkpoint cannot be used.
     """
-    checks.integer("num_steps", num_steps, 1)
-    checks.integer("batch_size", batch_size, 1)
-    checks.integer("checkpoint_every", checkpoint_every, 1)
-    source = source if hasattr(source, "image_shape") else Points(source)
-    network = as_network(network, tuple(source.image_shape))
-    if tuple(network.shape) != tuple(source.image_shape):
-        raise ValueError(f"source must hold examples of the shape {network.shape}, got {tuple(source.image_shape)}")
-    mesh = sharding.data_mesh() if mesh is None else mesh
-    if batch_size % (mesh.size * accumulate):
-        raise ValueError(f"batch_size must divide over {mesh.size} devices and {accumulate} parts, got {batch_size}")
-    init_key, step_key = jax.random.split(jax.random.key(seed))
-    init = lambda key: train_state.init(network, optimizer, key, objective.init())
+    with contextlib.ExitStack() as stack:
+        checkpoints, fingerprint, begin = None, "", 0
+        if workdir is not None:
+            with error_context("config.data"):
+                fingerprint = data.fingerprint(source)
+            stack.enter_context(locked(workdir))
+            checkpoints = stack.enter_context(Checkpoints(workdir, recipe.keep, recipe.keep_every))
+        state, step_key = first_state(recipe, mesh)
+        if checkpoints is not None:
+            found = _restored(state, recipe, workdir, fingerprint, checkpoints, check_saved, skip_damaged)
+            state, begin = found or (state, 0)
+        if not begin and (given := initial_params(checkpoints is not None and checkpoints.latest() == 0)):
+            params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), given[0], state.params)
+            state = state._replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+            say(f"starts from {given[1]}")
+        if checkpoints is not None and begin < recipe.num_steps:
+            check_disk(recipe, workdir, state, begin, checkpoints.steps())
+        with open_writers(begin) as writers:
+            if begin < recipe.num_steps:
+                example = source[np.arange(1)].images
+                update, writers.flops = compiled_update(recipe, mesh, state, step_key, example.shape[1:], example.dtype)
+            if begin:
+                on_step(writers, begin, state.ema_params, resumed=True)
+            save = None if checkpoints is None else lambda state: checkpoints.save(state, dict(record), fingerprint)
+            with interrupts.postponed() as pending_signal:
+                in_flight = collections.deque()
+                for step, batch in enumerate(training_batches(recipe, source, mesh, begin), begin + 1):
+                    state, metrics = update(state, batch.images, batch.labels, step_key)
+                    in_flight.append((step, metrics))
+                    writers.add_update(step, metrics)
+                    last, due = step == recipe.num_steps, step % recipe.checkpoint_every == 0
+                    stop = sharding.should_stop(step, pending_signal() == signal.SIGTERM)
+                    while len(in_flight) > (0 if last or due or stop else sharding.steps_in_flight()):
+                        check_finite(recipe, *in_flight.popleft())
+                    # Not while updates are left out: they would take the place of those from before.
+                    if save and (last or stop or (due and not metrics.skipped)):
+                        check_state(state)
+                        save(state)
+                    if save and stop and not last:
+                        checkpoints.wait()
+                        print(f"\nstopped at step {step}, which is saved; the same command resumes", file=sys.stderr)
+                        sys.exit(os.EX_TEMPFAIL)
+                    if pending_signal() == signal.SIGINT:
+                        raise KeyboardInterrupt
+                    on_step(writers, step, state.ema_params)
+                if checkpoints is not None:
+                    checkpoints.wait()
+    return state
+
+
+def say(text: str) -> None:
+    """Prints, in the first process. Control characters, which may come from files, are escaped."""
+    if sharding.is_main_process():
+        print(files.printable(text), flush=True)
+
+
+def first_state(recipe: Recipe, mesh: Mesh) -> tuple[TrainState, jax.Array]:
+    """The state before the first update, placed on the mesh, and the key of all updates."""
+    init_key, step_key = jax.random.split(jax.random.key(recipe.seed))
+    init = lambda key: train_state.init(recipe.network, recipe.optimizer, key, recipe.objective.init())
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, init_key))
-    state = jax.jit(init, out_shardings=placement)(init_key)
-    update = jax.jit(
-        train_step.build(objective, optimizer, ema_decay=ema_decay, accumulate=accumulate),
-        donate_argnums=0,
-        out_shardings=(placement, sharding.replicated(mesh)),
-    )
-    record = {"fit": {"seed": seed, "batch_size": batch_size}}
-    plan = data.Plan(source, batch_size, seed, shard=jax.process_index(), num_shards=jax.process_count())
-    if workdir is None:
-        return _loop(state, update, plan, step_key, 0, num_steps, mesh, lambda step, state: None, network, progress)
-    pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    with Checkpoints(pathlib.Path(workdir), KEEP, 0) as checkpoints:
-        fingerprint, begin = data.fingerprint(source), checkpoints.latest() or 0
-        if begin:
-            checkpoints.check_network(begin, state.params)
-            if checkpoints.config(begin) != record or checkpoints.data(begin) != fingerprint:
-                raise CheckpointError(f"{workdir} was trained with another seed, batch_size or source")
-            state = checkpoints.restore(begin, jax.tree.map(_placed, state))
-
-        def save(step, state):
-            if step % checkpoint_every == 0 or step == num_steps:
-                checkpoints.save(state, record, fingerprint)
-
-        fitted = _loop(state, update, plan, step_key, begin, num_steps, mesh, save, network, progress)
-        checkpoints.wait()
-    return fitted
+    return jax.jit(init, out_shardings=placement)(init_key), step_key
 
 
-def _loop(state, update, plan, key, begin, num_steps, mesh, save, network, progress) -> Fitted:
-    losses, in_flight = [], collections.deque()
-    stream = data.batches(plan, begin)
-    for step in tqdm(range(begin + 1, num_steps + 1), "training", disable=not progress):
-        batch = next(stream)
-        batch = sharding.put_batch(mesh, batch if network.num_classes else batch._replace(labels=None))
-        state, metrics = update(state, batch.images, batch.labels, key)
-        in_flight.append(metrics)
-        while len(in_flight) > (0 if step == num_steps else sharding.steps_in_flight()):
-            losses.append(float(in_flight.popleft().loss))
-        save(step, state)
-    return Fitted(state.params, state.ema_params, np.array(losses))
+def _restored(
+    state: TrainState,
+    recipe: Recipe,
+    workdir: pathlib.Path,
+    fingerprint: str,
+    checkpoints: Checkpoints,
+    check_saved: Callable[[Mapping[str, Any]], None],
+    skip_damaged: bool,
+) -> tuple[TrainState, int] | None:
+    """The state of the last checkpoint and its step, which must be of the same record and data; None if there is no
+    checkpoint with an optimizer.
+    """
+    for step in reversed(checkpoints.steps()):
+        if step == 0:
+            break
+        try:
+            checkpoints.check_network(step, state.params)
+            check_saved(checkpoints.config(step))
+            if step > recipe.num_steps:
+                raise ConfigError(f"config.train.num_steps is {recipe.num_steps}, but {workdir} is at step {step}")
+            if checkpoints.data(step) not in ("", fingerprint):
+                raise ConfigError(f"config.data: the run in {workdir} was trained on other images")
+            state = checkpoints.restore(step, jax.tree.map(_placed, state))
+            say(f"resumes from step {step} of {workdir}")
+            return state, step
+        except DamagedError as error:
+            if not skip_damaged:
+                raise CheckpointError(f"{error}; --skip_damaged resumes from the checkpoint before it") from error
+            say(f"warning: {error}; it is now {checkpoints.set_aside(step)}")
+    return None
 
 
 def _placed(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def update_of(recipe: Recipe) -> train_step.Update:
+    """The update of a recipe, to be jitted."""
+    return train_step.build(
+        recipe.objective, recipe.optimizer, ema_decay=recipe.ema_decay, accumulate=recipe.accumulate
+    )
+
+
+def compiled_update(
+    recipe: Recipe,
+    mesh: Mesh,
+    state: TrainState,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: Any = np.uint8,
+) -> tuple[jax.stages.Compiled, float]:
+    """The update, which takes over the memory of its state, and how many floating-point operations one takes as XLA
+    counts them; what is computed twice to save memory counts once. shape, dtype: of one example.
+    """
+    along = sharding.along_batch(mesh)
+    examples = jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=along)
+    labels = None
+    if recipe.network.num_classes:
+        labels = jax.ShapeDtypeStruct((recipe.batch_size,), np.int32, sharding=along)
+    where = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
+
+    def traced(recipe):
+        made = jax.jit(update_of(recipe), donate_argnums=0, out_shardings=where)
+        return made.trace(state, examples, labels, key)
+
+    program = traced(recipe)
+    plain = recipe._replace(objective=recipe.counted or recipe.objective, accumulate=1)
+    counted = program if recipe.counted is None and recipe.accumulate == 1 else traced(plain)
+    # As for a TPU, whose convolutions are convolutions: a CPU's are made of fewer operations.
+    cost = counted.lower(lowering_platforms=("tpu",)).cost_analysis() or {}
+    return program.lower().compile(), float(cost.get("flops", 0))
+
+
+def training_batches(recipe: Recipe, source: data.Source, mesh: Mesh, begin: int) -> Iterator[data.Batch]:
+    """The batches of steps begin + 1 .. num_steps, on the devices; labels only for a network with classes."""
+    plan = data.Plan(source, recipe.batch_size, recipe.seed, recipe.flip, jax.process_index(), jax.process_count())
+    stream = data.batches(plan, begin, 0 if source.instant else READING_THREADS, recipe.workers)
+    for _ in range(begin, recipe.num_steps):
+        with error_context("config.data"):
+            batch = next(stream)
+        yield sharding.put_batch(mesh, batch if recipe.network.num_classes else batch._replace(labels=None))
+
+
+def check_finite(recipe: Recipe, step: int, metrics: train_step.Metrics) -> None:
+    """Waits for a step. ConfigError if the parameters are not finite after it, or if it is the last of too many that
+    were left out.
+    """
+    if not metrics.finite:
+        raise ConfigError(
+            f"the parameters are not finite after step {step}: the learning_rate may be too large; the checkpoints are "
+            f"from before"
+        )
+    skipped = int(metrics.skipped)
+    if skipped >= recipe.max_skipped:
+        raise ConfigError(
+            f"the loss or its gradient was not finite in {skipped} updates in a row, steps {step - skipped + 1} to "
+            f"{step}; none of them was made, and the checkpoints are from before"
+        )
+
+
+def check_state(state: TrainState) -> None:
+    """CheckpointError if a state is not finite: it must not take the place of a good checkpoint."""
+    if not all(np.isfinite(sharding.to_host(leaf)).all() for leaf in jax.tree.leaves(state)):
+        raise CheckpointError(
+            f"the parameters or the optimizer of step {state.step} are not finite; they are not saved"
+        )
+
+
+def check_disk(recipe: Recipe, workdir: pathlib.Path, state: TrainState, begin: int, existing: Sequence[int]) -> None:
+    """ConfigError if the checkpoints to come, beside those of the existing steps, do not fit on the disk."""
+    count = checkpoints_to_come(recipe, begin, existing)
+    needed = count * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    if not sharding.broadcast_from_main(needed <= free):
+        raise ConfigError(
+            f"config.train.keep is {recipe.keep} and keep_every {recipe.keep_every}: {count} checkpoints more need "
+            f"{files.human_size(needed)} on the disk of {workdir}, which has {files.human_size(free)} left"
+        )
+
+
+def checkpoints_to_come(recipe: Recipe, begin: int, existing: Sequence[int]) -> int:
+    """How many more checkpoints there are at most at a time, the one being written among them, from the step `begin` to
+    the end. existing: the steps that have one, ascending. The most are there when the last one is written: then there
+    are the latest keep + 1 and, of those before, the multiples of keep_every.
+    """
+    every, window = recipe.checkpoint_every, recipe.keep + 1
+    saves = -(-recipe.num_steps // every) - begin // every
+    before = existing[: max(0, len(existing) - max(0, window - saves))]
+    permanent = 0
+    if recipe.keep_every:
+        permanent = sum(step % recipe.keep_every == 0 for step in before)
+        oldest = (-(-recipe.num_steps // every) - recipe.keep) * every  # of the latest keep + 1, if all of them are new
+        both = math.lcm(every, recipe.keep_every)
+        permanent += max(0, (oldest - 1) // both - begin // both)
+    return max(1, min(window, len(existing) + saves) + permanent - len(existing))
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Locks the workdir: a second trainer on this machine would write over the first one's checkpoints."""
+    if not sharding.is_main_process():
+        yield
+        return
+    with open(workdir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is training in {workdir}") from None
+        except OSError as error:  # mounted buckets cannot lock
+            print(f"warning: {workdir} cannot be locked: {error.strerror}", file=sys.stderr)
+        yield

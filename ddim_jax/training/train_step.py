@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from ddim_jax.schedule import Array
-from ddim_jax.train_state import TrainState
 from ddim_jax.training.objectives import Objective
+from ddim_jax.training.train_state import TrainState
 
 BINS = 4  # quarters of 1..T whose losses are logged
 

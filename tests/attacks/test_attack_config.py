@@ -21,7 +21,7 @@ from configs import default, digits
 from ddim_jax import cli, registry
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
-from ddim_jax.errors import ConfigError
+from ddim_jax.utils.errors import ConfigError
 
 DEFAULT = json.loads(json.dumps(default.get_config().to_dict()))
 
@@ -246,9 +246,10 @@ def test_a_bound_without_clipping_is_refused(field, value, clip):
     ],
 )
 def test_what_the_checkpoint_decides_is_not_ignored(field, value, words, tmp_path):
-    from ddim_jax import pretrained, weights
+    from ddim_jax import checkpoints
+    from ddim_jax.config import weights
 
-    shipped = pretrained.shipped("digits")
+    shipped = checkpoints.shipped("digits")
     values = changed(f"sample.{field}", value, digits.get_config().to_dict())
     values["pretrained"] = str(shipped)
     refuses(lambda: weights.completed(values), f"config.sample.{field}", f"config.sample.{words}")
@@ -408,9 +409,9 @@ def test_help_of_a_command_without_fields():
 
 def test_help_has_the_defaults_and_the_comments_of_the_config_file():
     """Every default that it prints is the one that the file sets."""
-    from ddim_jax import usage
+    from ddim_jax.config import help_text
 
-    found = usage.fields((usage.DEFAULTS.parent / "default.py").read_text())
+    found = help_text.fields((help_text.DEFAULTS.parent / "default.py").read_text())
     values = default.get_config().to_dict()
     assert FIELDS.keys() - ARGUMENTS == found.keys()
     for field, (text, comment) in found.items():

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from mutations import altered
 from PIL import Image
 
-from ddim_jax import data, images
+from ddim_jax import data
 from ddim_jax.data import prepared, preparing
+from ddim_jax.utils import images
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
@@ -292,7 +293,7 @@ def test_archives_that_unpack_to_all_of_the_memory(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "y.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("arr_0.npy", member("(1000, 32, 32, 3)", content=bytes(1000 * 3072)))
     holds(len(data.load("npz", str(tmp_path / "y.npz"))) == 1000)
-    from ddim_jax import files
+    from ddim_jax.utils import files
 
     monkeypatch.setattr(files, "available_memory", lambda: 10**6)
     refuses(lambda: data.load("npz", str(tmp_path / "y.npz")), "y.npz", "memory")

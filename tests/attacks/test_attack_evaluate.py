@@ -19,9 +19,12 @@ from processes import run
 
 from configs import digits, digits_conditional
 from ddim_jax import config as config_lib
-from ddim_jax import data, evaluate, generate, images, sharding, yardstick
-from ddim_jax.errors import CheckpointError
-from ddim_jax.evaluation import frechet, judge, reference
+from ddim_jax import data, evaluate, sampling
+from ddim_jax.config import evaluation
+from ddim_jax.evaluation import features as features_lib
+from ddim_jax.evaluation import frechet, reference
+from ddim_jax.utils import images, sharding
+from ddim_jax.utils.errors import CheckpointError
 
 RNG = np.random.default_rng(0)
 ERRORS = (ValueError, CheckpointError)
@@ -51,7 +54,7 @@ def samples(tmp_path):
 
 
 def about(**changes):
-    network = judge.open_features("digits")
+    network = features_lib.open_features("digits")
     known = reference.about(data.load("digits"), "8x8x1", network, "digits", "train")
     return dataclasses.replace(known, count=12, **changes)
 
@@ -128,8 +131,8 @@ def test_statistics_of_others(tmp_path):
     for arrays in ({"about": None, "features": None}, {"about": None}, {"features": None}, {}):
         np.savez(tmp_path / "s.npz", **statistics(**arrays))
         found = reference.load(tmp_path / "s.npz")
-        holds((found.judged.moments.mean == statistics()["mu"]).all())
-        holds("features" in arrays or (found.judged.features == FEATURES).all() and found.judged.count == 12)
+        holds((found.features.moments.mean == statistics()["mu"]).all())
+        holds("features" in arrays or (found.features.features == FEATURES).all() and found.features.count == 12)
 
 
 @given(st.data())
@@ -150,7 +153,8 @@ def test_statistics_that_were_changed(data):
         else:
             moments = statistics()
             holds(
-                (found.judged.moments.mean == moments["mu"]).all() and found.about in (ABOUT, None), "other statistics"
+                (found.features.moments.mean == moments["mu"]).all() and found.about in (ABOUT, None),
+                "other statistics",
             )
 
 
@@ -172,15 +176,15 @@ def test_differences_are_shown_in_one_line():
 
 def test_damaged_statistics_of_an_earlier_command_are_computed_again(tmp_path, capsys):
     config, mesh = config_of(FEW), sharding.data_mesh()
-    network = yardstick.open_network(config)
+    network = evaluation.open_network(config)
     stored = tmp_path / "reference.npz"
-    whole = yardstick.build(config, network, mesh, (8, 8, 1), (), stored).reference
+    whole = evaluation.evaluator(config, network, mesh, (8, 8, 1), (), stored).reference
     stored.write_bytes(stored.read_bytes()[:-200])
-    again = yardstick.build(config, network, mesh, (8, 8, 1), (), stored).reference
-    holds((again.judged.moments.cov == whole.judged.moments.cov).all())
+    again = evaluation.evaluator(config, network, mesh, (8, 8, 1), (), stored).reference
+    holds((again.features.moments.cov == whole.features.moments.cov).all())
     message = capsys.readouterr().err
     holds(str(stored) in message and "computed again" in message, message)
-    holds((reference.load(stored).judged.moments.mean == whole.judged.moments.mean).all())
+    holds((reference.load(stored).features.moments.mean == whole.features.moments.mean).all())
 
 
 # --- what is read ---
@@ -238,7 +242,7 @@ def test_files_that_cannot_be_written_are_found_first(option, path, samples, tmp
     (tmp_path / "D").mkdir()
     os.mkfifo(tmp_path / "P")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(yardstick, "build", lambda *args: pytest.fail("it was evaluated"))
+    monkeypatch.setattr(evaluation, "build", lambda *args: pytest.fail("it was evaluated"))
     monkeypatch.chdir(tmp_path)
     refuses(
         lambda: command(samples=samples, overwrite=True, **{option: path}), f"--{option}", errors=(ValueError, OSError)
@@ -301,7 +305,7 @@ BITS = {"sample.eta": 1.0, "sample.steps": 3, "evaluate.num_images": 10, "evalua
 def test_bits_are_of_the_reference_and_are_written(tmp_path, capsys, monkeypatch):
     """With the mean pixel in place of the bound."""
     bound = lambda config, process, params, mesh, pixels, index, labels: np.log(2) * pixels.sum((1, 2, 3), dtype=float)
-    monkeypatch.setattr(generate, "bound", bound)
+    monkeypatch.setattr(sampling, "bound", bound)
     grey = data.load("digits").images[:10]
     np.savez(tmp_path / "white.npz", images=np.full((10, 8, 8, 1), 255, np.uint8))
     for path, expected in (("", grey.mean()), (str(tmp_path / "white.npz"), 255)):
@@ -312,7 +316,7 @@ def test_bits_are_of_the_reference_and_are_written(tmp_path, capsys, monkeypatch
 
 
 def test_bits_that_are_not_finite(monkeypatch):
-    monkeypatch.setattr(generate, "bound", lambda *args: np.where(np.arange(len(args[4])) == 3, np.nan, 1.0))
+    monkeypatch.setattr(sampling, "bound", lambda *args: np.where(np.arange(len(args[4])) == 3, np.nan, 1.0))
     refuses(lambda: command(BITS, metric="bits_per_dim"), "image 3", "not finite")
 
 
@@ -361,9 +365,9 @@ def test_more_images_than_there_are(samples):
 
 
 def test_features_that_the_memory_does_not_hold(samples, monkeypatch):
-    from ddim_jax import files
+    from ddim_jax.utils import files
 
-    network = judge.open_features("digits")
+    network = features_lib.open_features("digits")
     source, mesh = data.load("npz", samples), sharding.data_mesh()
     monkeypatch.setattr(files, "available_memory", lambda: 1000)
-    refuses(lambda: judge.judge(network, source, mesh, 10, ("features",)), "memory")
+    refuses(lambda: features_lib.extract(network, source, mesh, 10, ("features",)), "memory")

@@ -25,12 +25,14 @@ from processes import ROOT, run
 from test_unet import random_params
 
 from configs import smoke
+from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax import files, pretrained, weights
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.errors import CheckpointError
-from ddim_jax.pretrained import diffusers_folder, names
-from ddim_jax.train_state import TrainState
+from ddim_jax.checkpoints import diffusers_folder, parameter_names
+from ddim_jax.checkpoints.run import Checkpoints
+from ddim_jax.config import weights
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError
 
 NETWORK = config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model)
 UNET, NOISE, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
@@ -90,7 +92,7 @@ def test_a_field_of_a_diffusers_folder_that_is_something_else(original, data):
         path.write_text(
             json.dumps(fields | {data.draw(st.sampled_from(sorted(fields))): data.draw(st.sampled_from(WRONG))})
         )
-        refuses_or(lambda: weights.describe(str(original)), lambda found: found.model.image_size <= 4096)
+        refuses_or(lambda: weights.read_info(str(original)), lambda found: found.model.image_size <= 4096)
     finally:
         path.write_text(text)
 
@@ -114,7 +116,7 @@ def test_a_field_of_our_own_config_that_is_something_else(params, tmp_path_facto
     mutations.write_old_safetensors(path, {"a": np.ones(1)}, metadata)
 
     def recipe():
-        found = weights.describe(str(path))
+        found = weights.read_info(str(path))
         config_lib.part_of_section(config_lib.SampleConfig, found.sample, "sample")  # of the right types
         return found.name
 
@@ -155,44 +157,44 @@ def test_a_size_that_cannot_be(folder, name, field, value):
         "steps_offset": "tau_offset",
         "clip_sample_range": "clip_range",
     }.get(field, field)
-    refuses_file(lambda: weights.describe(str(folder)), ours)
+    refuses_file(lambda: weights.read_info(str(folder)), ours)
 
 
 def test_too_many_channels_of_images(folder):
     edited(folder / UNET, in_channels=10**9, out_channels=10**9)
-    refuses_file(lambda: weights.describe(str(folder)), "image_channels")
+    refuses_file(lambda: weights.read_info(str(folder)), "image_channels")
 
 
 def test_betas_are_as_many_as_levels(folder):
     edited(folder / NOISE, trained_betas=[0.01] * 99)
-    refuses_file(lambda: weights.describe(str(folder)), "num_train_timesteps", "99")
+    refuses_file(lambda: weights.read_info(str(folder)), "num_train_timesteps", "99")
 
 
 @pytest.mark.parametrize("name", [UNET, NOISE, INDEX])
 @pytest.mark.parametrize("text", [DEEP, '{"a": ' * 300 + "1" + "}" * 300, "{", "", "\xff", '{"a": ' + "9" * 5000 + "}"])
 def test_json_that_is_none(folder, name, text):
     (folder / name).write_bytes(text.encode("latin-1"))
-    refuses_file(lambda: weights.describe(str(folder)), name)
+    refuses_file(lambda: weights.read_info(str(folder)), name)
 
 
 @pytest.mark.parametrize("name", [UNET, NOISE, INDEX])
 def test_json_of_a_terabyte(folder, name):
     os.truncate(folder / name, 1 << 40)
-    refuses_file(lambda: weights.describe(str(folder)), name)
+    refuses_file(lambda: weights.read_info(str(folder)), name)
 
 
 @pytest.mark.parametrize("text", [DEEP, "{", "[]", "5", "null", '{"name": ' + DEEP + "}"])
 def test_our_own_config_that_is_none(tmp_path, text):
     metadata = {"format": "ddim_jax", "config": text, "step": "5"}
     mutations.write_old_safetensors(tmp_path / "own.safetensors", {"a": np.ones(1)}, metadata)
-    refuses_file(lambda: weights.describe(str(tmp_path / "own.safetensors")), "own.safetensors")
+    refuses_file(lambda: weights.read_info(str(tmp_path / "own.safetensors")), "own.safetensors")
 
 
 @pytest.mark.parametrize("size", [2**63, 2**40, 10**8, 7])
 def test_a_header_that_is_longer_than_it_may_be(tmp_path, size):
     path = tmp_path / "own.safetensors"
     path.write_bytes(size.to_bytes(8, "little") + b'{"a": 1}' * 10)
-    refuses_file(lambda: weights.describe(str(path)), "own.safetensors")
+    refuses_file(lambda: weights.read_info(str(path)), "own.safetensors")
 
 
 # --- names and texts ---
@@ -218,7 +220,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_a_name_in_a_file_is_no_path(params, tmp_path, name):
     mutations.write_smoke(tmp_path / "own.safetensors", params, name=name)
-    refuses_file(lambda: weights.describe(str(tmp_path / "own.safetensors")), "name")
+    refuses_file(lambda: weights.read_info(str(tmp_path / "own.safetensors")), "name")
 
 
 @pytest.mark.parametrize("name", ["../../x", "/abs", "\x1b[31mred"], ids=repr)
@@ -227,7 +229,7 @@ def test_a_name_in_a_run_is_no_path(params, tmp_path, name):
         state = TrainState(jnp.int32(0), params, params, {}, jnp.int32(0))
         checkpoints.save(state, smoke_values() | {"name": name})
         checkpoints.wait()
-    refuses_file(lambda: weights.describe(str(tmp_path / "run")), "name")
+    refuses_file(lambda: weights.read_info(str(tmp_path / "run")), "name")
 
 
 def test_nothing_is_written_outside(params, tmp_path, monkeypatch):
@@ -245,7 +247,7 @@ def test_nothing_is_written_outside(params, tmp_path, monkeypatch):
 @pytest.mark.parametrize("called", ["my net (1)", "\x1b[31mred", "net\nnet", "--", "né"])
 def test_the_name_of_a_folder_becomes_one_that_is_plain(original, tmp_path, called):
     shutil.copytree(original, tmp_path / called)
-    name = weights.describe(str(tmp_path / called)).name
+    name = weights.read_info(str(tmp_path / called)).name
     holds(name and all(c.isascii() and (c.isalnum() or c in "._-") for c in name) and name[0].isalnum(), name)
 
 
@@ -258,22 +260,22 @@ def without_escapes(message):
 
 def test_texts_of_files_do_not_reach_the_terminal_as_they_are(folder, params, tmp_path):
     edited(folder / UNET, **{ESCAPE: 1})
-    without_escapes(refuses_or(lambda: weights.describe(str(folder))))
+    without_escapes(refuses_or(lambda: weights.read_info(str(folder))))
     edited(folder / UNET, **{ESCAPE: None}, down_block_types=["DownBlock2D", ESCAPE])
-    without_escapes(refuses_or(lambda: weights.describe(str(folder))))
+    without_escapes(refuses_or(lambda: weights.read_info(str(folder))))
     edited(folder / INDEX, _class_name=ESCAPE)
-    without_escapes(refuses_or(lambda: weights.describe(str(folder))))
+    without_escapes(refuses_or(lambda: weights.read_info(str(folder))))
     edited(folder / INDEX, **{ESCAPE: ["diffusers", "VQModel"]})
-    without_escapes(refuses_or(lambda: weights.describe(str(folder))))
+    without_escapes(refuses_or(lambda: weights.read_info(str(folder))))
     safetensors.numpy.save_file({ESCAPE: np.ones(1, np.float32)}, tmp_path / "some.safetensors")
-    without_escapes(refuses_or(lambda: weights.describe(str(tmp_path / "some.safetensors"))))
+    without_escapes(refuses_or(lambda: weights.read_info(str(tmp_path / "some.safetensors"))))
 
 
 def test_a_message_does_not_grow_with_the_file(folder):
     edited(folder / UNET, down_block_types=["x" * 1_000_000, "y"])
-    holds(len(refuses_or(lambda: weights.describe(str(folder)))) <= 2000)
+    holds(len(refuses_or(lambda: weights.read_info(str(folder)))) <= 2000)
     edited(folder / UNET, down_block_types=["DownBlock2D", "AttnDownBlock2D"], sample_size=[[7] * 1000] * 1000)
-    holds(len(refuses_or(lambda: weights.describe(str(folder)))) <= 2000)
+    holds(len(refuses_or(lambda: weights.read_info(str(folder)))) <= 2000)
 
 
 # --- the official code's config ---
@@ -294,15 +296,17 @@ def official_tensors():
     """A network under the names of the official code."""
     values = smoke_values()["model"] | {"channels": 32, "groups": 32}
     params = random_params(config_lib.network(config_lib.section(config_lib.ModelConfig, values, "model")))
-    of = lambda path, leaf: np.ascontiguousarray(names.to_theirs(path, np.asarray(leaf), names.OFFICIAL))
-    return {names.OFFICIAL.name(path, 2): of(path, leaf) for path, leaf in mutations.flat(params).items()}
+    of = lambda path, leaf: np.ascontiguousarray(
+        parameter_names.to_theirs(path, np.asarray(leaf), parameter_names.OFFICIAL)
+    )
+    return {parameter_names.OFFICIAL.name(path, 2): of(path, leaf) for path, leaf in mutations.flat(params).items()}
 
 
 @pytest.fixture
 def official(official_tensors, tmp_path):
     safetensors.numpy.save_file(official_tensors, tmp_path / "net.safetensors")
     (tmp_path / "config.yml").write_text(YAML)
-    weights.describe(str(tmp_path / "net.safetensors"))
+    weights.read_info(str(tmp_path / "net.safetensors"))
     return tmp_path / "net.safetensors"
 
 
@@ -334,7 +338,7 @@ HOSTILE_YAML = {
 def test_yaml_that_is_hostile(official, text, monkeypatch):
     monkeypatch.chdir(official.parent)
     official.with_name("config.yml").write_text(text)
-    refuses_file(lambda: weights.describe(str(official)), official.parent.name)
+    refuses_file(lambda: weights.read_info(str(official)), official.parent.name)
     holds(not official.with_name("executed").exists())
 
 
@@ -353,13 +357,13 @@ def test_a_field_of_its_config_that_is_something_else(params, tmp_path_factory, 
     if field in content:
         content[field] = value
     (folder / "config.yml").write_text(json.dumps(content))
-    refuses_or(lambda: weights.describe(str(folder / "net.safetensors")), lambda found: found.model.image_size == 8)
+    refuses_or(lambda: weights.read_info(str(folder / "net.safetensors")), lambda found: found.model.image_size == 8)
 
 
 def test_tensors_alone_do_not_tell_a_network(official):
     """Attention might be at any size of images."""
     official.with_name("config.yml").unlink()
-    refuses_file(lambda: weights.describe(str(official)), "config.yml")
+    refuses_file(lambda: weights.read_info(str(official)), "config.yml")
 
 
 # --- files of PyTorch ---
@@ -422,7 +426,7 @@ def test_a_view_that_claims_what_is_not_stored(official):
 def test_names_that_are_no_texts(official, key):
     torch = pytest.importorskip("torch", reason="files of PyTorch: pip install -e '.[torch]'")
     torch.save({key: torch.ones(1), "conv_in.weight": torch.ones(1)}, official.with_suffix(".ckpt"))
-    refuses_file(lambda: weights.describe(str(official.with_suffix(".ckpt"))))
+    refuses_file(lambda: weights.read_info(str(official.with_suffix(".ckpt"))))
 
 
 # --- pipes and devices ---
@@ -440,10 +444,10 @@ def test_a_pipe_in_a_folder(folder, name):
 @pytest.mark.parametrize("name", ["pipe", "pipe.safetensors", "pipe.ckpt"])
 def test_a_pipe_or_a_device_instead_of_a_checkpoint(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    refuses_file(lambda: weights.describe(str(tmp_path / name)), "neither a regular file nor a folder")
+    refuses_file(lambda: weights.read_info(str(tmp_path / name)), "neither a regular file nor a folder")
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
-    refuses_file(lambda: weights.describe(str(tmp_path / name)), "neither a regular file nor a folder")
+    refuses_file(lambda: weights.read_info(str(tmp_path / name)), "neither a regular file nor a folder")
 
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "config/metadata", "record/metadata", "ema_params/_METADATA"])
@@ -494,10 +498,10 @@ def test_offline_means_what_it_means_to_the_hub(tmp_path, monkeypatch, value, sa
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(http_of_hub.time, "sleep", lambda seconds: None)
-    refuses_file(lambda: weights.describe("google/ddpm-smoke"), said)
+    refuses_file(lambda: weights.read_info("google/ddpm-smoke"), said)
 
 
 def test_the_files_that_ship_are_among_them():
     """What is refused above is not what ships."""
-    for name in pretrained.shipped_names():
-        holds(weights.describe(str(pretrained.shipped(name))).name == name)
+    for name in checkpoints.shipped_names():
+        holds(weights.read_info(str(checkpoints.shipped(name))).name == name)

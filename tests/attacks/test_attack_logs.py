@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -24,11 +25,25 @@ from test_commands import SMOKE, assert_same_run, trained  # noqa: F401, a fixtu
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import journal
-from ddim_jax.training import train_step
+from ddim_jax.training import metric_writers, train_step
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
 METRICS = train_step.Metrics(*map(np.float32, (0.5, 1.0, 0.1)), np.int32(0), np.bool_(True), np.ones(4), np.ones(4))
+
+
+def writers(workdir, begin, config):
+    """As ddim_jax.train opens them."""
+    public = config_lib.public(dataclasses.asdict(config))
+    wandb = functools.partial(metric_writers.WeightsAndBiases, workdir, config.train.wandb, config.name, public)
+    return metric_writers.MetricWriters(
+        workdir,
+        begin,
+        num_steps=config.train.num_steps,
+        log_every=config.train.log_every,
+        batch_size=config.train.batch_size,
+        num_levels=config.schedule.num_steps,
+        wandb=wandb if config.train.wandb else None,
+    )
 
 
 # --- metrics.jsonl, evaluations.jsonl ---
@@ -62,8 +77,8 @@ JUNK = st.one_of(
             b'{"step": 5' * 3,
             b"\x00" * 4096,
             b"\xff\xfe{\x00",
-            b"x" * (journal.LINE_BYTES + 7),
-            b'{"step": 1}' + b" " * journal.LINE_BYTES + b'{"step": 2}',
+            b"x" * (metric_writers.LINE_BYTES + 7),
+            b'{"step": 1}' + b" " * metric_writers.LINE_BYTES + b'{"step": 2}',
         ]
     ),
 ).map(lambda junk: junk.replace(b"\n", b"") + b"\n")
@@ -73,23 +88,23 @@ JUNK = st.one_of(
 def test_a_log_keeps_its_whole_lines(lines, begin, half):
     """Of the steps that are done; what is damaged is set aside, and half a line at the end goes."""
     half = half.replace(b"\n", b"")
-    good = [one for one in lines if journal.step_of(one) is not None and len(one) <= journal.LINE_BYTES]
+    good = [one for one in lines if metric_writers.step_of(one) is not None and len(one) <= metric_writers.LINE_BYTES]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
         file = pathlib.Path(folder, "metrics.jsonl")
         file.write_bytes(b"".join(lines) + half)
-        journal.keep_until(begin, file)
-        kept = [one for one in good if journal.step_of(one) <= begin]
+        metric_writers.truncate_after(begin, file)
+        kept = [one for one in good if metric_writers.step_of(one) <= begin]
         found = file.read_bytes()
         holds(found.startswith(b"".join(kept)) and len(found.splitlines()) <= len(kept) + 1, found)
-        holds(journal.steps_in(file) >= {journal.step_of(one) for one in kept})
+        holds(metric_writers.steps_in(file) >= {metric_writers.step_of(one) for one in kept})
         if len(good) < len(lines):
             holds(file.with_name("metrics.jsonl.damaged").read_bytes() == b"".join(lines) + half)
         before = found
-        journal.keep_until(begin, file)
+        metric_writers.truncate_after(begin, file)
         holds(file.read_bytes() == before)
         with open(file, "ab") as more:
             more.write(line(31))
-        holds(31 in journal.steps_in(file), "a line is added to half a one")
+        holds(31 in metric_writers.steps_in(file), "a line is added to half a one")
 
 
 @pytest.mark.slow
@@ -108,7 +123,7 @@ def test_a_damaged_log_does_not_stop_training(tmp_path, trained):  # noqa: F811
 
 def test_a_pipe_is_no_log(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
-    refuses(lambda: journal.Log(tmp_path, 0, CONFIG), "metrics.jsonl", "neither a regular file")
+    refuses(lambda: writers(tmp_path, 0, CONFIG), "metrics.jsonl", "neither a regular file")
 
 
 # --- TensorBoard, Weights & Biases ---
@@ -128,10 +143,10 @@ def events(folder):
 
 
 def logged(workdir, begin=0, steps=15):
-    with journal.Log(workdir, begin, CONFIG) as log:
+    with writers(workdir, begin, CONFIG) as log:
         for step in range(begin + 1, begin + steps + 1):
-            log.add(step, METRICS)
-        log.show(step, {"fid": 3.0}, samples=np.zeros((4, 4, 3), np.uint8))
+            log.add_update(step, METRICS)
+        log.write_evaluation(step, {"fid": 3.0}, samples=np.zeros((4, 4, 3), np.uint8))
 
 
 def test_what_tensorboard_reads(tmp_path):
@@ -157,8 +172,8 @@ def test_a_folder_of_tensorboard_that_cannot_be_written(damage, tmp_path, capsys
     DAMAGES[damage](tmp_path / "tensorboard")
     logged(tmp_path)
     warnings = [one for one in capsys.readouterr().err.splitlines() if one.startswith("warning: ")]
-    holds(len(warnings) == 1 and "training goes on without TensorBoard" in warnings[0], warnings)
-    holds(journal.steps_in(tmp_path / "metrics.jsonl") == {5, 10, 15})
+    holds(len(warnings) == 1 and "training continues without TensorBoard" in warnings[0], warnings)
+    holds(metric_writers.steps_in(tmp_path / "metrics.jsonl") == {5, 10, 15})
 
 
 class Wandb(types.ModuleType):
@@ -205,9 +220,9 @@ def test_nothing_private_leaves_the_machine(fails, tmp_path, monkeypatch, capsys
     )
     workdir = tmp_path / "patients"
     workdir.mkdir()
-    with journal.Log(workdir, 0, config) as log:
+    with writers(workdir, 0, config) as log:
         for step in range(1, 6):
-            log.add(step, METRICS)
+            log.add_update(step, METRICS)
     local = {"dir", "project", "settings"}  # the project is where it goes
     published = json.dumps({name: value for name, value in module.given.items() if name not in local})
     holds("secret" not in published and "patients" not in published and '"channels": 8' in published, published)
@@ -219,8 +234,8 @@ def test_nothing_private_leaves_the_machine(fails, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../x", b"a/b", b"x" * 300, b"\n", b"a\x1b[31m"])
 def test_a_damaged_name_of_the_run_is_a_new_one(content, tmp_path):
     (tmp_path / "wandb_id").write_bytes(content)
-    name = journal.wandb_id(tmp_path)
-    holds(len(name) == 32 and name.isalnum() and journal.wandb_id(tmp_path) == name)
+    name = metric_writers.wandb_id(tmp_path)
+    holds(len(name) == 32 and name.isalnum() and metric_writers.wandb_id(tmp_path) == name)
 
 
 # --- compiled programs ---
@@ -229,10 +244,10 @@ PROGRAMS = """
 import os, pathlib, sys, warnings
 warnings.simplefilter("error")
 import jax, jax.numpy as jnp
-from ddim_jax import cache
+from ddim_jax.utils import compilation_cache
 from ddim_jax.training import train_step
-cache.LEAST_SECONDS = 0
-cache.keep_programs()
+compilation_cache.LEAST_SECONDS = 0
+compilation_cache.enable_compilation_cache()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
@@ -291,7 +306,7 @@ def test_a_folder_of_programs_that_fills_up(tmp_path, monkeypatch):
     """Programs are then compiled again; a half of one is not kept."""
     from jax._src.lru_cache import LRUCache
 
-    from ddim_jax.cache import Programs
+    from ddim_jax.utils.compilation_cache import Programs
 
     programs = Programs(LRUCache(str(tmp_path), max_size=1 << 20), True)
     programs.put("whole", b"x" * 100)

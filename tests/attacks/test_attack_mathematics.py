@@ -16,7 +16,7 @@ from ddim_jax import (
     discrete,
     gaussian,
     guidance,
-    inference,
+    inference_process,
     inversion,
     latent,
     losses,
@@ -217,10 +217,10 @@ ENTRIES = {
     "fixed_point(iterations)": (integers(1), lambda v: inversion.fixed_point(lambda x: x / 2, X, v)),
     "dpm_solver_pp(order)": (integers(2, 3), registry.multistep.dpm_solver_pp),
     "log_likelihood(x_0)": (NOT_ARRAYS, lambda v: ode.log_likelihood(net, LINEAR, TAU, v)),
-    "backward(eta)": (reals(0, 1.1), lambda v: inference.backward(LINEAR, TAU, X, KEY, v)),
-    "forward(eta)": (reals(0, 1.1), lambda v: inference.forward(LINEAR, TAU, X, KEY, v)),
-    "forward(x_0)": (NOT_ARRAYS, lambda v: inference.forward(LINEAR, TAU, v, KEY)),
-    "forward(key)": (NOT_KEYS, lambda v: inference.forward(LINEAR, TAU, X, v)),
+    "backward(eta)": (reals(0, 1.1), lambda v: inference_process.backward(LINEAR, TAU, X, KEY, v)),
+    "forward(eta)": (reals(0, 1.1), lambda v: inference_process.forward(LINEAR, TAU, X, KEY, v)),
+    "forward(x_0)": (NOT_ARRAYS, lambda v: inference_process.forward(LINEAR, TAU, v, KEY)),
+    "forward(key)": (NOT_KEYS, lambda v: inference_process.forward(LINEAR, TAU, X, v)),
     # combinators
     "clip_x0(low)": (reals(None, 1, False, True), lambda v: gaussian.clip_x0(net, v, 1.0)),
     "clip_x0(high)": (reals(-1, None, True), lambda v: gaussian.clip_x0(net, -1.0, v)),
@@ -383,8 +383,8 @@ def test_arguments_that_changed_places():
         lambda: guidance.inpainted(X, net, MASK),
         lambda: guidance.guided(net, 2.0, net),
         lambda: inversion.invert(net, TAU, LINEAR, X),
-        lambda: inference.forward(TAU, LINEAR, X, KEY),
-        lambda: inference.forward(LINEAR, TAU, KEY, X),
+        lambda: inference_process.forward(TAU, LINEAR, X, KEY),
+        lambda: inference_process.forward(LINEAR, TAU, KEY, X),
         lambda: losses.l_gamma(TABLE, net, X, np.array([1, 2, 3]), X),
         lambda: losses.j_sigma(net, X, DOWN, KEYS),
         lambda: latent.line(3, X[0], X[1]),
@@ -509,7 +509,7 @@ def test_half_precision_elsewhere(dtype="float16"):
         "x_0": samplers.trajectory(DDIM, eps_fn, down, x)[1].x_0,
         "parallel": parallel.integrate(DDIM, eps_fn, down, x).x,
         "clipped": samplers.integrate(DDIM, gaussian.clip_x0(eps_fn), down, x),
-        "forward": inference.forward(cosine, tau, x, KEY),
+        "forward": inference_process.forward(cosine, tau, x, KEY),
     }
     for name, found in results.items():
         holds(found.dtype == dtype and np.isfinite(found.astype(jnp.float32)), f"{name}: {found}")

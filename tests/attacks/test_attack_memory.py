@@ -11,8 +11,11 @@ from conftest import meshes
 from processes import run
 from test_generate import make, params_of
 
-from ddim_jax import generate, memory, sharding, train
-from ddim_jax.errors import ConfigError
+from ddim_jax import config as config_lib
+from ddim_jax import sampling
+from ddim_jax.training import memory
+from ddim_jax.utils import sharding
+from ddim_jax.utils.errors import ConfigError
 
 SLOW = pytest.mark.slow
 
@@ -24,16 +27,27 @@ def with_fields(config, **sections):
     )
 
 
+def check_sampling(config, mesh):
+    sample = config.sample
+    return memory.check_sampling(config_lib.network(config.model), mesh, min(sample.batch_size, sample.num_images))
+
+
+def check_training(config, mesh):
+    recipe = config_lib.recipe(config)
+    return memory.check_training(recipe.network, recipe.optimizer, mesh, recipe.batch_size, recipe.accumulate)
+
+
 @hypothesis.given(st.integers(10**9, 10**30), st.sampled_from([0, 1]), st.booleans())
 @hypothesis.settings(max_examples=20)
 def test_a_batch_that_no_machine_holds(batch, mesh, training):
     config, _ = make()
     if training:
         config = with_fields(config, train=dict(batch_size=batch))
-        refuses(lambda: train.check_memory(config, meshes()[mesh]), "config.train.batch_size", errors=(ConfigError,))
+        call = lambda: check_training(config, meshes()[mesh])
+        refuses(call, "config.train.batch_size", errors=(ConfigError,))
     else:
         config = with_fields(config, sample=dict(batch_size=batch, num_images=batch))
-        call = lambda: memory.check_sampling(config, meshes()[mesh], config.sample.num_images)
+        call = lambda: check_sampling(config, meshes()[mesh])
         refuses(call, "config.sample.batch_size", memory.SWITCH, errors=(ConfigError,))
 
 
@@ -41,8 +55,8 @@ def test_a_batch_that_no_machine_holds(batch, mesh, training):
 def test_a_network_that_no_machine_holds(channels, monkeypatch):
     config, _ = make(channels=channels)
     for check in (
-        lambda: memory.check_sampling(config, meshes()[0], 1),
-        lambda: train.check_memory(config, meshes()[0]),
+        lambda: check_sampling(config, meshes()[0]),
+        lambda: check_training(config, meshes()[0]),
     ):
         refuses(check, "config.model", memory.SWITCH, errors=(ConfigError,))
         with monkeypatch.context() as patch:
@@ -53,7 +67,7 @@ def test_a_network_that_no_machine_holds(channels, monkeypatch):
 def test_a_batch_larger_than_what_is_drawn_is_as_large_as_that():
     config, _ = make()
     config = with_fields(config, sample=dict(batch_size=10**12, num_images=10))
-    holds(memory.check_sampling(config, meshes()[0], 10) is None)
+    holds(check_sampling(config, meshes()[0]) is None)
 
 
 @pytest.mark.parametrize("batch, channels", [(8, 8), pytest.param(64, 8, marks=SLOW), pytest.param(16, 32, marks=SLOW)])
@@ -61,24 +75,30 @@ def test_what_fits_is_never_refused(batch, channels, monkeypatch):
     """The estimate stays below what the compiled program of sampling needs, as the compiler says."""
     config, process = make(eta=0.0, num_images=batch, batch_size=batch, channels=channels)
     mesh, params = meshes()[0], params_of(config)
-    keys, x = generate.start(config, sharding.split_batch(mesh, jax.numpy.arange(batch)))
+    pipeline = config_lib.pipeline(config, params, mesh, process)
+    keys, x = sampling.start(pipeline, sharding.split_batch(mesh, jax.numpy.arange(batch)))
     transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
-    lowered = generate.samplers._scan.lower(
-        process.sampler, generate.denoiser(config, params), transitions, x, None, keep=False
+    lowered = sampling.samplers._scan.lower(
+        process.sampler,
+        sampling.conditioned(pipeline),
+        transitions,
+        x,
+        None,
+        keep=False,
     )
     needed = lowered.compile().memory_analysis()
     total = needed.argument_size_in_bytes + needed.output_size_in_bytes + needed.temp_size_in_bytes
     monkeypatch.setattr(memory, "available", lambda mesh: total)
-    holds(memory.check_sampling(config, mesh, batch) is None)
+    holds(check_sampling(config, mesh) is None)
     monkeypatch.setattr(memory, "available", lambda mesh: total // 10)
-    refuses(lambda: memory.check_sampling(config, mesh, batch), "need at least", errors=(ConfigError,))
+    refuses(lambda: check_sampling(config, mesh), "need at least", errors=(ConfigError,))
 
 
 def test_devices_that_do_not_say(monkeypatch):
     config, _ = make()
     config = with_fields(config, sample=dict(batch_size=10**12, num_images=10**12))
     monkeypatch.setattr(memory, "available", lambda mesh: None)
-    holds(memory.check_sampling(config, meshes()[0], 10**12) is None)
+    holds(check_sampling(config, meshes()[0]) is None)
 
 
 def test_the_commands_refuse_before_they_begin(tmp_path):

@@ -1,6 +1,7 @@
 """What is not finite never becomes a picture, a latent or a number: it is refused by the index of the image."""
 
 import dataclasses
+import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -13,9 +14,9 @@ from processes import run
 from test_generate import make, params_of
 
 from ddim_jax import config as config_lib
-from ddim_jax import generate
-from ddim_jax.errors import ConfigError
-from ddim_jax.pretrained import safetensors_file
+from ddim_jax import sampling
+from ddim_jax.checkpoints import safetensors_file
+from ddim_jax.utils.errors import ConfigError
 
 BAD = [np.nan, np.inf, -np.inf]
 CONFIG, PROCESS = make(eta=0.5)
@@ -23,7 +24,7 @@ PARAMS = params_of(CONFIG)
 
 
 def drawn(config, process, params):
-    return np.concatenate(list(generate.batches(config, process, params, meshes()[0])))
+    return sampling.draw(config_lib.pipeline(config, params, meshes()[0], process), config.sample.num_images)
 
 
 def refuses_config(call, *words):
@@ -63,15 +64,15 @@ def test_what_is_dropped_may_be_anything(value, monkeypatch):
 
 
 def _with_noise(patch, values):
-    start = generate.start
+    start = sampling.start
 
-    def changed(config, index):
-        keys, x = start(config, index)
+    def changed(pipeline, index):
+        keys, x = start(pipeline, index)
         for place, value in values.items():
             x = x.at[:, 2, 3, 0].set(np.where(np.asarray(index) == place, value, x[:, 2, 3, 0]))
         return keys, x
 
-    patch.setattr(generate, "start", changed)
+    patch.setattr(sampling, "start", changed)
 
 
 @hypothesis.given(st.integers(0, 7), st.sampled_from([*BAD, 1e30]), st.sampled_from([0, 16]), st.integers(0, 2))
@@ -79,13 +80,14 @@ def _with_noise(patch, values):
 def test_latents_and_what_they_decode_to(index, value, first, refine):
     """Of networks that leave x as it is: encoded in both ways, and decoded."""
     x, params = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32), PARAMS
-    config, mesh = with_sample(CONFIG, refine=refine % 2), meshes()[0]
-    walk = generate.decode if refine == 2 else generate.encode
-    call = lambda: walk(config, PROCESS, params, mesh, x, None, first=first)
+    pipeline = config_lib.pipeline(CONFIG, params, meshes()[0], PROCESS)
+    encode = functools.partial(sampling.encode, refine=refine % 2)
+    walk = sampling.decode if refine == 2 else encode
+    call = lambda: walk(pipeline, x, None, first=first)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate.samplers, "invert", lambda model, schedule, tau, x, **_: x)
-        patch.setattr(generate.samplers, "integrate", lambda sampler, eps_fn, transitions, x: x)
-        patch.setattr(generate.inversion, "invert", lambda *args: generate.inversion.Inverted(args[3], None))
+        patch.setattr(sampling.samplers, "invert", lambda model, schedule, tau, x, **_: x)
+        patch.setattr(sampling.samplers, "integrate", lambda sampler, eps_fn, transitions, x: x)
+        patch.setattr(sampling.inversion, "invert", lambda *args: sampling.inversion.Inverted(args[3], None))
         holds(np.array_equal(call(), x))
         x[index, 1, 1, 0] = value
         refuses_config(call, f"image {first + index} is", *([] if refine == 2 else ["latent"]))
@@ -93,9 +95,10 @@ def test_latents_and_what_they_decode_to(index, value, first, refine):
 
 def test_a_bound_that_is_not_finite(monkeypatch):
     nats = np.arange(8, dtype=np.float32)
-    monkeypatch.setattr(generate.losses, "j_sigma", lambda *args: jax.numpy.asarray(nats))
+    monkeypatch.setattr(sampling.losses, "j_sigma", lambda *args: jax.numpy.asarray(nats))
     images = np.zeros((8, 8, 8, 1), np.uint8)
-    call = lambda: generate.bound(CONFIG, PROCESS, PARAMS, meshes()[0], images, np.arange(8) + 40, None)
+    pipeline = config_lib.pipeline(CONFIG, PARAMS, meshes()[0], PROCESS)
+    call = lambda: sampling.likelihood_bound(pipeline, images, np.arange(8) + 40, None, 0.5)
     holds(np.array_equal(call(), nats))
     nats[3] = np.nan
     refuses_config(call, "image 43")

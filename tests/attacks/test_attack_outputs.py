@@ -25,16 +25,18 @@ from processes import run, start
 
 from configs import digits, digits_conditional, smoke
 from ddim_jax import config as config_lib
-from ddim_jax import encode, fingerprint, generate, output, registry, sample, samplers, schedule, trajectory, weights
+from ddim_jax import encode, registry, sample, samplers, sampling, schedule, trajectory
+from ddim_jax.config import fingerprint, weights
 from ddim_jax.data.scaling import to_uint8
 from ddim_jax.data.sources import ArraySource
-from ddim_jax.errors import ConfigError
+from ddim_jax.utils import output_folder
+from ddim_jax.utils.errors import ConfigError
 from experiments import common
 
 ONE_LINE = (ConfigError,)
 MADE_FROM = {"sample": {"seed": 0, "eta": 0.5}, "weights": "abc"}
 WRITTEN = ("samples.npz", "samples.parts", "grid.png", "report.json")
-ARRAYS = output.Arrays(11, "config.sample.num_images", {"arr_0": ((4, 4, 1), "uint8"), "arr_1": ((), "int32")})
+ARRAYS = output_folder.Arrays(11, "config.sample.num_images", {"arr_0": ((4, 4, 1), "uint8"), "arr_1": ((), "int32")})
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 1), np.uint8)
 COMPUTED_WITH = {"batch_size": 4, "devices": 1}
 
@@ -47,7 +49,7 @@ def gathered(
     out, size=4, stop=None, made_from=MADE_FROM, images=IMAGES, arrays=ARRAYS, overwrite=False, name="samples"
 ):
     """What a run leaves in a folder and returns; it ends after `stop` batches."""
-    folder = output.open_folder(out, made_from, WRITTEN, overwrite)
+    folder = output_folder.open_folder(out, made_from, WRITTEN, overwrite)
 
     def batches(first):
         for i, begin in enumerate(range(first, len(images), size)):
@@ -57,7 +59,7 @@ def gathered(
             yield {"arr_0": part, "arr_1": np.arange(begin, begin + len(part), dtype=np.int32)}
 
     with contextlib.suppress(Crash):
-        path = output.gather(folder, f"{name}.npz", ARRAYS, batches, "drawing", COMPUTED_WITH)
+        path = output_folder.gather(folder, f"{name}.npz", ARRAYS, batches, "drawing", COMPUTED_WITH)
         folder.claim()  # as every command does that writes a picture
         with np.load(path) as file:
             return {array: file[array] for array in file.files}
@@ -352,11 +354,11 @@ def test_a_process_may_end_at_every_write(tmp_path, monkeypatch, killed_at, afte
 
 
 def test_a_second_process_is_refused_and_cannot_mix(finished, tmp_path):
-    held = output.open_folder(finished, MADE_FROM, WRITTEN)
+    held = output_folder.open_folder(finished, MADE_FROM, WRITTEN)
     refuses(lambda: gathered(finished), "another process is writing to", errors=ONE_LINE)
     del held
     right(gathered(finished))
-    first, second = (output.open_folder(tmp_path / "new", {"seed": seed}, WRITTEN) for seed in (0, 1))
+    first, second = (output_folder.open_folder(tmp_path / "new", {"seed": seed}, WRITTEN) for seed in (0, 1))
     first.claim()
     refuses(second.claim, "another process is writing to", errors=ONE_LINE)
     del first
@@ -368,11 +370,11 @@ def test_two_processes_on_a_disk_without_locks_do_not_mix(tmp_path, monkeypatch)
     def unable(descriptor, operation):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(output.fcntl, "flock", unable)
-    first, second = (output.open_folder(tmp_path, {"seed": seed}, WRITTEN) for seed in (0, 1))
+    monkeypatch.setattr(output_folder.fcntl, "flock", unable)
+    first, second = (output_folder.open_folder(tmp_path, {"seed": seed}, WRITTEN) for seed in (0, 1))
     first.claim()
     refuses(second.claim, "another process has written to", errors=ONE_LINE)
-    again = output.open_folder(tmp_path, {"seed": 0}, WRITTEN)
+    again = output_folder.open_folder(tmp_path, {"seed": 0}, WRITTEN)
     again.claim()
 
     def writes():
@@ -464,14 +466,16 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_weights_are_read(no_
 
 
 def test_more_images_than_the_disk_has_room_for_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=350))
-    call = lambda: output.check_room(output.open_folder(tmp_path / "out", MADE_FROM, WRITTEN), {"samples.npz": ARRAYS})
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=350))
+    call = lambda: output_folder.check_room(
+        output_folder.open_folder(tmp_path / "out", MADE_FROM, WRITTEN), {"samples.npz": ARRAYS}
+    )
     message = refuses(call, "config.sample.num_images: 11 images need 440 bytes", "350 bytes left", errors=ONE_LINE)
     holds("--out" in message and not (tmp_path / "out").exists())
     gathered(tmp_path / "out", stop=2)  # 8 of 11 images are there already, which leaves 440 bytes less these parts
     call()
     right(gathered(tmp_path / "out"))
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
     call()  # nothing is missing
 
 
@@ -507,7 +511,7 @@ def table(out, values=(1, 2), depends=None, made=None):
         (folder / "first.png").write_bytes(b"picture %d" % S)
         return {"number": S**2}
 
-    folder = output.open_folder(out, {"experiment": "squares"}, common.WRITTEN)
+    folder = output_folder.open_folder(out, {"experiment": "squares"}, common.WRITTEN)
     cells = [common.Cell({"S": S}, depends or {}, 1, lambda folder, S=S: measure(S, folder)) for S in values]
     return common.run(folder, cells)
 
@@ -774,9 +778,11 @@ def params_of(config):
 def drawn(config, params, index):
     """x_T, x_0 and pixels of these images, from a program for as many."""
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    keys, x_T = generate.start(config, jnp.asarray(index))
+    keys, x_T = sampling.start(config_lib.pipeline(config, None, None), jnp.asarray(index))
     keys = keys if process.sampler.stochastic else None
-    x_0 = samplers.integrate(process.sampler, generate.denoiser(config, params), process.transitions, x_T, keys)
+    x_0 = samplers.integrate(
+        process.sampler, sampling.conditioned(config_lib.pipeline(config, params, None)), process.transitions, x_T, keys
+    )
     return np.asarray(x_T), np.asarray(x_0), np.asarray(to_uint8(x_0)).astype(int)
 
 
@@ -800,7 +806,9 @@ def test_what_is_promised_of_image_i():
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     for total, first in ((13, 0), (29, 8)):
         fewer = parsed(smoke, eta=1.0, num_images=total, batch_size=8)
-        batches = np.concatenate(list(generate.batches(fewer, process, params, mesh, first)))
+        batches = np.concatenate(
+            list(sampling.batches(config_lib.pipeline(fewer, params, mesh, process), fewer.sample.num_images, first))
+        )
         expected = drawn(config, params, np.arange(8, 16))[2] if first else pixels
         holds(len(batches) == total - first and np.array_equal(batches[:8], expected))
 

@@ -14,9 +14,11 @@ from attacking import holds, refuses
 from processes import run
 
 from configs import digits
+from ddim_jax import checkpoints, encode, sample
 from ddim_jax import config as config_lib
-from ddim_jax import encode, files, output, pretrained, sample, weights
-from ddim_jax.errors import ConfigError
+from ddim_jax.config import weights
+from ddim_jax.utils import files, output_folder
+from ddim_jax.utils.errors import ConfigError
 from experiments import common, oracle_table1
 
 HOSTILE = [
@@ -80,7 +82,7 @@ def test_a_name_in_a_file_of_weights_is_no_path(tmp_path, name):
     """Refused, or drawn below samples; by the command without --out."""
     home = tmp_path / "home"
     home.mkdir()
-    with safetensors.safe_open(pretrained.shipped("digits"), framework="numpy") as file:
+    with safetensors.safe_open(checkpoints.shipped("digits"), framework="numpy") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     config = json.loads(metadata["config"]) | {"name": name}
@@ -102,7 +104,7 @@ def test_what_a_foreign_record_says_is_printed_as_text(tmp_path_factory, name):
     out = tmp_path_factory.mktemp("out")
     record = {"sample": {"sampler": name}, "model": {name: name}}
     (out / "run.json").write_text(json.dumps(record))
-    message = refuses(lambda: output.open_folder(out, {"sample": {"sampler": 0}}, ()), errors=(ConfigError,))
+    message = refuses(lambda: output_folder.open_folder(out, {"sample": {"sampler": 0}}, ()), errors=(ConfigError,))
     holds(message.isprintable() and len(message) < 500)
 
 
@@ -113,7 +115,7 @@ def test_names_of_files_in_a_record_never_lead_outside(tmp_path):
     for name in ("../secret.npz", "/etc/passwd", "", "..", "a/b", "\x00", "x" * 300):
         record = {"made_from": {}, "files": {name: {"sha256": "0" * 64}}}
         (out / "run.json").write_text(json.dumps(record))
-        refuses(lambda: output.open_folder(out, {}, ()), "run.json is damaged", errors=(ConfigError,))
+        refuses(lambda: output_folder.open_folder(out, {}, ()), "run.json is damaged", errors=(ConfigError,))
 
 
 @pytest.mark.parametrize("count", ["²", "٣", "1e3", "-1", "0", "360", "9" * 5000, " ", "1,5", "0x10", "１"])

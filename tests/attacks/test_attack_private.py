@@ -23,11 +23,11 @@ from processes import run
 from test_unet import random_params
 
 from configs import smoke
+from ddim_jax import checkpoints, convert
 from ddim_jax import config as config_lib
-from ddim_jax import convert, pretrained
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.errors import CheckpointError, ConfigError
-from ddim_jax.train_state import TrainState
+from ddim_jax.checkpoints.run import Checkpoints
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils.errors import CheckpointError, ConfigError
 
 SECRET = "top-secret-1b9e"
 PLACES = ("pretrained", "data.path", "train.wandb", "evaluate.features", "evaluate.weights", "evaluate.reference")
@@ -155,7 +155,7 @@ def test_texts_of_a_config_stay_texts_in_the_card(params, tmp_path, text):
     for section, field in (("train", "ema_schedule"), ("data", "name"), ("evaluate", "metrics")):
         values[section][field] = text
     values[text] = text
-    pretrained.save(tmp_path / "own.safetensors", params, values, 5)
+    checkpoints.save(tmp_path / "own.safetensors", params, values, 5)
     card = (converted(tmp_path / "own.safetensors", tmp_path / "folder") / "README.md").read_text()
     holds(all(c.isprintable() or c == "\n" for c in card))
     _, front, rest = card.split("---\n", 2)

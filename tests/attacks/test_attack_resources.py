@@ -20,12 +20,14 @@ from test_commands import SMOKE, trained  # noqa: F401, a fixture
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import files, sharding, train
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.errors import CheckpointError, ConfigError
-from ddim_jax.train_state import TrainState
+from ddim_jax.checkpoints.run import Checkpoints
+from ddim_jax.training import loop, memory
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils import files, sharding
+from ddim_jax.utils.errors import CheckpointError, ConfigError
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
+RECIPE = config_lib.recipe(CONFIG)
 
 
 def with_train(**fields):
@@ -176,17 +178,22 @@ def test_the_disk_needs_room_for_the_checkpoints_that_there_will_be(num_steps, e
             kept.append(step)
             most = max(most, len(kept))
             kept = [old for old in kept if old in kept[-keep:] or (keep_every and old % keep_every == 0)]
-    fields = with_train(num_steps=num_steps, checkpoint_every=every, keep=keep, keep_every=keep_every).train
-    holds(train.checkpoints_to_come(fields, begin, there) == most - len(there))
+    recipe = RECIPE._replace(num_steps=num_steps, checkpoint_every=every, keep=keep, keep_every=keep_every)
+    holds(loop.checkpoints_to_come(recipe, begin, there) == most - len(there))
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 4 * 400 * 1000 - 1))
     state = {"params": np.zeros(100_000, np.float32)}
     words = ("config.train.keep is 3", "4 checkpoints", "1.526 MiB", str(tmp_path))
-    config = with_train(num_steps=10**12, checkpoint_every=10, keep=3, keep_every=0)
-    refuses(lambda: train.check_disk(config, tmp_path, state, 0, []), *words)
-    train.check_disk(config, tmp_path, state, 10, [10])
+    recipe = RECIPE._replace(num_steps=10**12, checkpoint_every=10, keep=3, keep_every=0)
+    refuses(lambda: loop.check_disk(recipe, tmp_path, state, 0, []), *words)
+    loop.check_disk(recipe, tmp_path, state, 10, [10])
+
+
+def check_memory(config, mesh):
+    recipe = config_lib.recipe(config)
+    memory.check_training(recipe.network, recipe.optimizer, mesh, recipe.batch_size, recipe.accumulate)
 
 
 @pytest.mark.parametrize("fields", [{"batch_size": 1 << 24}, {"batch_size": 1 << 26, "accumulate": 4}])
@@ -194,13 +201,13 @@ def test_a_batch_that_cannot_fit_is_refused(fields, mesh, monkeypatch):
     monkeypatch.setattr(sharding, "device_memory", lambda: 1 << 33)
     config = with_train(**fields)
     words = ("config.model and config.train.batch_size", "8 GiB", f"{1 << 24} images", "DDIM_JAX_NO_MEMORY_CHECK=1")
-    refuses(lambda: train.check_memory(config, mesh), *words)
-    train.check_memory(with_train(batch_size=16), mesh)
+    refuses(lambda: check_memory(config, mesh), *words)
+    check_memory(with_train(batch_size=16), mesh)
     monkeypatch.setenv("DDIM_JAX_NO_MEMORY_CHECK", "1")
-    train.check_memory(config, mesh)
+    check_memory(config, mesh)
     monkeypatch.delenv("DDIM_JAX_NO_MEMORY_CHECK")
     monkeypatch.setattr(sharding, "device_memory", lambda: None)
-    train.check_memory(config, mesh)
+    check_memory(config, mesh)
 
 
 def test_a_network_that_cannot_fit_is_refused_before_anything_is_read(tmp_path):
@@ -221,11 +228,12 @@ def test_the_memory_of_a_device_is_that_of_its_machine():
 def test_the_estimate_is_a_lower_bound(fields, mesh, monkeypatch):
     """XLA needs more for the update."""
     config = with_train(**fields)
-    optimizer, state, key = train.first_state(config, mesh)
-    analysis = train.compiled_update(config, optimizer, mesh, state, key)[0].memory_analysis()
+    recipe = config_lib.recipe(config)
+    state, key = loop.first_state(recipe, mesh)
+    analysis = loop.compiled_update(recipe, mesh, state, key, (8, 8, 1))[0].memory_analysis()
     needed = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     monkeypatch.setattr(sharding, "device_memory", lambda: needed)
-    train.check_memory(config, mesh)
+    check_memory(config, mesh)
 
 
 def test_sizes_for_people():

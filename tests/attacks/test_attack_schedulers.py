@@ -15,9 +15,9 @@ from test_unet import random_params
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import weights
-from ddim_jax.errors import CheckpointError, ConfigError
-from ddim_jax.pretrained import diffusers_folder
+from ddim_jax.checkpoints import diffusers_folder
+from ddim_jax.config import weights
+from ddim_jax.utils.errors import CheckpointError, ConfigError
 
 NOISE = "scheduler/scheduler_config.json"
 CLIPPING = ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
@@ -109,7 +109,7 @@ def test_a_class_that_only_the_pipeline_names(tmp_path):
     path, index = tmp_path / "net" / NOISE, tmp_path / "net" / "model_index.json"
     path.write_text(json.dumps({"num_train_timesteps": 100}))
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}))
-    holds(weights.describe(str(tmp_path / "net")).sample["clip_x0"] is False)
+    holds(weights.read_info(str(tmp_path / "net")).sample["clip_x0"] is False)
 
 
 # --- before version 0.9 ---
@@ -141,7 +141,7 @@ def test_a_whole_folder_from_before(tmp_path):
     noise |= {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None}
     noise |= {"variance_type": "fixed_large", "clip_sample": True, "predict_epsilon": False}
     (tmp_path / "old" / NOISE).write_text(json.dumps(noise))
-    holds(weights.describe(str(tmp_path / "old")).model.prediction == "x0")
+    holds(weights.read_info(str(tmp_path / "old")).model.prediction == "x0")
     done = ok(run("ddim_jax.convert", "--from", tmp_path / "old", "--to", tmp_path / "new"))
     holds(json.loads((tmp_path / "new" / NOISE).read_text())["prediction_type"] == "sample")
     (line,) = done.stderr.splitlines()

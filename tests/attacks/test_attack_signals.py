@@ -22,7 +22,7 @@ BOTH = pytest.mark.parametrize("number", CODES)
 def script(code, *signals, **options):
     """What becomes of a process that says when it wants each of the signals, by a line on stdout."""
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from ddim_jax import interrupts\ninterrupts.install()\nimport os, time\n{code}"],
+        [sys.executable, "-c", f"from ddim_jax.utils import interrupts\ninterrupts.install()\nimport os, time\n{code}"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -71,7 +71,8 @@ def test_what_has_work_to_save_is_asked_and_the_second_signal_ends_it(number):
 
 
 def test_a_file_that_was_being_written_is_not_left_behind(tmp_path):
-    code = f"import pathlib\nfrom ddim_jax import files\nwith files.replacing(pathlib.Path({str(tmp_path)!r}, 'x')):\n "
+    code = "import pathlib\nfrom ddim_jax.utils import files\n"
+    code += f"with files.replacing(pathlib.Path({str(tmp_path)!r}, 'x')):\n "
     refused(script(code + NOW + " time.sleep(50)", signal.SIGINT), code=130)
     holds(not list(tmp_path.iterdir()))
 
@@ -103,7 +104,7 @@ def test_a_closed_stream_is_no_place_for_a_file(tmp_path):
     """Without stdout and stderr the next file would be number 1, and what is printed would end up in it."""
     code = f"with open({str(tmp_path / 'x')!r}, 'w') as file:\n print('mine', file=file)\n os.write(2, b'noise')\n"
     command = f'{sys.executable} -c "$CODE" >&- 2>&-'
-    env = {**os.environ, "CODE": f"from ddim_jax import interrupts\ninterrupts.install()\nimport os\n{code}"}
+    env = {**os.environ, "CODE": f"from ddim_jax.utils import interrupts\ninterrupts.install()\nimport os\n{code}"}
     holds(subprocess.run(command, shell=True, cwd=ROOT, env=env).returncode == 0)
     holds((tmp_path / "x").read_text() == "mine\n")
 

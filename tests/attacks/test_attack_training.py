@@ -21,16 +21,18 @@ from test_commands import SMOKE, leaves, trained  # noqa: F401, a fixture
 from configs import smoke
 from ddim_jax import config as config_lib
 from ddim_jax import data, train
-from ddim_jax.checkpoint import Checkpoints
+from ddim_jax.checkpoints.run import Checkpoints
 from ddim_jax.data.batches import order
-from ddim_jax.errors import CheckpointError, ConfigError
-from ddim_jax.train_state import TrainState
-from ddim_jax.training import objectives, train_step
+from ddim_jax.training import loop, objectives, train_step
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils.errors import CheckpointError, ConfigError
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
 CONFIG = dataclasses.replace(
     CONFIG, model=dataclasses.replace(CONFIG.model, channel_mult=(1,), attention_resolutions=(), middle_attention=False)
 )
+
+RECIPE = config_lib.recipe(CONFIG)
 
 
 def objective(factor, config=None):
@@ -65,14 +67,12 @@ def test_parameters_that_overflow_are_reported(rate, size, clip_norm):
     all_finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     if metrics.finite:
         holds(all_finite and (metrics.skipped or np.isfinite(metrics.ema_distance)))
-        train.check_state(after)
-        train.check_finite(CONFIG, 1, metrics)
+        loop.check_state(after)
+        loop.check_finite(RECIPE, 1, metrics)
     else:
-        refuses(
-            lambda: train.check_finite(CONFIG, 7, metrics), "step 7", "learning_rate", "checkpoints are from before"
-        )
+        refuses(lambda: loop.check_finite(RECIPE, 7, metrics), "step 7", "learning_rate", "checkpoints are from before")
     if not all_finite:
-        refuses(lambda: train.check_state(after), "not finite", errors=(CheckpointError,))
+        refuses(lambda: loop.check_state(after), "not finite", errors=(CheckpointError,))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -80,10 +80,10 @@ def test_parameters_that_overflow_are_reported(rate, size, clip_norm):
 def test_a_state_that_is_not_finite_is_not_saved(field, value):
     good = {"a": jnp.ones((3, 2)), "b": jnp.ones(2, jnp.bfloat16), "count": jnp.int32(2**31 - 1)}
     state = TrainState(jnp.int32(3), good, good, good, jnp.int32(0))
-    train.check_state(state)
+    loop.check_state(state)
     for name in ("a", "b"):
         bad = {**good, name: good[name].at[-1].set(value)}
-        refuses(lambda bad=bad: train.check_state(state._replace(**{field: bad})), "step 3", errors=(CheckpointError,))
+        refuses(lambda bad=bad: loop.check_state(state._replace(**{field: bad})), "step 3", errors=(CheckpointError,))
 
 
 SLOW = pytest.mark.slow
@@ -94,7 +94,8 @@ SLOW = pytest.mark.slow
 def fitted(workdir, mesh, factor=1.0, **fields):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **{"grid_every": 0, **fields}))
     workdir.mkdir(exist_ok=True)
-    return train.run(config, functools.partial(objective, factor), data.load("digits"), workdir, mesh)
+    recipe = config_lib.recipe(config, functools.partial(objective, factor))
+    return train.run(config, recipe, data.load("digits"), workdir, mesh)
 
 
 def saved(workdir):

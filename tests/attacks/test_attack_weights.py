@@ -19,13 +19,13 @@ from processes import run
 from test_unet import random_params
 
 from configs import smoke
+from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax import pretrained
-from ddim_jax.checkpoint import Checkpoints
-from ddim_jax.errors import CheckpointError
+from ddim_jax.checkpoints import diffusers_folder
+from ddim_jax.checkpoints.run import Checkpoints
 from ddim_jax.evaluation import classifier, digits_classifier
-from ddim_jax.pretrained import diffusers_folder
-from ddim_jax.train_state import TrainState
+from ddim_jax.training.train_state import TrainState
+from ddim_jax.utils.errors import CheckpointError
 
 NETWORK = config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model)
 SMOKE = ("--config", "configs/smoke.py")
@@ -80,7 +80,7 @@ def test_parts_of_two_files_do_not_make_one(file, params, tmp_path, part):
     """Of the same network, trained further, with another schedule."""
     values = smoke_values()
     other = tmp_path / "other.safetensors"
-    pretrained.save(other, params, values | {"schedule": values["schedule"] | {"beta_end": 0.03}}, 6)
+    checkpoints.save(other, params, values | {"schedule": values["schedule"] | {"beta_end": 0.03}}, 6)
     with safetensors.safe_open(other, framework="numpy") as of_other, safetensors.safe_open(file, "numpy") as of_file:
         there, taken = of_file.metadata(), of_other.metadata()
     there = there | ({part: taken[part]} if part in ("config", "step") else {"format": "other"})
@@ -94,7 +94,7 @@ def test_parts_of_two_files_do_not_make_one(file, params, tmp_path, part):
 @pytest.mark.parametrize("place", range(8))
 @pytest.mark.parametrize("name", ["digits", "digits_conditional"])
 def test_a_bit_of_a_file_that_ships(name, place, tmp_path):
-    shipped = pretrained.shipped(name)
+    shipped = checkpoints.shipped(name)
     content = bytearray(shipped.read_bytes())
     content[len(content) * (2 * place + 1) // 16] ^= 1 << place
     (tmp_path / shipped.name).write_bytes(content)
@@ -111,7 +111,7 @@ def test_a_bit_of_the_classifier_that_ships(place, tmp_path):
 
 
 def test_a_bit_that_changed_is_one_line_on_the_command_line(tmp_path):
-    content = bytearray(pretrained.shipped("digits").read_bytes())
+    content = bytearray(checkpoints.shipped("digits").read_bytes())
     content[2_000_000] ^= 16
     (tmp_path / "digits.safetensors").write_bytes(content)
     given = f"--config.pretrained={tmp_path / 'digits.safetensors'}"

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.evaluation.feature_network import Output, feature_network
-from ddim_jax.evaluation.judge import Metric
+from ddim_jax.evaluation.metrics import Metric
 
 
 def pixel_rows(weights=""):

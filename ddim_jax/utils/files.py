@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from ddim_jax.interrupts import unfinished
+from ddim_jax.utils.interrupts import unfinished
 
 JSON_BYTES = 1 << 26  # no config, index or record is larger
 JSON_DEPTH = 64

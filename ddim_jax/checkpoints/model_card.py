@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ddim_jax import files
-from ddim_jax.pretrained.diffusers_folder import TAUS
+from ddim_jax.checkpoints.diffusers_folder import TAUS
+from ddim_jax.utils import files
 
 MARK = "tags: [ddim, ddpm, jax, ddim_jax]"  # on every card
 
@@ -50,14 +50,14 @@ python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_F
 
 
 def is_ours(file: pathlib.Path) -> bool:
-    """Whether a file begins as a `model_card`."""
+    """Whether a file begins as a model card of `markdown`."""
     if not file.is_file():
         return False
     with open(file, "rb") as card:
         return MARK.encode() in card.read(1000)
 
 
-def model_card(config: Mapping[str, Any], step: int | None, count: int) -> str:
+def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
     """Markdown with the front matter of the Hugging Face hub. config: a name that `files.check_name` accepts; model,
     schedule and sample, of the right types; and all else that may be known of it, as `config.public` gives it. step:
     the number of updates, where it is known. count: of parameters.

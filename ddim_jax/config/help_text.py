@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from ddim_jax import config as config_lib
 
-DEFAULTS = pathlib.Path(__file__).parents[1] / "configs" / "default.py"
+DEFAULTS = pathlib.Path(__file__).parents[2] / "configs" / "default.py"
 WIDTH, COLUMN = 120, 46
 
 

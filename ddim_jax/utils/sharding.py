@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddim_jax import files
+from ddim_jax.utils import files
 
 
 def start_processes() -> None:
@@ -31,11 +31,11 @@ def start_processes() -> None:
         ) from error
 
 
-MOST_CPU_DEVICES = 4  # each has its own copy of the parameters
+MAX_CPU_DEVICES = 4  # each has its own copy of the parameters
 SMALL_WIDTH = 128  # channels: wider, one operation has work for all cores, and copies of the parameters cost more
 
 
-def a_device_per_core(batch: int, width: int) -> None:
+def split_cpu_into_devices(batch: int, width: int) -> None:
     """Lets a CPU be several devices, one for each core, as many as divide a batch, for a network of at most SMALL_WIDTH
     channels: in its operations there is too little work for all cores. Unless the environment says how many, by
     JAX_NUM_CPU_DEVICES or XLA_FLAGS. Before anything else of JAX.
@@ -44,28 +44,28 @@ def a_device_per_core(batch: int, width: int) -> None:
     if width <= SMALL_WIDTH and not said and jax.config.jax_num_cpu_devices < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = 1
-        while 2 * count <= min(cores, MOST_CPU_DEVICES) and batch % (2 * count) == 0:
+        while 2 * count <= min(cores, MAX_CPU_DEVICES) and batch % (2 * count) == 0:
             count *= 2
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes what is written once."""
     return jax.process_index() == 0
 
 
-def all_here(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits until every process has come to this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def agreed(number: int) -> int:
+def broadcast_from_main(number: int) -> int:
     """What the first process says; all have to ask."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
 
 
-def all_stop(step: int, asked: bool) -> bool:
+def should_stop(step: int, asked: bool) -> bool:
     """Whether to stop after this step: for one process, whether it was asked to; of several, whether any was, at a step
     that they agree on.
     """

@@ -8,8 +8,8 @@ import pathlib
 import re
 from typing import Any
 
-from ddim_jax import files
-from ddim_jax.errors import CheckpointError, DamagedError
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError, DamagedError
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from ddim_jax import files
+from ddim_jax.utils import files
 
 TILE = 48  # images smaller than this are enlarged by a whole factor in pictures for people
 

@@ -1,30 +1,13 @@
-"""Trained networks of others, and our own as one file: opened without running what is in them."""
+"""A checkpoint at a path, or under an id of the Hugging Face hub, whatever its format."""
 
 from __future__ import annotations
 
 import pathlib
 
-from ddim_jax.errors import CheckpointError
-from ddim_jax.pretrained import card, diffusers_folder, official, safetensors_file
-from ddim_jax.pretrained.card import model_card
-from ddim_jax.pretrained.diffusers_folder import save as save_diffusers
-from ddim_jax.pretrained.files import Folder, hub_repository
-from ddim_jax.pretrained.published import SAMPLED, Published, describe_own
-from ddim_jax.pretrained.safetensors_file import is_ours, save, shipped, shipped_names
-
-__all__ = [
-    "SAMPLED",
-    "Published",
-    "describe_own",
-    "is_ours",
-    "model_card",
-    "not_written",
-    "open_checkpoint",
-    "save",
-    "save_diffusers",
-    "shipped",
-    "shipped_names",
-]
+from ddim_jax.checkpoints import diffusers_folder, official, safetensors_file
+from ddim_jax.checkpoints.hub import Folder, hub_repository
+from ddim_jax.checkpoints.info import CheckpointInfo
+from ddim_jax.utils.errors import CheckpointError
 
 SUPPORTED = (
     "a diffusers folder (with model_index.json), a repository of it on the hub (owner/name), a folder with the "
@@ -32,13 +15,7 @@ SUPPORTED = (
 )
 
 
-def not_written(folder: pathlib.Path) -> str | None:
-    """What is in a folder that `save_diffusers`, with a `model_card`, did not write; None if it wrote all of it."""
-    other = next(diffusers_folder.not_written(folder), None)
-    return other or (None if card.is_ours(folder / diffusers_folder.CARD) else f"no {diffusers_folder.CARD} of its own")
-
-
-def open_checkpoint(where: str) -> Published:
+def open_checkpoint(where: str) -> CheckpointInfo:
     """What the checkpoint at a path, or under an id of the Hugging Face hub ("owner/name", "owner/name@revision"),
     says of itself. CheckpointError if there is none of a format that is supported.
     """

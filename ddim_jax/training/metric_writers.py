@@ -1,11 +1,10 @@
-"""What training says of itself: a progress bar, metrics.jsonl, TensorBoard, and Weights & Biases where it is asked for.
-Only the first process writes.
+"""Metrics of training: a progress bar, metrics.jsonl, TensorBoard, and Weights & Biases where it is asked for. Only the
+main process writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -14,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -23,10 +22,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
-from ddim_jax import files, sharding
-from ddim_jax.config import Config, public
-from ddim_jax.errors import ConfigError, error_context
 from ddim_jax.training import train_step
+from ddim_jax.utils import files, sharding
+from ddim_jax.utils.errors import ConfigError, error_context
 
 FLUSH_SECONDS = 10  # between writes of TensorBoard's file to the disk
 LINE_BYTES = 1 << 20  # no line of a log is longer
@@ -90,7 +88,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of a project of Weights & Biases; continued, the same run."""
 
-    def __init__(self, workdir: pathlib.Path, project: str, config: Config):
+    def __init__(self, workdir: pathlib.Path, project: str, name: str, config: Mapping[str, Any]):
+        """name: of the run, where it is new. config: what is shown of it, public."""
         try:
             import wandb
         except ImportError as error:
@@ -99,11 +98,11 @@ class WeightsAndBiases:
         try:
             self._run = wandb.init(
                 project=project,
-                name=files.name_from(config.name),
+                name=files.name_from(name),
                 dir=workdir,
                 id=wandb_id(workdir),
                 resume="allow",
-                config=public(dataclasses.asdict(config)),
+                config=dict(config),
                 settings=wandb.Settings(silent=True, **WANDB_PRIVACY),
             )
         except (wandb.errors.Error, ValueError) as error:  # ValueError: it has no such setting
@@ -117,55 +116,66 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class Log:
+class MetricWriters:
     """Metrics are fetched once every log_every steps, as means over the updates that were made."""
 
     flops = 0.0  # of one update
 
-    def __init__(self, workdir: pathlib.Path, begin: int, config: Config):
-        """begin: the step that the run goes on from."""
-        train = config.train
-        self._every, self._batch_size, self._levels = train.log_every, train.batch_size, config.schedule.num_steps
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        begin: int,
+        *,
+        num_steps: int,
+        log_every: int,
+        batch_size: int,
+        num_levels: int,
+        wandb: Callable[[], Writer] | None = None,
+    ):
+        """begin: the step that training begins from. num_levels: T of the noise schedule. wandb: opens a writer for
+        Weights & Biases.
+        """
+        self._every, self._batch_size, self._levels = log_every, batch_size, num_levels
         self._workdir = workdir
         self._writers: list[Writer] = []
-        if sharding.is_first():
+        if sharding.is_main_process():
             with error_context(str(workdir)):
                 for name in ("metrics.jsonl", "evaluations.jsonl"):
-                    keep_until(begin, workdir / name)
+                    truncate_after(begin, workdir / name)
             self._writers.append(TensorBoard(workdir, begin))
-            if train.wandb:
-                self._writers.append(WeightsAndBiases(workdir, train.wandb, config))
+            if wandb is not None:
+                self._writers.append(wandb())
         self._bar = tqdm(
-            total=train.num_steps, initial=begin, unit="step", desc="training", disable=not sharding.is_first()
+            total=num_steps, initial=begin, unit="step", desc="training", disable=not sharding.is_main_process()
         )
         self._pending: list[train_step.Metrics] = []
         self._since = None
 
-    def add(self, step: int, metrics: train_step.Metrics) -> None:
-        """What an update measured."""
+    def add_update(self, step: int, metrics: train_step.Metrics) -> None:
+        """Adds the metrics of one update; every log_every steps their means are written."""
         self._pending.append(metrics)
         self._bar.update()
         if self._since is None:  # from the end of the first step
             jax.block_until_ready(metrics)
             self._since = time.perf_counter(), step
         if step % self._every == 0:
-            said = summary(jax.device_get(self._pending), self._levels)
+            means = summary(jax.device_get(self._pending), self._levels)
             self._pending.clear()
             now = time.perf_counter()
             begin, first = self._since
             if step > first:
-                said["images_per_second"] = (step - first) * self._batch_size / (now - begin)
-                said["teraflops_per_second"] = (step - first) * self.flops / (now - begin) / 1e12
+                means["images_per_second"] = (step - first) * self._batch_size / (now - begin)
+                means["teraflops_per_second"] = (step - first) * self.flops / (now - begin) / 1e12
             self._since = now, step
             shown = ("loss", "images_per_second")
-            self._bar.set_postfix({name: f"{said[name]:.4g}" for name in shown if said.get(name) is not None})
-            self._write("metrics.jsonl", step, said)
+            self._bar.set_postfix({name: f"{means[name]:.4g}" for name in shown if means.get(name) is not None})
+            self._write("metrics.jsonl", step, means)
 
-    def show(self, step: int, numbers: Mapping[str, float] | None = None, **pictures: np.ndarray) -> None:
-        """What else is known of a step: the numbers of an evaluation, pictures. The time since the last step does not
-        count as training.
+    def write_evaluation(self, step: int, numbers: Mapping[str, float] | None = None, **pictures: np.ndarray) -> None:
+        """Writes the numbers of an evaluation, and pictures, of a step. The time since the last step does not count as
+        training.
         """
-        if numbers and sharding.is_first():
+        if numbers and sharding.is_main_process():
             self._bar.write(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in numbers.items()))
         self._write("evaluations.jsonl", step, numbers or {}, pictures)
         if self._since is not None:
@@ -178,7 +188,7 @@ class Log:
         numbers: Mapping[str, float | None],
         pictures: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        if not sharding.is_first():
+        if not sharding.is_main_process():
             return
         if numbers:
             with open(self._workdir / file, "a") as lines:
@@ -197,9 +207,9 @@ class Log:
                 self._writers.remove(writer)
                 with contextlib.suppress(Exception):
                     writer.close()
-                warn(f"training goes on without {type(writer).__name__}: {error}")
+                warn(f"training continues without {type(writer).__name__}: {error}")
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> MetricWriters:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -226,7 +236,7 @@ def wandb_id(workdir: pathlib.Path) -> str:
     return wandb_id(workdir)
 
 
-def keep_until(step: int, file: pathlib.Path) -> None:
+def truncate_after(step: int, file: pathlib.Path) -> None:
     """Removes lines of later steps, which will be written again, and damaged ones. If there are any of these, FILE is
     kept as FILE.damaged. ValueError if it is a pipe or a device.
     """
@@ -274,16 +284,16 @@ def summary(steps: list[train_step.Metrics], num_levels: int) -> dict[str, float
     """
     made = [metrics for metrics in steps if metrics.skipped == 0]
     mean = lambda name: float(np.mean([getattr(metrics, name) for metrics in made])) if made else None
-    said = {name: mean(name) for name in ("loss", "grad_norm", "ema_distance")}
-    said["skipped"] = len(steps) - len(made)
+    means = {name: mean(name) for name in ("loss", "grad_norm", "ema_distance")}
+    means["skipped"] = len(steps) - len(made)
     for name in made[0].more if made else ():
-        said[name] = float(np.mean([metrics.more[name] for metrics in made]))
+        means[name] = float(np.mean([metrics.more[name] for metrics in made]))
     for i in range(train_step.BINS):
         first, last = (-(-num_levels * k // train_step.BINS) for k in (i, i + 1))
         count = sum(metrics.bin_counts[i] for metrics in made)
         total = sum(metrics.bin_losses[i] for metrics in made)
-        said[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None
-    return said
+        means[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None
+    return means
 
 
 def steps_in(file: pathlib.Path) -> set[int]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from ddim_jax import files
-from ddim_jax.errors import CheckpointError
-from ddim_jax.pretrained import names, tensors
-from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
-from ddim_jax.pretrained.tensors import Tensors
+from ddim_jax.checkpoints import parameter_names, tensors
+from ddim_jax.checkpoints.info import CheckpointInfo, no_raw_parameters
+from ddim_jax.checkpoints.tensors import Tensors
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError
 
 CHECKPOINT, CONFIG = "ckpt.pth", "config.yml"
 
@@ -28,7 +28,7 @@ CONFIG_BYTES = 1 << 16  # its own have 2000
 SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "sigmoid": "sigmoid", "const": "linear"}
 
 
-def open_file(path: pathlib.Path) -> Published:
+def open_file(path: pathlib.Path) -> CheckpointInfo:
     """What a file of tensors in the official layout says, with the config.yml beside it. CheckpointError if it is
     none.
     """
@@ -54,10 +54,12 @@ def open_file(path: pathlib.Path) -> Published:
     def read(like: Any, ema: bool) -> Any:
         if len(sets) == 1:
             no_raw_parameters(str(path), ema)
-        return tensors.read(sets[ema]._replace(layout=names.OFFICIAL), like, said)
+        return tensors.read(sets[ema]._replace(layout=parameter_names.OFFICIAL), like, said)
 
     name = path.parent.resolve().name if path.name == CHECKPOINT else path.stem
-    return describe(files.name_from(name), str(path), model | FIXED, noise, SAMPLE, read)
+    return CheckpointInfo(
+        str(path), read, name=files.name_from(name), model=model | FIXED, schedule=noise, sample=SAMPLE
+    )
 
 
 # Ho's networks, by what their files are called: the size of images, and config.model.channel_mult.
@@ -71,7 +73,7 @@ FIXED = {
     "head_channels": 0,
     "groups": 32,
     "norm_epsilon": 1e-6,
-    "halve_padding": "end",
+    "downsample_padding": "end",
     "frequency_shift": 1.0,
     "cos_first": False,
     "num_classes": 0,

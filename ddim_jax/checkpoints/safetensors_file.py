@@ -10,10 +10,10 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from ddim_jax import files
-from ddim_jax.errors import CheckpointError
-from ddim_jax.pretrained import tensors
-from ddim_jax.pretrained.published import Published, describe_own, no_raw_parameters
+from ddim_jax.checkpoints import tensors
+from ddim_jax.checkpoints.info import CheckpointInfo, no_raw_parameters
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError
 
 _FOLDER = pathlib.Path(__file__).parent
 
@@ -33,7 +33,7 @@ def is_ours(path: pathlib.Path) -> bool:
     return path.suffix == ".safetensors" and tensors.open_safetensors(path)[1].get("format") == "ddim_jax"
 
 
-def open_file(path: pathlib.Path) -> Published:
+def open_file(path: pathlib.Path) -> CheckpointInfo:
     """What a file that `save` wrote says. CheckpointError if it is of no network, DamagedError if it has changed."""
     found, metadata = tensors.open_safetensors(path)
 
@@ -43,7 +43,7 @@ def open_file(path: pathlib.Path) -> Published:
 
     try:
         step = int(metadata["step"]) if metadata["step"] else None
-        return describe_own(files.parse_json(metadata["config"], "its config"), step, str(path), read)
+        return CheckpointInfo(str(path), read, files.parse_json(metadata["config"], "its config"), step=step)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is no weights file of ddim_jax: {error!r}") from error
 

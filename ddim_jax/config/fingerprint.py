@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from ddim_jax import files, gaussian, generate, registry, samplers
-from ddim_jax.config import FREE_OF_NETWORK, Config, ModelConfig, Process, ScheduleConfig
-from ddim_jax.samplers import Sampler
+from ddim_jax import gaussian, registry, samplers
+from ddim_jax.config.build import image_shape
+from ddim_jax.config.compatibility import RENAMED
+from ddim_jax.config.schema import NOT_ARCHITECTURE, Config, ModelConfig, ScheduleConfig
+from ddim_jax.samplers import Sampler, SamplingProcess
 from ddim_jax.trajectory import Transitions
+from ddim_jax.utils import files
 
 PROBED_STEPS = 6  # of a process: more than the steps that a multistep method remembers
 PROBED_VALUES = 10_000  # of its results
@@ -30,13 +32,13 @@ WITHOUT_EFFECT = ("batch_size", "refine", "steps", "tau_offset", "ema")
 ADDED_LATER = ("keep_eps", "fixed_stride", "options")
 
 
-def of_images(config: Config, process: Process) -> dict[str, Any]:
+def of_images(config: Config, process: SamplingProcess) -> dict[str, Any]:
     """All that the images of a config depend on but the parameters of its network."""
     return {
         "sample": sample(config) | {"tau": process.tau.tolist()},
         "schedule": schedule(config.schedule),
         "model": model(config.model),
-        "process": of_process(process.sampler, process.transitions, generate.image_shape(config)),
+        "process": of_process(process.sampler, process.transitions, image_shape(config.model)),
     }
 
 
@@ -53,10 +55,11 @@ def sample(config: Config) -> dict[str, Any]:
 
 def model(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.model that change the network's output: not what matters in training alone."""
-    unused = set(FREE_OF_NETWORK) - {"dtype"}
+    unused = set(NOT_ARCHITECTURE) - {"dtype"}
     if config.name == "unet":  # folders of earlier versions do not record the only network that there was
         unused |= {"name"}
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
+    recorded = {new: old for old, new in RENAMED.items()}  # as folders of earlier versions have it
+    return {recorded.get(name, name): value for name, value in dataclasses.asdict(config).items() if name not in unused}
 
 
 def schedule(config: ScheduleConfig) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def _on_cpu() -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
 
-def folder_name(config: Config, process: Process, step: int | None, made_from: Mapping[str, Any]) -> str:
+def folder_name(config: Config, process: SamplingProcess, step: int | None, made_from: Mapping[str, Any]) -> str:
     """A name for each way to sample: what people look for, and eight digits of all that the images depend on, so that
     two different runs never have the same. step: of the checkpoint.
     """
@@ -144,10 +147,3 @@ def folder_name(config: Config, process: Process, step: int | None, made_from: M
         dtype if dtype != "float32" else "",
     ]
     return f"{files.name_from('-'.join(filter(None, parts)))[:90]}-{files.json_digest(made_from)[:8]}"
-
-
-def computed_with(config: Config, mesh: Mesh, total: int) -> dict[str, Any]:
-    """What decides how floats are rounded, and so the last bits of images: recorded, and not compared."""
-    batch = next(generate.batch_indices(config, mesh, 0, total))
-    device = mesh.devices.flat[0]
-    return {"batch_size": len(batch), "devices": mesh.size, "device": device.device_kind, "jax": jax.__version__}

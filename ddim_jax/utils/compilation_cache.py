@@ -1,65 +1,24 @@
-"""What is fetched or compiled once and kept: in $DDIM_JAX_CACHE, else in ddim_jax under $XDG_CACHE_HOME, else under
-~/.cache.
-"""
+"""JAX's cache of compiled programs, in the cache folder of this package (see `download.cache_folder`), checked."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import os
 import pathlib
 import platform
 import types
-import urllib.request
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
-from ddim_jax import files
-from ddim_jax.errors import CheckpointError
+from ddim_jax.utils.download import cache_folder
 
-TIMEOUT = 20  # seconds without a byte
-CHUNK = 1 << 20
 PROGRAMS_BYTES = 1 << 30  # of compiled programs; those not used for the longest time go first
 LEAST_SECONDS = 0.1  # what compiles faster is not kept
 
 
-def folder() -> pathlib.Path:
-    own, shared = os.environ.get("DDIM_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return pathlib.Path(own) if own else pathlib.Path(shared or pathlib.Path.home() / ".cache") / "ddim_jax"
-
-
-def fetch(url: str, sha256: str, what: str) -> pathlib.Path:
-    """The file at a URL, from the cache or fetched into it. what: for people.
-
-    CheckpointError, which says where the file belongs, if it cannot be fetched, or if it is not the one with this
-    SHA-256, be it fetched or found.
-    """
-    path = folder() / url.rpartition("/")[2]
-    if path.is_file():
-        if files.sha256(path) != sha256:
-            raise CheckpointError(f"{path} is not {what} (its SHA-256 is not {sha256}): remove it")
-        return path
-    wanted = f"{what} are wanted: put {url} at {path}, or give its path"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, files.replacing(path) as file:
-            size = int(answer.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := answer.read(CHUNK):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            file.flush()
-            if files.sha256(pathlib.Path(file.name)) != sha256:
-                raise CheckpointError(f"{wanted} (what came from there has not the SHA-256 {sha256})")
-    except (OSError, http.client.HTTPException) as error:  # of the disk or of the network
-        raise CheckpointError(f"{wanted} (it cannot be fetched: {error})") from error
-    return path
-
-
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
     """JAX keeps the programs that it compiles, for the next process, unless the environment tells it where or whether
     to (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE), or the folder cannot be written to. Before anything is
     compiled. They are machine code: for one kind of processor, from a folder that nobody else can write to, and each
@@ -76,7 +35,7 @@ def _set_folder() -> bool:
     """Whether programs are now kept in the folder of this package."""
     if not jax.config.jax_enable_compilation_cache:
         return False
-    programs = folder() / "programs" / processor()
+    programs = cache_folder() / "programs" / processor()
     try:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = programs.stat()

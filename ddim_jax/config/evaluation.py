@@ -1,6 +1,4 @@
-"""What config.evaluate measures samples by and against: a feature network, metrics, and real images or statistics of
-them.
-"""
+"""The evaluator that a config describes: a feature network, metrics, and real images or statistics of them."""
 
 from __future__ import annotations
 
@@ -8,26 +6,21 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Collection
-from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from ddim_jax import data, files, sharding
-from ddim_jax.config import Config
+from ddim_jax import data
+from ddim_jax.config.schema import Config
 from ddim_jax.data import Source
-from ddim_jax.errors import CheckpointError, ConfigError, error_context
-from ddim_jax.evaluation import judge, reference
+from ddim_jax.evaluation import features as features_lib
+from ddim_jax.evaluation import metrics as metrics_lib
+from ddim_jax.evaluation import reference
+from ddim_jax.evaluation.evaluator import Evaluator
 from ddim_jax.evaluation.feature_network import FeatureNetwork
 from ddim_jax.evaluation.reference import About, Reference
 from ddim_jax.registry import lookup
-
-
-class Yardstick(NamedTuple):
-    """What samples are measured by and against."""
-
-    network: FeatureNetwork
-    metrics: list[str]
-    reference: Reference
+from ddim_jax.utils import files, sharding
+from ddim_jax.utils.errors import CheckpointError, ConfigError, error_context
 
 
 def accepted_fields(text: str) -> list[str]:
@@ -40,12 +33,12 @@ def accepted_fields(text: str) -> list[str]:
     return names
 
 
-def metrics_of(config: Config) -> list[str]:
+def metric_names(config: Config) -> list[str]:
     """The names in config.evaluate.metrics; ConfigError for one that is none."""
     names = [name.strip() for name in config.evaluate.metrics.split(",")]
     with error_context("config.evaluate.metrics"):
         for name in names:
-            judge.metric(name)
+            metrics_lib.metric(name)
     return names
 
 
@@ -57,7 +50,7 @@ def open_network(config: Config) -> FeatureNetwork:
             files.check_regular(path)
     try:
         with error_context("config.evaluate.features"):
-            return judge.open_features(config.evaluate.features, config.evaluate.weights)
+            return features_lib.open_features(config.evaluate.features, config.evaluate.weights)
     except CheckpointError as error:
         raise ConfigError(f"config.evaluate.weights: {error}") from error
 
@@ -93,29 +86,29 @@ def warn_of_jpegs(source: Source, path: str) -> None:
 
 
 def warn(message: str) -> None:
-    if sharding.is_first():
+    if sharding.is_main_process():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def build(
+def evaluator(
     config: Config,
     network: FeatureNetwork,
     mesh: Mesh,
     shape: tuple[int, int, int] | None,
     accepted: Collection[str] = (),
     stored: pathlib.Path | None = None,
-) -> Yardstick:
-    """The metrics of config.evaluate and what they compare with.
+) -> Evaluator:
+    """The evaluator of config.evaluate.
 
     shape: (H, W, C) of the samples, None if there are none. accepted: fields of About in which statistics of a file
     may differ. stored: a file of this command's own that keeps what has once been computed. ConfigError where the
     reference does not belong to the samples.
     """
-    metrics = metrics_of(config)
+    metrics = metric_names(config)
     evaluate = config.evaluate
     if shape is not None:
         with error_context("config.evaluate.features"):
-            size = judge.num_features(network, shape)
+            size = features_lib.num_features(network, shape)
     path = pathlib.Path(evaluate.reference) if evaluate.reference else None
     if path is not None and not path.exists():
         raise ConfigError(f"config.evaluate.reference: there is no file or folder {path}")
@@ -130,21 +123,21 @@ def build(
         found = _stored(stored)
     if found is None:
         found = _compute(config, path, network, metrics, mesh, shape)
-        if stored is not None and sharding.is_first():
+        if stored is not None and sharding.is_main_process():
             reference.save(stored, found)
     with error_context("config.evaluate.reference"):
-        judge.check(metrics, found.judged)
-        if shape is not None and len(found.judged.moments.mean) != size:
+        metrics_lib.check(metrics, found.features)
+        if shape is not None and len(found.features.moments.mean) != size:
             raise ConfigError(
-                f"{path or 'the data set'} does not belong to the samples: it has {len(found.judged.moments.mean)} "
+                f"{path or 'the data set'} does not belong to the samples: it has {len(found.features.moments.mean)} "
                 f"features, {network.name} has {size}"
             )
         if shape is not None and found.about is not None:
-            ours = _belonging(config, network, shape) if statistics else found.about
-            ours = dataclasses.replace(ours, resolution=reference.resolution(shape))
-            if different := reference.difference(found.about, ours, accepted):
+            expected = _expected_about(config, network, shape) if statistics else found.about
+            expected = dataclasses.replace(expected, resolution=reference.resolution(shape))
+            if different := reference.difference(found.about, expected, accepted):
                 raise ConfigError(f"{path or 'the data set'} does not belong to the samples: {different}")
-    return Yardstick(network, metrics, found)
+    return Evaluator(network, metrics, found, mesh, evaluate.batch_size)
 
 
 def holds_statistics(path: pathlib.Path) -> bool:
@@ -184,13 +177,18 @@ def _compute(
         )
     warn_of_jpegs(source, name)
     with error_context("the real images"):
-        found = judge.judge(
-            network, source, mesh, config.evaluate.batch_size, judge.kept_of_reference(metrics), doing="real images"
+        found = features_lib.extract(
+            network,
+            source,
+            mesh,
+            config.evaluate.batch_size,
+            metrics_lib.needed_of_reference(metrics),
+            doing="real images",
         )
     return Reference(found, reference.about(source, reference.resolution(source.image_shape), network, name, split))
 
 
-def _belonging(config: Config, network: FeatureNetwork, shape: tuple[int, int, int]) -> About:
+def _expected_about(config: Config, network: FeatureNetwork, shape: tuple[int, int, int]) -> About:
     """What statistics that belong to samples of this config are of; of the data set as much as is known here."""
     try:
         source = data.load(config.data.name, config.data.path, config.evaluate.split)
@@ -206,20 +204,3 @@ def _data_name(config: Config) -> str | None:
     if config.data.name in ("folder", "npz"):
         return pathlib.Path(config.data.path).name or None
     return config.data.path if config.data.name == "tfds" else config.data.name
-
-
-def judge_samples(config: Config, found: Yardstick, samples: Source, mesh: Mesh, said: str) -> dict[str, Any]:
-    """The numbers of the first config.evaluate.num_images samples. ConfigError, beginning with `said`, where they
-    cannot be judged.
-    """
-    with error_context(said):
-        judged = judge.judge(
-            found.network,
-            samples,
-            mesh,
-            config.evaluate.batch_size,
-            judge.kept_of_samples(found.metrics),
-            config.evaluate.num_images,
-            "samples",
-        )
-        return judge.measure(found.metrics, judged, found.reference.judged)

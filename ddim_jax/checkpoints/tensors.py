@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from ddim_jax import files
-from ddim_jax.checkpoint import check_shapes, checksum
-from ddim_jax.errors import CheckpointError, DamagedError
-from ddim_jax.pretrained import names
-from ddim_jax.pretrained.names import Layout
+from ddim_jax.checkpoints import parameter_names
+from ddim_jax.checkpoints.parameter_names import Layout
+from ddim_jax.checkpoints.run import check_shapes, checksum
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError, DamagedError
 
 
 class Tensors(NamedTuple):
@@ -197,7 +197,7 @@ def read(tensors: Tensors, like: Any, said: str) -> Any:
         array = tensors.read(called[path])
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise CheckpointError(f"{tensors.source}: {called[path]} is of type {array.dtype}, not of floats")
-        array = array if layout is None else names.to_ours(path, array, len(leaf.shape))
+        array = array if layout is None else parameter_names.to_ours(path, array, len(leaf.shape))
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, leaf.dtype)
         if not np.isfinite(array).all():
@@ -222,7 +222,7 @@ def name_of(path: tuple[str, ...], layout: Layout | None, num_levels: int) -> st
 def expected_shape(path: tuple[str, ...], shape: tuple[int, ...], layout: Layout | None) -> tuple[int, ...]:
     if layout is None:
         return tuple(shape)
-    return names.to_theirs(path, np.broadcast_to(np.float32(0), shape), layout).shape
+    return parameter_names.to_theirs(path, np.broadcast_to(np.float32(0), shape), layout).shape
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

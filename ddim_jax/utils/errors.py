@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ddim_jax import files
+from ddim_jax.utils import files
 
 LONGEST = 2000  # characters of a message, which may hold text of a file
 

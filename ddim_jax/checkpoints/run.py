@@ -19,19 +19,29 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from ddim_jax import files, sharding
-from ddim_jax.errors import CheckpointError, DamagedError
-from ddim_jax.train_state import TrainState
+from ddim_jax.utils import files, sharding
+from ddim_jax.utils.errors import CheckpointError, DamagedError
 
 JSON_FILE = "metadata"  # of the items config and record
 RECORD = {"checksums": dict, "shapes": dict, "config": str, "data": str, "digest": str}  # what a record holds
+
+
+class State(Protocol):
+    """A named tuple with these fields; see `training.train_state.TrainState`."""
+
+    step: Any
+    params: Any
+    ema_params: Any
+    opt_state: Any
+    skipped: Any
+    objective: Any
 
 
 class Checkpoints:
@@ -95,7 +105,7 @@ class Checkpoints:
         """All complete steps, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, config: dict[str, Any], data: str = "") -> None:
+    def save(self, state: State, config: dict[str, Any], data: str = "") -> None:
         """Writes a step in the background. config: JSON values. data: the fingerprint of what it is trained on.
 
         CheckpointError if it, or the one before it, cannot be written.
@@ -146,10 +156,10 @@ class Checkpoints:
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a step out of the way, into WORKDIR/damaged."""
         aside = self._folder.parent / "damaged" / str(step)
-        if sharding.is_first():
+        if sharding.is_main_process():
             aside.parent.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(aside)
-        sharding.all_here(f"aside {step}")
+        sharding.barrier(f"aside {step}")
         self._manager.reload()
         return aside
 
@@ -213,18 +223,18 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise DamagedError(f"{self._folder} cannot be read: {error}") from error
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
+    def restore(self, step: int, like: State) -> State:
         """The state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
         targets = {"params": _item(like.params), "ema_params": _item(like.ema_params), "optimizer": _optimizer(like)}
         items = self._restore_arrays(step, targets)
         optimizer = items["optimizer"]
-        return TrainState(
-            optimizer["step"],
-            _tree(items["params"], like.params),
-            _tree(items["ema_params"], like.ema_params),
-            optimizer["state"],
-            optimizer["skipped"],
-            optimizer.get("objective", ()),
+        return like._replace(
+            step=optimizer["step"],
+            params=_tree(items["params"], like.params),
+            ema_params=_tree(items["ema_params"], like.ema_params),
+            opt_state=optimizer["state"],
+            skipped=optimizer["skipped"],
+            objective=optimizer.get("objective", ()),
         )
 
     def restore_params(self, step: int, like: Any, ema: bool = True) -> Any:
@@ -303,7 +313,7 @@ def _tree(item: Any, like: Any) -> Any:
     return item["array"] if jax.tree_util.all_leaves([like]) else item
 
 
-def _optimizer(state: TrainState) -> dict[str, Any]:
+def _optimizer(state: State) -> dict[str, Any]:
     remembered = {"objective": state.objective} if jax.tree.leaves(state.objective) else {}
     return {"step": state.step, "skipped": state.skipped, "state": state.opt_state, **remembered}
 

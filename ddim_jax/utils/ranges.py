@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddim_jax import checks
-from ddim_jax.files import shown
+from ddim_jax.utils.files import shown
 
 INT = 2**31 - 1  # steps and indices have 32 bits on the devices
 SEED = 2**32 - 1  # a key is made of 32 bits: seeds beyond would draw the images of seeds below

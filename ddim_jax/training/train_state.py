@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,16 +19,6 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     skipped: Array  # () int32, how many updates in a row, up to the last one, were left out as not finite
     objective: Any = ()  # what the objective remembers of the steps before
-
-
-def param_shapes(network: Network) -> Any:
-    """Shapes and dtypes of the parameters of a network, without making any."""
-    return _param_shapes(as_network(network))
-
-
-@functools.lru_cache(maxsize=16)
-def _param_shapes(network: Network) -> Any:
-    return jax.eval_shape(network.init, jax.random.key(0))
 
 
 def init(network: Network, optimizer: optax.GradientTransformation, key: Array, objective: Any = ()) -> TrainState:

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import numpy as np
 
-from ddim_jax import config as config_lib
-from ddim_jax import files
-from ddim_jax.config import ScheduleConfig
-from ddim_jax.errors import CheckpointError
+from ddim_jax import registry
+from ddim_jax.checkpoints import parameter_names, tensors
+from ddim_jax.checkpoints.hub import Folder, Repository, load_json
+from ddim_jax.checkpoints.info import CheckpointInfo, no_raw_parameters
 from ddim_jax.models.unet import MOST_LEVELS
-from ddim_jax.pretrained import names, tensors
-from ddim_jax.pretrained.files import Folder, Repository, load_json
-from ddim_jax.pretrained.published import Published, describe, no_raw_parameters
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 
@@ -184,7 +183,7 @@ PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 TAUS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 # Where a spacing is not known to diffusers, the nearest that it knows.
 SPACINGS = {**TAUS, "uniform": "trailing", "quadratic": "trailing", "official_uniform": "leading"}
-HALVE_PADDING = {0: "end", 1: "both"}
+DOWNSAMPLE_PADDING = {0: "end", 1: "both"}
 LABEL_DROPOUT = "_label_dropout"  # ours, which diffusers does not look at: the last of its classes is none
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -202,7 +201,7 @@ def is_there(files: Folder | Repository) -> bool:
     return files.find("model_index.json") is not None
 
 
-def open_folder(files: Folder | Repository) -> Published:
+def open_folder(files: Folder | Repository) -> CheckpointInfo:
     """What a pipeline's folder, or its repository on the hub, says. CheckpointError if it is not of this kind."""
     index = load_json(_required(files, "model_index.json"))
     _check_pipeline(index, files.source)
@@ -219,7 +218,7 @@ def open_folder(files: Folder | Repository) -> Published:
         else:
             found, _ = tensors.open_safetensors(path)
         old = any(".attentions." in name and name.endswith(".query.weight") for name in found.shapes)
-        layout = names.DIFFUSERS_OLD if old else names.DIFFUSERS
+        layout = parameter_names.DIFFUSERS_OLD if old else parameter_names.DIFFUSERS
         return tensors.read(found._replace(layout=layout), like, "its unet/config.json")
 
     model = network_fields(load_json(unet), f"{files.source}: unet/config.json")
@@ -227,13 +226,13 @@ def open_folder(files: Folder | Repository) -> Published:
     if "_class_name" not in values and _class_in(index, "scheduler"):
         values["_class_name"] = _class_in(index, "scheduler")
     schedule_fields, prediction, sample = noise_fields(values, where)
-    return describe(
-        files.name,
+    return CheckpointInfo(
         files.source,
-        model | {"prediction": prediction},
-        schedule_fields,
-        sample,
         read,
+        name=files.name,
+        model=model | {"prediction": prediction},
+        schedule=schedule_fields,
+        sample=sample,
         note=own_steps(values, where),
     )
 
@@ -317,8 +316,8 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         refuse("time_embedding_dim", unet["time_embedding_dim"], f"4 times the first of block_out_channels, {channels}")
     if unet["attn_norm_num_groups"] not in (None, unet["norm_num_groups"]):
         refuse("attn_norm_num_groups", unet["attn_norm_num_groups"], f"norm_num_groups, {unet['norm_num_groups']}")
-    if unet["downsample_padding"] not in HALVE_PADDING:
-        refuse("downsample_padding", unet["downsample_padding"], " or ".join(map(str, HALVE_PADDING)))
+    if unet["downsample_padding"] not in DOWNSAMPLE_PADDING:
+        refuse("downsample_padding", unet["downsample_padding"], " or ".join(map(str, DOWNSAMPLE_PADDING)))
 
     hidden = values.get(LABEL_DROPOUT, 0.0)
     if not isinstance(hidden, float) or hidden and (unet["num_class_embeds"] or 0) < 2:
@@ -349,7 +348,7 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "head_channels": unet["attention_head_dim"] or 0,
         "groups": unet["norm_num_groups"],
         "norm_epsilon": unet["norm_eps"],
-        "halve_padding": HALVE_PADDING[unet["downsample_padding"]],
+        "downsample_padding": DOWNSAMPLE_PADDING[unet["downsample_padding"]],
         "frequency_shift": unet["freq_shift"],
         "cos_first": unet["flip_sin_to_cos"],
         "dropout": unet["dropout"],
@@ -393,7 +392,6 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     if betas is not None and len(betas) != steps:
         refuse("num_train_timesteps", steps, f"the length of trained_betas, {len(betas)}")
     schedule_fields = {
-        **config_lib.BEFORE["schedule"],
         "name": SCHEDULES[noise["beta_schedule"]] if betas is None else "from_betas",
         "num_steps": steps,
         "beta_start": noise["beta_start"],
@@ -453,7 +451,9 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
         "up_block_types": kinds("Up")[::-1],
         "block_out_channels": [model["channels"] * mult for mult in model["channel_mult"]],
         "layers_per_block": model["num_res_blocks"],
-        "downsample_padding": {name: padding for padding, name in HALVE_PADDING.items()}[model["halve_padding"]],
+        "downsample_padding": {name: padding for padding, name in DOWNSAMPLE_PADDING.items()}[
+            model["downsample_padding"]
+        ],
         "dropout": model["dropout"],
         "attention_head_dim": model["head_channels"] or None,
         "norm_num_groups": model["groups"],
@@ -476,8 +476,9 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     theirs = {ours: name for name, ours in SCHEDULES.items() if ours != "sigmoid"}  # which DDIMScheduler has not
     betas = None
     if noise["name"] not in theirs:
-        plain = {**noise, "zero_terminal_snr": False}
-        alpha_bar = config_lib.noise_schedule(config_lib.section(ScheduleConfig, plain, "schedule")).alpha_bar
+        factory = registry.resolve(registry.SCHEDULES, noise["name"])
+        fields = {name: noise[name] for name in noise if name not in ("name", "options", "zero_terminal_snr")}
+        alpha_bar = registry.build(factory, fields, noise["options"]).alpha_bar
         betas = list(noise["betas"]) or (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
     thresholding = bool(sample["clip_x0"] and sample["clip_quantile"])
     clip_range = {"sample_max_value" if thresholding else "clip_sample_range": sample["clip_range"]}
@@ -507,8 +508,8 @@ def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str
     """
     levels = len(config["model"]["channel_mult"])
     state = {
-        names.DIFFUSERS.name(path, levels): np.ascontiguousarray(
-            names.to_theirs(path, np.asarray(leaf), names.DIFFUSERS)
+        parameter_names.DIFFUSERS.name(path, levels): np.ascontiguousarray(
+            parameter_names.to_theirs(path, np.asarray(leaf), parameter_names.DIFFUSERS)
         )
         for path, leaf in flax.traverse_util.flatten_dict(params).items()
     }

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from ddim_jax import files, images, sharding
-from ddim_jax.errors import ConfigError
+from ddim_jax.utils import files, images, sharding
+from ddim_jax.utils.errors import ConfigError
 
 RECORD = "run.json"
 
@@ -61,7 +61,7 @@ def check_room(folder: Folder, results: Mapping[str, Arrays]) -> None:
     other, and for a moment each is there twice: in parts, and whole.
     """
     missing = {name: arrays for name, arrays in results.items() if not folder.has(name)}
-    if not missing or not sharding.is_first():
+    if not missing or not sharding.is_main_process():
         return
     sizes = [arrays.nbytes for arrays in missing.values()]
     present = [path for name in missing for path in (folder / name, *_parts_of(folder, name).glob("*.npz"))]
@@ -98,7 +98,7 @@ def open_folder(
     command that never does. inside: the output folder that this one is part of.
     """
     folder = Folder(pathlib.Path(path), made_from, written, overwrite, inside)
-    if sharding.is_first():
+    if sharding.is_main_process():
         if inside is None:
             check_writable(path)
         try:
@@ -106,7 +106,7 @@ def open_folder(
         except BaseException:
             folder.release()
             raise
-    sharding.all_here("output folder")
+    sharding.barrier("output folder")
     return folder
 
 
@@ -159,7 +159,7 @@ class Folder:
 
     def claim(self) -> None:
         """Makes the folder, and makes it this run's own. ConfigError if another process did so meanwhile."""
-        if self._own or not sharding.is_first():
+        if self._own or not sharding.is_main_process():
             return
         if self._inside is not None:
             self._inside.claim()
@@ -243,7 +243,7 @@ class Folder:
 
     def record(self, *names: str) -> None:
         """Records files that every command writes anew."""
-        if sharding.is_first():
+        if sharding.is_main_process():
             self.claim()
             self._record({}, names)
 
@@ -398,9 +398,9 @@ def gather(
     rounded, recorded for the items that it made. Of several processes all make their part of a batch, and the first
     writes it.
     """
-    first, total = sharding.is_first(), arrays.length
+    first, total = sharding.is_main_process(), arrays.length
     whole, parts = folder.find(name, arrays) if first else None, _Parts(folder, name, arrays)
-    done = sharding.agreed((total if whole else parts.find()) if first else 0)
+    done = sharding.broadcast_from_main((total if whole else parts.find()) if first else 0)
     with tqdm(total=total, initial=done, desc=doing, unit="image", disable=not first) as bar:
         for batch in batches(done) if done < total else ():
             if first:
@@ -413,7 +413,7 @@ def gather(
             images.save_npz(file, total, parts.read)
     if first:
         remove(parts.home)  # also of a run that was killed after its last word
-    sharding.all_here(name)
+    sharding.barrier(name)
     return folder / name
 
 

@@ -1,0 +1,7 @@
+"""Trained networks in files: of others, and our own. Opened without running what is in them."""
+
+from ddim_jax.checkpoints.find import open_checkpoint
+from ddim_jax.checkpoints.info import CheckpointInfo
+from ddim_jax.checkpoints.safetensors_file import is_ours, save, shipped, shipped_names
+
+__all__ = ["CheckpointInfo", "is_ours", "open_checkpoint", "save", "shipped", "shipped_names"]

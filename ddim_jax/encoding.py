@@ -1,0 +1,98 @@
+"""Real images encoded into latents and decoded again, into files of an output folder (section 5.4)."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddim_jax import data, sampling
+from ddim_jax.data.scaling import to_uint8, to_unit
+from ddim_jax.sampling import Pipeline
+from ddim_jax.utils import images, output_folder
+from ddim_jax.utils.errors import error_context
+
+CHUNK = 500  # images that are read at a time
+
+
+def round_trip(
+    out: output_folder.Folder, pipeline: Pipeline, source: data.Source, total: int, refine: int
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """The first `total` images of the source encoded into `out/latents.npz`, and decoded into
+    `out/reconstructions.npz`; refine: see `sampling.encode`. What is there already is verified, and not made again.
+    """
+    results = {
+        "latents.npz": output_folder.Arrays(total, "--count", {"latents": (pipeline.shape, "float32")}),
+        "reconstructions.npz": output_folder.Arrays(
+            total, "--count", {"arr_0": (pipeline.shape, "uint8"), "error": ((), "float64")}
+        ),
+    }
+
+    def real(index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images in [-1, 1], and their classes for a network with classes."""
+        with error_context("--images"):
+            pixels, labels = sampling.real_batch(pipeline, source, index, total)
+        return to_unit(pixels), labels
+
+    def indices(first: int) -> Iterator[np.ndarray]:
+        return sampling.batch_indices(pipeline.batch_size, pipeline.mesh, first, total)
+
+    def encoded(first: int) -> Iterator[dict[str, np.ndarray]]:
+        for index in indices(first):
+            x_T = sampling.encode(pipeline, *real(index), first=index[0], refine=refine)
+            yield {"latents": x_T[: total - index[0]]}
+
+    def decoded(first: int) -> Iterator[dict[str, np.ndarray]]:
+        stored = images.open_npz(latents)["latents"]
+        for index in indices(first):
+            x_0, labels = real(index)
+            x_T = stored[np.minimum(index, total - 1)]
+            reconstructed = sampling.decode(pipeline, x_T, labels, first=index[0])
+            error = np.square((reconstructed - x_0) / 2, dtype=np.float64).mean((1, 2, 3))
+            valid = slice(total - index[0])
+            yield {"arr_0": to_uint8(reconstructed[valid]), "error": error[valid]}
+
+    output_folder.check_room(out, results)
+    computed_with = sampling.computed_with(pipeline, total)
+    gather = lambda name, batches, doing: output_folder.gather(out, name, results[name], batches, doing, computed_with)
+    latents = gather("latents.npz", encoded, "encoding")
+    return latents, gather("reconstructions.npz", decoded, "decoding")
+
+
+def digests_of(source: data.Source, total: int, with_labels: bool) -> dict[str, str]:
+    """SHA-256 of the first `total` images of a source: of all, with their classes, and of those at 1000 places, which
+    earlier versions recorded.
+    """
+    every, some = hashlib.sha256(), hashlib.sha256()
+    chosen = np.unique(np.linspace(0, total - 1, 1000).astype(int))
+    with error_context("--images"):
+        for begin in range(0, total, CHUNK):
+            index = np.arange(begin, min(begin + CHUNK, total))
+            batch = source[index]
+            every.update(np.ascontiguousarray(batch.images).data)
+            if with_labels and batch.labels is not None:
+                every.update(np.ascontiguousarray(batch.labels).data)
+            some.update(batch.images[np.isin(index, chosen)].tobytes())
+    return {"images": some.hexdigest(), "all_images": every.hexdigest()}
+
+
+def make_report(latents: pathlib.Path, reconstructions: pathlib.Path, steps: int) -> dict[str, Any]:
+    """Errors, and how near the latents are to N(0, I), in float64 without all of them in memory."""
+    errors = images.open_npz(reconstructions)["error"]
+    sums = np.zeros(2)
+    for x in images.open_npz(latents)["latents"]:
+        sums += [x.mean(dtype=np.float64), np.square(x, dtype=np.float64).mean()]
+    mean, square = sums / len(errors)
+    return {
+        "images": len(errors),
+        "steps": steps,
+        "error_mean": float(errors.mean()),
+        "error_max": float(errors.max()),
+        "latent_mean": float(mean),
+        "latent_std": float(np.sqrt(max(square - mean**2, 0))),
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,137 @@
+"""Training from Python, without a config."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from ddim_jax import checks, data
+from ddim_jax.models.network import Network, as_network
+from ddim_jax.training import loop, train_step
+from ddim_jax.training.objectives import Objective
+from ddim_jax.utils import sharding
+from ddim_jax.utils.errors import CheckpointError
+
+
+class Fitted(NamedTuple):
+    params: Any
+    ema_params: Any  # their moving average: what is sampled
+    losses: np.ndarray  # (num_steps - the step that it began at,)
+
+
+class Points:
+    """Training data of any shape: x (N, ...), floating point or uint8, with labels (N,) or None. A `data.Source`."""
+
+    crop, jpegs, instant = "none", 0, True
+
+    def __init__(self, x: np.ndarray, labels: np.ndarray | None = None):
+        self.images, self.labels = np.asarray(x), None if labels is None else np.asarray(labels, np.int32)
+        if not self.images.ndim or not len(self.images):
+            raise ValueError(f"x must be (N, ...), N at least 1, got shape {self.images.shape}")
+        if labels is not None and self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels must have the shape {self.images.shape[:1]}, got {self.labels.shape}")
+        self.image_shape = self.images.shape[1:]
+        self.num_classes = 0 if labels is None else int(self.labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: np.ndarray) -> data.Batch:
+        return data.Batch(self.images[indices], None if self.labels is None else self.labels[indices])
+
+
+class _Losses:
+    """A progress bar, and the loss of every update."""
+
+    flops = 0.0
+
+    def __init__(self, begin: int, num_steps: int, progress: bool):
+        self._metrics: list[jax.Array] = []
+        self._bar = tqdm(total=num_steps, initial=begin, desc="training", disable=not progress)
+
+    def add_update(self, step: int, metrics: train_step.Metrics) -> None:
+        self._metrics.append(metrics.loss)
+        self._bar.update()
+
+    def __enter__(self) -> _Losses:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+
+    def all(self) -> np.ndarray:
+        return np.array(jax.device_get(self._metrics))
+
+
+def fit(
+    network: Network | nn.Module,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    source: data.Source | np.ndarray,
+    *,
+    num_steps: int,
+    batch_size: int,
+    workdir: str | pathlib.Path | None = None,
+    seed: int = 0,
+    ema_decay: float | Callable = 0.9999,
+    accumulate: int = 1,
+    checkpoint_every: int = 1000,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: bool = True,
+) -> Fitted:
+    """Trains a network until num_steps updates are done, over all devices.
+
+    network: a `Network`, or a Linen module. objective: see `objectives.noise_prediction` and `objectives.make`.
+    optimizer: any of optax. source: a `data.Source`, or an array (N, ...) of any shape, whose uint8 values are taken as
+    pixels and whose floats as x_0. workdir: checkpoints are written there every checkpoint_every updates and at the
+    end, and the same call resumes from the last one, to the same parameters as without a break. ema_decay: a number,
+    or a function of the step. mesh: of devices; default: all. The batch of step k depends on (seed, k) alone.
+
+    ValueError where the shapes do not fit; ConfigError where the loss stays not finite, or the checkpoints do not fit
+    on the disk; CheckpointError for a workdir of another network, data or seed.
+    """
+    checks.integer("num_steps", num_steps, 1)
+    checks.integer("batch_size", batch_size, 1)
+    checks.integer("checkpoint_every", checkpoint_every, 1)
+    source = source if hasattr(source, "image_shape") else Points(source)
+    network = as_network(network, tuple(source.image_shape))
+    if tuple(network.shape) != tuple(source.image_shape):
+        raise ValueError(f"source must hold examples of the shape {network.shape}, got {tuple(source.image_shape)}")
+    mesh = sharding.data_mesh() if mesh is None else mesh
+    if batch_size % (mesh.size * accumulate):
+        raise ValueError(f"batch_size must divide over {mesh.size} devices and {accumulate} parts, got {batch_size}")
+    recipe = loop.Recipe(
+        network,
+        objective,
+        optimizer,
+        num_steps,
+        batch_size,
+        seed,
+        ema_decay,
+        accumulate,
+        checkpoint_every=checkpoint_every,
+    )
+    record = {"fit": {"seed": seed, "batch_size": batch_size}}
+
+    def check_saved(saved: Any) -> None:
+        if saved != record:
+            raise CheckpointError(f"{workdir} was trained with another seed or batch_size")
+
+    opened = []
+
+    def open_writers(begin: int) -> _Losses:
+        opened.append(_Losses(begin, num_steps, progress))
+        return opened[0]
+
+    if workdir is not None:
+        workdir = pathlib.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+    state = loop.run(recipe, source, mesh, open_writers, workdir, record=record, check_saved=check_saved)
+    return Fitted(state.params, state.ema_params, opened[0].all())

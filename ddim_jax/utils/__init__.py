@@ -1,0 +1,1 @@
+"""What all parts of the package share: errors, files, images, devices, signals."""
