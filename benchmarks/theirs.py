@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import save_diffusers
+from ddim_jax.checkpoints import diffusers_export
 from ddim_jax.config import Config
 from ddim_jax.utils.errors import ConfigError
 
@@ -38,7 +38,7 @@ class Theirs:
         values = dataclasses.asdict(config)
         values["sample"]["tau"] = "leading"
         with tempfile.TemporaryDirectory() as folder:
-            save_diffusers(pathlib.Path(folder) / "pipeline", params, values, "")
+            diffusers_export.save(pathlib.Path(folder) / "pipeline", params, values, "")
             load = lambda: diffusers.UNet2DModel.from_pretrained(f"{folder}/pipeline/unet").to(self.device, self.dtype)
             self.networks = {EAGER: load(), CHANNELS_LAST: load().to(memory_format=torch.channels_last)}
             if compiled:

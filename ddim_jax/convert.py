@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from ddim_jax import checkpoints, cli, registry
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import diffusers_folder, model_card
+from ddim_jax.checkpoints import diffusers_export, model_card
 from ddim_jax.checkpoints.run import Checkpoints
 from ddim_jax.config import weights
 from ddim_jax.training.train_state import TrainState
@@ -94,9 +94,9 @@ def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
 
 def not_written(folder: pathlib.Path) -> str | None:
     """What is in a folder that `write_diffusers` did not write; None if it wrote all of it."""
-    other = next(diffusers_folder.not_written(folder), None)
-    is_own = model_card.is_ours(folder / diffusers_folder.CARD)
-    return other or (None if is_own else f"no {diffusers_folder.CARD} of its own")
+    other = next(diffusers_export.not_written(folder), None)
+    is_own = model_card.is_ours(folder / diffusers_export.CARD)
+    return other or (None if is_own else f"no {diffusers_export.CARD} of its own")
 
 
 def as_config(found: weights.Checkpoint) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def write_safetensors(to: pathlib.Path, params: Any, config: Config, step: int |
 
 
 def write_diffusers(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
-    diffusers_folder.save(to, params, config, model_card.markdown(config, step, params_count(params)))
+    diffusers_export.save(to, params, config, model_card.markdown(config, step, params_count(params)))
 
 
 def write_orbax(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from ddim_jax import data, sampling
 from ddim_jax.data.scaling import to_uint8, to_unit
 from ddim_jax.sampling import Pipeline
-from ddim_jax.utils import images, output_folder
+from ddim_jax.utils import images, output_arrays, output_folder, output_parts
 from ddim_jax.utils.errors import error_context
 
 CHUNK = 500  # images that are read at a time
@@ -26,8 +26,8 @@ def round_trip(
     `out/reconstructions.npz`; refine: see `sampling.encode`. What is there already is verified, and not made again.
     """
     results = {
-        "latents.npz": output_folder.Arrays(total, "--count", {"latents": (pipeline.shape, "float32")}),
-        "reconstructions.npz": output_folder.Arrays(
+        "latents.npz": output_arrays.Arrays(total, "--count", {"latents": (pipeline.shape, "float32")}),
+        "reconstructions.npz": output_arrays.Arrays(
             total, "--count", {"arr_0": (pipeline.shape, "uint8"), "error": ((), "float64")}
         ),
     }
@@ -56,9 +56,9 @@ def round_trip(
             valid = slice(total - index[0])
             yield {"arr_0": to_uint8(reconstructed[valid]), "error": error[valid]}
 
-    output_folder.check_room(out, results)
+    output_parts.check_room(out, results)
     computed_with = sampling.computed_with(pipeline, total)
-    gather = lambda name, batches, doing: output_folder.gather(out, name, results[name], batches, doing, computed_with)
+    gather = lambda name, batches, doing: output_parts.gather(out, name, results[name], batches, doing, computed_with)
     latents = gather("latents.npz", encoded, "encoding")
     return latents, gather("reconstructions.npz", decoded, "decoding")
 

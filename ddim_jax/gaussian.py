@@ -1,6 +1,8 @@
 """The Gaussians of the paper: q(x_t | x_0), q_sigma(x_s | x_t, x_0), and the two halves of a prediction, x_0 and eps.
 
 Everywhere `x_0`, `x_t`, `eps` are (B, ...) and a `Level` or a `Transition` has leaves that broadcast against them.
+
+One file because all of it is the algebra of one pair, x_0 and eps.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from jax.tree_util import register_static
 from ddim_jax import checks, samplers
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import Model
-from ddim_jax.multistep import moved, sigma_bars
+from ddim_jax.multistep import advanced, sigma_bars
 from ddim_jax.schedule import Array, Schedule
 from ddim_jax.trajectory import Transitions
 
@@ -68,8 +68,8 @@ class Implicit:
 
     def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
-        explicit = moved(x_t, transition, (end - begin) * denoise(x_t, transition.level_t).eps)
-        equation = lambda x: moved(x_t, transition, (end - begin) * denoise(x, transition.level_s).eps)
+        explicit = advanced(x_t, transition, (end - begin) * denoise(x_t, transition.level_t).eps)
+        equation = lambda x: advanced(x_t, transition, (end - begin) * denoise(x, transition.level_s).eps)
         x_s, residual = fixed_point(equation, explicit, self.refine)
         return x_s, jnp.maximum(state, residual)
 

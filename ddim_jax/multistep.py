@@ -5,9 +5,11 @@ All are deterministic samplers for `samplers.integrate`. With `x_bar = x / sqrt(
 `lambda = -log(sigma_bar)`, half the log-SNR, the same ODE reads `d (x / sqrt(1 - ab)) = exp(lambda) x_0 d lambda` (Lu
 et al. 2022b, "DPM-Solver++", Eq. 8).
 
-A method of order p remembers what the network said in the last p - 1 steps. Before the first step that lies infinitely
-far away, where it counts for nothing, so the order grows from 1 by itself. To the image lambda is infinite, and a step
-there is of order one for the methods in lambda: it returns the predicted x_0.
+A method of order p uses the network's outputs of the last p - 1 steps too. Before the first step these lie infinitely
+far away and have weight 0, so the order grows from 1 by itself. At s = 0 lambda is infinite: the last step of the
+methods in lambda is of order one and returns the predicted x_0.
+
+One file because the methods share one interpolation of outputs, and a reader compares their steps.
 """
 
 from __future__ import annotations
@@ -28,30 +30,30 @@ FAR = 1e12  # beyond all levels; its powers are still float32
 
 
 class Memory(NamedTuple):
-    """What was said at the levels before, the latest first."""
+    """Network outputs at the levels before, the latest first."""
 
     at: Array  # (p - 1,): sigma_bar, or lambda
-    said: Array  # (p - 1, B, ...): eps, or x_0
+    outputs: Array  # (p - 1, B, ...): eps, or x_0
 
 
 def _empty(x: Array, order: int) -> Memory:
     return Memory(FAR * jnp.arange(1, order, dtype=x.dtype), jnp.zeros((order - 1, *x.shape), x.dtype))
 
 
-def _with(memory: Memory, at: Array, said: Array) -> Memory:
+def _with(memory: Memory, at: Array, outputs: Array) -> Memory:
     """The memory with one more in front."""
-    return Memory(jnp.concatenate([at[None], memory.at]), jnp.concatenate([said[None], memory.said]))
+    return Memory(jnp.concatenate([at[None], memory.at]), jnp.concatenate([outputs[None], memory.outputs]))
 
 
 def _without_last(memory: Memory) -> Memory:
-    return Memory(memory.at[:-1], memory.said[:-1])
+    return Memory(memory.at[:-1], memory.outputs[:-1])
 
 
 def polynomial(memory: Memory) -> list[Array]:
     """Coefficients c_0, c_1, ... of the polynomial `sum_k c_k (u - at[0])^k` through all points, by Newton's divided
     differences.
     """
-    count, differences = len(memory.at), list(memory.said)
+    count, differences = len(memory.at), list(memory.outputs)
     offset = memory.at[0] - memory.at  # u - at[j] = v + offset[j], with v = u - at[0]
     powers, coefficients = [jnp.ones_like(offset[0])], [differences[0]]
     for k in range(1, count):
@@ -99,9 +101,9 @@ def sigma_bars(transition: Transition) -> tuple[Array, Array]:
     )
 
 
-def moved(x_t: Array, transition: Transition, grown: Array) -> Array:
+def advanced(x_t: Array, transition: Transition, increment: Array) -> Array:
     """x_s, where x_bar grows by that."""
-    return jnp.sqrt(transition.alpha_bar_s) * (x_t / jnp.sqrt(transition.alpha_bar_t) + grown)
+    return jnp.sqrt(transition.alpha_bar_s) * (x_t / jnp.sqrt(transition.alpha_bar_t) + increment)
 
 
 @register_static
@@ -126,11 +128,11 @@ class AdamsBashforth:
     def step(self, x_t, state, transition, denoise, noise):
         (done, memory), (begin, end) = state, sigma_bars(transition)
         memory = _with(memory, begin, denoise(x_t, transition.level_t).eps)
-        ahead = moved(x_t, transition, _integral(polynomial(memory), end - begin))
+        ahead = advanced(x_t, transition, _integral(polynomial(memory), end - begin))
 
         def corrected(_):
             more = _with(memory, end, denoise(ahead, transition.level_s).eps)
-            return moved(x_t, transition, -_integral(polynomial(more), begin - end))
+            return advanced(x_t, transition, -_integral(polynomial(more), begin - end))
 
         x_s = jax.lax.cond(done < self.order - 1, corrected, lambda _: ahead, None)
         return x_s, (done + 1, _without_last(memory))
@@ -163,17 +165,17 @@ class PLMS(NamedTuple):
         _in_sequence("plms", 2, transitions)
 
     def init(self, x: Array) -> tuple:
-        return jnp.zeros((), jnp.int32), (jnp.zeros_like(x),) * 3  # steps done, and what was said in the last three
+        return jnp.zeros((), jnp.int32), (jnp.zeros_like(x),) * 3  # steps done, and the last three outputs
 
     def step(self, x_t, state, transition, denoise, noise):
         done, before = state
         eps, (begin, end) = denoise(x_t, transition.level_t).eps, sigma_bars(transition)
-        euler = moved(x_t, transition, (end - begin) * eps)
+        euler = advanced(x_t, transition, (end - begin) * eps)
         weights = jnp.asarray(PLMS_WEIGHTS, x_t.dtype)[jnp.minimum(done, 3)]
         first = lambda _: (eps + denoise(euler, transition.level_s).eps) / 2
-        later = lambda _: sum(weights[k] * said for k, said in enumerate((eps, *before)))
+        later = lambda _: sum(weights[k] * output for k, output in enumerate((eps, *before)))
         mixed = jax.lax.cond(done == 0, first, later, None)
-        return moved(x_t, transition, (end - begin) * mixed), (done + 1, (eps, *before[:-1]))
+        return advanced(x_t, transition, (end - begin) * mixed), (done + 1, (eps, *before[:-1]))
 
 
 PLMS_WEIGHTS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
@@ -199,8 +201,8 @@ class Heun(NamedTuple):
 
     def step(self, x_t, state, transition, denoise, noise):
         eps, (begin, end) = denoise(x_t, transition.level_t).eps, sigma_bars(transition)
-        euler = moved(x_t, transition, (end - begin) * eps)
-        twice = lambda _: moved(x_t, transition, (end - begin) * (eps + denoise(euler, transition.level_s).eps) / 2)
+        euler = advanced(x_t, transition, (end - begin) * eps)
+        twice = lambda _: advanced(x_t, transition, (end - begin) * (eps + denoise(euler, transition.level_s).eps) / 2)
         return jax.lax.cond(end > 0, twice, lambda _: euler, None), state
 
 
@@ -298,7 +300,7 @@ class UniPC(NamedTuple):
 
     def _corrected(self, state: UniPCState, x_0: Array) -> Array:
         """The end of the last step, with the x_0 predicted there too."""
-        h, (begin, _), (before, _) = _finite_step(state.last), state.memory.said, state.memory.at
+        h, (begin, _), (before, _) = _finite_step(state.last), state.memory.outputs, state.memory.at
         r = (state.memory.at[1] - before) / h
         constant = -jnp.expm1(-h)
         first = (1 - constant / h) / constant  # b_1 and b_2 of UniPC's linear system
@@ -310,7 +312,7 @@ class UniPC(NamedTuple):
 
 
 def _slope(memory: Memory) -> Array:
-    return (memory.said[0] - memory.said[1]) / (memory.at[0] - memory.at[1])
+    return (memory.outputs[0] - memory.outputs[1]) / (memory.at[0] - memory.at[1])
 
 
 def _as(transition: Transition, dtype) -> Transition:

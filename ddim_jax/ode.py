@@ -19,7 +19,7 @@ from jax.tree_util import register_static
 from ddim_jax import checks, samplers
 from ddim_jax import trajectory as tau_lib
 from ddim_jax.gaussian import Denoise, Model
-from ddim_jax.multistep import moved, sigma_bars
+from ddim_jax.multistep import advanced, sigma_bars
 from ddim_jax.schedule import Array, Level, Schedule
 from ddim_jax.trajectory import Transitions, check_signal
 
@@ -37,7 +37,7 @@ class SigmaEuler(NamedTuple):
 
     def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
-        return moved(x_t, transition, (end - begin) * denoise(x_t, transition.level_t).eps), state
+        return advanced(x_t, transition, (end - begin) * denoise(x_t, transition.level_t).eps), state
 
 
 class FlowEuler(NamedTuple):
@@ -55,7 +55,9 @@ class FlowEuler(NamedTuple):
 
     def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
-        return moved(x_t, transition, (end**2 - begin**2) / (2 * begin) * denoise(x_t, transition.level_t).eps), state
+        return advanced(
+            x_t, transition, (end**2 - begin**2) / (2 * begin) * denoise(x_t, transition.level_t).eps
+        ), state
 
 
 def log_likelihood(
@@ -95,9 +97,9 @@ class _Likelihood:
     def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
         eps, trace = _with_trace(denoise, x_t, transition.level_t, noise)
-        ahead = moved(x_t, transition, (end - begin) * eps)
+        ahead = advanced(x_t, transition, (end - begin) * eps)
         eps_ahead, trace_ahead = _with_trace(denoise, ahead, transition.level_s, noise)
-        x_s = moved(x_t, transition, (end - begin) * (eps + eps_ahead) / 2)
+        x_s = advanced(x_t, transition, (end - begin) * (eps + eps_ahead) / 2)
         traces = jnp.sqrt(transition.alpha_bar_t) * trace + jnp.sqrt(transition.alpha_bar_s) * trace_ahead
         return x_s, state + (end - begin) * traces / 2
 

@@ -29,7 +29,7 @@ from ddim_jax.data.scaling import to_uint8
 from ddim_jax.samplers import SamplingProcess
 from ddim_jax.sampling import Pipeline
 from ddim_jax.training.memory import check_sampling
-from ddim_jax.utils import files, images, output_folder, sharding
+from ddim_jax.utils import files, images, output_arrays, output_folder, output_parts, sharding
 
 GRID_IMAGES = 100
 FILM_IMAGES = 8
@@ -109,7 +109,7 @@ def draw_all(out: output_folder.Folder, pipeline: Pipeline, count: int) -> pathl
     items = {"arr_0": (pipeline.shape, "uint8")}
     if pipeline.num_classes:
         items["arr_1"] = ((), "int32")
-    arrays = output_folder.Arrays(count, "config.sample.num_images", items)
+    arrays = output_arrays.Arrays(count, "config.sample.num_images", items)
 
     def batches(first: int) -> Iterator[dict[str, np.ndarray]]:
         for drawn in sampling.batches(pipeline, count, first):
@@ -117,9 +117,9 @@ def draw_all(out: output_folder.Folder, pipeline: Pipeline, count: int) -> pathl
             yield {"arr_0": drawn} | ({} if labels is None else {"arr_1": labels})
             first += len(drawn)
 
-    output_folder.check_room(out, {"samples.npz": arrays})
+    output_parts.check_room(out, {"samples.npz": arrays})
     computed_with = sampling.computed_with(pipeline, count)
-    return output_folder.gather(out, "samples.npz", arrays, batches, "sampling", computed_with)
+    return output_parts.gather(out, "samples.npz", arrays, batches, "sampling", computed_with)
 
 
 def film(pipeline: Pipeline, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """Noise schedules: how much of the image is left at each level t.
 
+One file because every schedule is one formula of the same table, and a reader compares them.
+
 Notation, here and in the whole project (Song, Meng, Ermon 2020, arXiv:2010.02502):
 
 | code                          | the paper               | DDPM (Ho et al. 2020)       | elsewhere                  |

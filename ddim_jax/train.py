@@ -34,8 +34,9 @@ from ddim_jax.config import Config, evaluation, weights
 from ddim_jax.evaluation.evaluator import Evaluator, evaluate_samples
 from ddim_jax.samplers import SamplingProcess
 from ddim_jax.training import loop, memory
-from ddim_jax.training.loop import Recipe
-from ddim_jax.training.metric_writers import MetricWriters, WeightsAndBiases, steps_in
+from ddim_jax.training.log_file import steps_in
+from ddim_jax.training.metric_writers import MetricWriters, WeightsAndBiases
+from ddim_jax.training.recipe import Recipe
 from ddim_jax.utils import files, images, sharding
 from ddim_jax.utils.errors import ConfigError, error_context
 

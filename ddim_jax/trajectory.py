@@ -3,6 +3,8 @@
 tau is a host array of S + 1 ascending numbers with tau[0] = 0: S steps between neighbours. The paper writes
 tau_1..tau_S (section 4.2) and lets the last step end at the image; here that image has its own entry, the 0 in front.
 The paper's levels are ints. Time is real too: levels between them are legal, and then S has no limit.
+
+One file because each spacing is one line of the same arithmetic, and a reader compares them.
 """
 
 from __future__ import annotations
@@ -264,7 +266,7 @@ def explicit(num_train_steps: int, tau: Sequence[float]) -> np.ndarray:
     return check(num_train_steps, tau if tau.ndim != 1 or tau[:1].tolist() == [0] else np.concatenate([[0], tau]))
 
 
-def moved(num_train_steps: int, tau: Sequence[float], offset: int = 0, end: int = 0) -> np.ndarray:
+def shift_and_truncate(num_train_steps: int, tau: Sequence[float], offset: int = 0, end: int = 0) -> np.ndarray:
     """tau with `offset` added to its levels (diffusers' steps_offset) and `end` in place of the image (1 where its
     set_alpha_to_one is False). (S+1,) numbers, fewer where levels are at or below `end`.
 

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import contextlib
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
@@ -29,7 +30,6 @@ import numpy as np
 
 from ddim_jax import cli
 from ddim_jax.config import Config
-from ddim_jax.train import RUN_ME_AGAIN
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import ConfigError
 from experiments import common, fit_classifier
@@ -128,7 +128,7 @@ def judge_of(config: Config, out: pathlib.Path, steps: str) -> list[str]:
 def train(given: list[str], run: pathlib.Path, seconds: float) -> None:
     """Trains for so long, or until it is done; the step that it was at is saved."""
     code = run_child("ddim_jax.train", *given, f"--workdir={run}", seconds=seconds)
-    if code not in (0, RUN_ME_AGAIN):
+    if code not in (0, os.EX_TEMPFAIL):
         sys.exit(code)
 
 

@@ -129,6 +129,19 @@ def test_the_arrows_have_no_cycle():
         done.add(name)
 
 
+@pytest.mark.parametrize("folder", ["ddim_jax", "experiments", "benchmarks", "configs"])
+def test_every_module_can_be_imported(folder):
+    """A benchmark or a script that nothing else runs."""
+    import importlib
+
+    for file in (ROOT / folder).rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            assert error.name in ("torch", "diffusers"), error  # of the extra parity
+
+
 def test_the_core_runs_with_jax_and_numpy_alone():
     """In a process where every other package is missing."""
     import subprocess

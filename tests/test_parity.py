@@ -22,6 +22,7 @@ from official_model import Model  # noqa: E402
 
 from ddim_jax import checkpoints, convert, gaussian, registry, samplers, sampling, schedule, trajectory  # noqa: E402
 from ddim_jax import config as config_lib  # noqa: E402
+from ddim_jax.checkpoints import diffusers_scheduler  # noqa: E402
 from ddim_jax.config import weights  # noqa: E402
 from ddim_jax.models.unet import sinusoid  # noqa: E402
 from ddim_jax.utils.errors import CheckpointError  # noqa: E402
@@ -589,7 +590,7 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
     """Our step between diffusers' own pairs of levels, on the same x and the same noise."""
     settings = BASE | settings
     scheduler = diffusers.DDIMScheduler(**settings)
-    noise_config, prediction, sample = checkpoints.diffusers_folder.noise_fields(dict(scheduler.config), "test")
+    noise_config, prediction, sample = diffusers_scheduler.noise_fields(dict(scheduler.config), "test")
     noise_schedule = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, noise_config, "test"))
     table = schedule.levels(noise_schedule)
     np.testing.assert_allclose(table.alpha_bar[1:], scheduler.alphas_cumprod.numpy(), rtol=2e-5)
@@ -642,7 +643,7 @@ LOOPS = [  # whole loops as diffusers runs them by default: eps stays as it was 
 def loop(settings, stepping=diffusers.DDIMScheduler, steps=30, **fields):
     """(a scheduler, in float64, over our process of the same settings; the process; the denoiser)."""
     scheduler = stepping(**settings)
-    noise, prediction, sample = checkpoints.diffusers_folder.noise_fields(
+    noise, prediction, sample = diffusers_scheduler.noise_fields(
         {**scheduler.config, "_class_name": "DDIMScheduler"}, "test"
     )
     values = config_of("")
@@ -704,10 +705,10 @@ def test_the_inverse_loops_of_diffusers(prediction, spacing, end, x64):
     np.testing.assert_allclose(ours, from_torch(x_t), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", checkpoints.diffusers_folder.SCHEDULERS)
+@pytest.mark.parametrize("name", diffusers_scheduler.SCHEDULERS)
 def test_every_field_of_every_scheduler_is_known_with_its_default(name):
     """What its constructor takes: understood, known not to matter here, or refused unless it is the default."""
-    table = checkpoints.diffusers_folder
+    table = diffusers_scheduler
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
     theirs = {field: parameter.default for field, parameter in parameters.items() if field != "self"}
     fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in theirs}
@@ -732,7 +733,7 @@ def test_tau_is_diffusers_s_list_of_timesteps(spacing, num_train_steps):
 
 def test_sigmoid_is_that_of_diffusers_s_ddpm_scheduler():
     scheduler = diffusers.DDPMScheduler(beta_schedule="sigmoid", beta_start=3e-4, beta_end=0.01)
-    fields, _, _ = checkpoints.diffusers_folder.noise_fields(dict(scheduler.config), "test")
+    fields, _, _ = diffusers_scheduler.noise_fields(dict(scheduler.config), "test")
     ours = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, fields, "test")).alpha_bar
     np.testing.assert_allclose(ours[1:], scheduler.alphas_cumprod.numpy(), rtol=1e-6)
 
@@ -740,9 +741,9 @@ def test_sigmoid_is_that_of_diffusers_s_ddpm_scheduler():
 @pytest.mark.parametrize("settings", GRID, ids=lambda settings: "-".join(map(str, settings))[:60] or "defaults")
 def test_the_scheduler_is_written_as_it_was_read(settings):
     theirs = dict(diffusers.DDIMScheduler(**(BASE | settings)).config)
-    noise_fields = checkpoints.diffusers_folder.noise_fields
+    noise_fields = diffusers_scheduler.noise_fields
     noise, prediction, sample = noise_fields(theirs, "test")
-    written = checkpoints.diffusers_folder.scheduler_config(
+    written = diffusers_scheduler.scheduler_config(
         {"model": {"prediction": prediction}, "schedule": noise, "sample": sample}
     )
     assert noise_fields(written, "test") == (noise, prediction, sample)

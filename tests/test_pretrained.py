@@ -21,7 +21,7 @@ from test_unet import random_params
 from configs import default, digits_conditional, smoke
 from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import diffusers_folder, parameter_names
+from ddim_jax.checkpoints import diffusers_export, diffusers_folder, parameter_names
 from ddim_jax.config import weights
 from ddim_jax.utils.errors import CheckpointError
 
@@ -36,7 +36,7 @@ def write(folder, **sample):
     config = config_lib.parse(values)
     params = random_params(config_lib.network(config.model))
     values["sample"]["tau"], values["sample"]["clip_x0"] = config.sample.tau, config.sample.clip_x0
-    diffusers_folder.save(folder, params, values, "a card\n")
+    diffusers_export.save(folder, params, values, "a card\n")
     return params
 
 
@@ -462,7 +462,7 @@ def test_the_class_none_comes_back_from_diffusers():
     """A network for guidance has one class more there, and is told apart from one with so many classes."""
     config = config_lib.parse(digits_conditional.get_config().to_dict())
     model = dataclasses.asdict(config.model)
-    told = diffusers_folder.unet_config(model)
+    told = diffusers_export.unet_config(model)
     assert told["num_class_embeds"] == 11
     fields = diffusers_folder.network_fields(json.loads(json.dumps(told)), "here")
     assert fields == {name: model[name] for name in fields} and fields["label_dropout"] == 0.1

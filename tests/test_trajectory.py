@@ -124,13 +124,13 @@ def test_what_cancels_agrees_with_exact_arithmetic(t):
 
 def test_a_tau_may_be_moved_and_may_stop_before_the_image():
     tau = trajectory.leading(1000, 4)
-    assert trajectory.moved(1000, tau).tolist() == tau.tolist() == [0, 1, 251, 501, 751]
-    assert trajectory.moved(1000, tau, offset=1, end=1).tolist() == [1, 2, 252, 502, 752]
-    assert trajectory.moved(1000, tau, end=1).tolist() == [1, 251, 501, 751]  # no step from 1 to 1
+    assert trajectory.shift_and_truncate(1000, tau).tolist() == tau.tolist() == [0, 1, 251, 501, 751]
+    assert trajectory.shift_and_truncate(1000, tau, offset=1, end=1).tolist() == [1, 2, 252, 502, 752]
+    assert trajectory.shift_and_truncate(1000, tau, end=1).tolist() == [1, 251, 501, 751]  # no step from 1 to 1
     with pytest.raises(ValueError, match=r"within 1\.\.1000, got 1001"):
-        trajectory.moved(1000, tau, offset=250)
+        trajectory.shift_and_truncate(1000, tau, offset=250)
     with pytest.raises(ValueError, match="at least one step"):
-        trajectory.moved(1000, [0, 1], end=1)
+        trajectory.shift_and_truncate(1000, [0, 1], end=1)
 
 
 def test_a_run_stops_before_the_image_only_when_it_is_told_to():

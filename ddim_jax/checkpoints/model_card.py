@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ddim_jax.checkpoints.diffusers_folder import TAUS
+from ddim_jax.checkpoints.diffusers_scheduler import TAUS
 from ddim_jax.utils import files
 
 MARK = "tags: [ddim, ddpm, jax, ddim_jax]"  # on every card

@@ -11,7 +11,6 @@ without.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import pathlib
 import re
@@ -26,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
+from ddim_jax.checkpoints.shapes import check_shapes, checksum, shapes_of
 from ddim_jax.utils import files, sharding
 from ddim_jax.utils.errors import CheckpointError, DamagedError
 
@@ -269,35 +269,6 @@ class Checkpoints:
         )
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def check_shapes(there: Shapes, expected: Shapes, where: str, said: str = "config.model") -> None:
-    """CheckpointError, naming the first array that differs, unless both have the same names with the same shapes.
-    said: what the expected ones follow from.
-    """
-    other = f"{where} is of another network"
-    missing, surplus = [n for n in expected if n not in there], [n for n in there if n not in expected]
-    more = lambda names: f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    for name in missing[:1]:
-        raise CheckpointError(
-            f"{other}: it has no {name}{more(missing)}, which {said} expects with shape {expected[name]}"
-        )
-    for name in expected:
-        if there[name] != expected[name]:
-            raise CheckpointError(f"{other}: {name} has shape {there[name]}, {said} expects {expected[name]}")
-    for name in surplus[:1]:
-        raise CheckpointError(f"{other}: it has {name}{more(surplus)} with shape {there[name]}, which {said} does not")
-
-
-def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shapes of nested dicts of arrays, by names "module/leaf"."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
-
-
 def _differs(saved: Mapping[str, Any], name: str, found: str) -> bool:
     """Whether something was saved under the name, and it is not what was found."""
     return name in saved and saved[name] != found
@@ -327,8 +298,3 @@ def _on_host(items: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """Every array with its name "item/module/leaf": all of it, however it is divided over devices."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), sharding.to_host(leaf)
-
-
-def checksum(array: np.ndarray) -> str:
-    """SHA-256 of the bytes of an array."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()

@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from ddim_jax.checkpoints import parameter_names
 from ddim_jax.checkpoints.parameter_names import Layout
-from ddim_jax.checkpoints.run import check_shapes, checksum
+from ddim_jax.checkpoints.shapes import check_shapes, checksum
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import CheckpointError, DamagedError
 

@@ -23,17 +23,7 @@ from ddim_jax.config.compatibility import (
     parse_saved,
     public,
 )
-from ddim_jax.config.schema import (
-    DEFAULT_IF_UNSET,
-    NOT_ARCHITECTURE,
-    Config,
-    DataConfig,
-    EvaluateConfig,
-    MeshConfig,
-    ModelConfig,
-    SampleConfig,
-    ScheduleConfig,
-    TrainConfig,
+from ddim_jax.config.parsing import (
     check_without_effect,
     decided,
     field_names,
@@ -46,6 +36,18 @@ from ddim_jax.config.schema import (
     typed,
     with_text,
     with_value,
+)
+from ddim_jax.config.schema import (
+    DEFAULT_IF_UNSET,
+    NOT_ARCHITECTURE,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    MeshConfig,
+    ModelConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TrainConfig,
 )
 
 __all__ = [

@@ -25,8 +25,8 @@ from ddim_jax.samplers import SamplingProcess
 from ddim_jax.sampling import Pipeline
 from ddim_jax.schedule import Level, Schedule, zero_terminal_snr
 from ddim_jax.training import optimizers
-from ddim_jax.training.loop import Recipe
 from ddim_jax.training.objectives import OBJECTIVES, Objective
+from ddim_jax.training.recipe import Recipe
 from ddim_jax.training.times import TIMES
 from ddim_jax.utils import ranges
 from ddim_jax.utils.errors import error_context
@@ -144,7 +144,8 @@ def process(config: SampleConfig, schedule: Schedule) -> SamplingProcess:
 
     config.tau is a name in registry.TAUS or registry.SPACINGS, a function of the user's, "module:function", from
     (schedule, steps) to (S+1,) numbers, or the levels themselves: "1,10,99.5,1000"; tau_offset and tau_end: see
-    `trajectory.moved`. The sampler's factory gets those fields that its signature names, and config.options.
+    `trajectory.shift_and_truncate`. The sampler's factory gets those fields that its signature names, and
+    config.options.
     """
     with error_context("config.sample.tau"):
         given = _numbers(config.tau)
@@ -157,7 +158,7 @@ def process(config: SampleConfig, schedule: Schedule) -> SamplingProcess:
             tau = make_tau(schedule.num_steps if config.tau in registry.TAUS else schedule, config.steps)
     stride = schedule.num_steps // (len(tau) - 1) if config.fixed_stride else 0
     with error_context("config.sample.tau_offset and tau_end"):
-        tau = trajectory.moved(schedule.num_steps, tau, config.tau_offset, config.tau_end)
+        tau = trajectory.shift_and_truncate(schedule.num_steps, tau, config.tau_offset, config.tau_end)
     with error_context("config.sample.fixed_stride" if stride else "config.sample.tau"):
         transitions = trajectory.descend(schedule, tau, config.tau_end, stride)
     with _named_in_message({"eta": "eta", "steps": "tau" if given else "steps", "tau": "tau"}):

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ddim_jax import registry
-from ddim_jax.config.schema import NOT_ARCHITECTURE, Config, kind_of, typed
+from ddim_jax.config.parsing import kind_of, typed
+from ddim_jax.config.schema import NOT_ARCHITECTURE, Config
 from ddim_jax.utils import files, ranges
 from ddim_jax.utils.errors import ConfigError
 from ddim_jax.utils.files import shown

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ddim_jax import checkpoints, registry
 from ddim_jax.checkpoints import CheckpointInfo, tensors
 from ddim_jax.checkpoints.run import Checkpoints
-from ddim_jax.config import build, compatibility, schema
+from ddim_jax.config import build, compatibility, parsing, schema
 from ddim_jax.config.schema import Config, ModelConfig, SampleConfig, ScheduleConfig
 from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.models.network import param_shapes
@@ -168,11 +168,10 @@ def checked(info: CheckpointInfo) -> Checkpoint:
         with error_context("step"):
             if info.step is not None and not 0 <= info.step < 2**63:
                 raise ValueError(f"must be in 0..2^63 - 1, got {files.shown(info.step)}")
-        sample = schema.part_of_section(SampleConfig, info.sample, "sample")
+        sample = parsing.part_of_section(SampleConfig, info.sample, "sample")
         assumed = {"name": "unet", "dropout": 0.0} if "name" not in info.model else {}
-        model = schema.section(ModelConfig, {**assumed, **info.model}, "model")
-        assumed = compatibility.FIELDS_ADDED_LATER["schedule"]
-        schedule = schema.section(ScheduleConfig, {**assumed, **info.schedule}, "schedule")
+        model = parsing.section(ModelConfig, {**assumed, **info.model}, "model")
+        schedule = parsing.section(ScheduleConfig, info.schedule, "schedule")
         if not registry.is_code(model.name):  # else it is code, which a file alone does not run
             build.network(model)
         if not registry.is_code(schedule.name):
@@ -209,5 +208,5 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
         "name": found.name,
         "model": model | computed,
         "schedule": dataclasses.asdict(found.schedule),
-        "sample": schema.decided(values["sample"], found.sample),
+        "sample": parsing.decided(values["sample"], found.sample),
     }

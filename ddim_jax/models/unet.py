@@ -5,6 +5,8 @@ epsilon 1e-6, sinusoids with frequencies `10000^(-i / (half - 1))` and sin befor
 fields, because networks trained with diffusers were published with the other choice of each. Parameters are
 float32; `dtype` is what convolutions compute in, while normalisation, softmax and the output stay in float32.
 Images are (B, H, W, C), channels last.
+
+One file because the blocks are of no use without the network that they are numbered by.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from ddim_jax import checks, data
 from ddim_jax.models.network import Network, as_network
 from ddim_jax.training import loop, train_step
 from ddim_jax.training.objectives import Objective
+from ddim_jax.training.recipe import Recipe
 from ddim_jax.utils import sharding
 from ddim_jax.utils.errors import CheckpointError
 
@@ -107,7 +108,7 @@ def fit(
     mesh = sharding.data_mesh() if mesh is None else mesh
     if batch_size % (mesh.size * accumulate):
         raise ValueError(f"batch_size must divide over {mesh.size} devices and {accumulate} parts, got {batch_size}")
-    recipe = loop.Recipe(
+    recipe = Recipe(
         network,
         objective,
         optimizer,

@@ -7,12 +7,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import pathlib
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -23,11 +21,11 @@ from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from ddim_jax.training import train_step
+from ddim_jax.training.log_file import truncate_after, warn
 from ddim_jax.utils import files, sharding
 from ddim_jax.utils.errors import ConfigError, error_context
 
 FLUSH_SECONDS = 10  # between writes of TensorBoard's file to the disk
-LINE_BYTES = 1 << 20  # no line of a log is longer
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what is wrong with more than one file
 # What it gets beside the config's public part and the numbers: no paths, no host, no commands, nothing printed.
 WANDB_PRIVACY = {
@@ -218,10 +216,6 @@ class MetricWriters:
             self._each(lambda writer: writer.close())
 
 
-def warn(message: str) -> None:
-    print(f"\nwarning: {files.printable(message)}", file=sys.stderr, flush=True)
-
-
 def wandb_id(workdir: pathlib.Path) -> str:
     """The name of the run at Weights & Biases: that of the file wandb_id, or a new one."""
     known = workdir / "wandb_id"
@@ -234,48 +228,6 @@ def wandb_id(workdir: pathlib.Path) -> str:
     with files.replacing(known) as file:
         file.write(uuid.uuid4().hex.encode())
     return wandb_id(workdir)
-
-
-def truncate_after(step: int, file: pathlib.Path) -> None:
-    """Removes lines of later steps, which will be written again, and damaged ones. If there are any of these, FILE is
-    kept as FILE.damaged. ValueError if it is a pipe or a device.
-    """
-    if all(found is not None and found <= step and line.endswith(b"\n") for line, found in lines(file)):
-        return
-    damaged = 0
-    with files.replacing(file) as kept:
-        for line, found in lines(file):
-            if found is None:  # the last may be half a line, of a process that was killed while it wrote
-                damaged += line.endswith(b"\n") or len(line) == LINE_BYTES
-            elif found <= step:
-                kept.write(line.removesuffix(b"\n") + b"\n")
-        if damaged:
-            os.replace(file, file.with_name(f"{file.name}.damaged"))
-    if damaged:
-        warn(f"{file} has damaged lines and is now {file.name}.damaged; the others are kept")
-
-
-def lines(file: pathlib.Path) -> Iterator[tuple[bytes, int | None]]:
-    """The lines of a log, none if there is no file, and the step of each; None for one that is damaged. What is longer
-    than LINE_BYTES comes in pieces.
-    """
-    if not file.exists():
-        return
-    files.check_regular(file)
-    with open(file, "rb") as stream:
-        begins = True
-        while line := stream.readline(LINE_BYTES):
-            ends = line.endswith(b"\n")
-            yield line, step_of(line) if begins and (ends or len(line) < LINE_BYTES) else None
-            begins = ends
-
-
-def step_of(line: bytes) -> int | None:
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return step if type(step) is int and step >= 0 else None
 
 
 def summary(steps: list[train_step.Metrics], num_levels: int) -> dict[str, float | None]:
@@ -294,8 +246,3 @@ def summary(steps: list[train_step.Metrics], num_levels: int) -> dict[str, float
         total = sum(metrics.bin_losses[i] for metrics in made)
         means[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None
     return means
-
-
-def steps_in(file: pathlib.Path) -> set[int]:
-    """The steps that a file has lines of."""
-    return {step for _, step in lines(file) if step is not None}

@@ -27,7 +27,7 @@ from test_unet import random_params
 from configs import smoke
 from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import diffusers_folder, parameter_names
+from ddim_jax.checkpoints import diffusers_export, parameter_names
 from ddim_jax.checkpoints.run import Checkpoints
 from ddim_jax.config import weights
 from ddim_jax.training.train_state import TrainState
@@ -51,7 +51,7 @@ def params():
 @pytest.fixture(scope="module")
 def original(tmp_path_factory, params):
     folder = tmp_path_factory.mktemp("foreign") / "net"
-    diffusers_folder.save(folder, params, smoke_values(), "a card\n")
+    diffusers_export.save(folder, params, smoke_values(), "a card\n")
     return folder
 
 

@@ -25,7 +25,7 @@ from test_commands import SMOKE, assert_same_run, trained  # noqa: F401, a fixtu
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax.training import metric_writers, train_step
+from ddim_jax.training import log_file, metric_writers, train_step
 
 CONFIG = config_lib.parse(smoke.get_config().to_dict())
 METRICS = train_step.Metrics(*map(np.float32, (0.5, 1.0, 0.1)), np.int32(0), np.bool_(True), np.ones(4), np.ones(4))
@@ -77,8 +77,8 @@ JUNK = st.one_of(
             b'{"step": 5' * 3,
             b"\x00" * 4096,
             b"\xff\xfe{\x00",
-            b"x" * (metric_writers.LINE_BYTES + 7),
-            b'{"step": 1}' + b" " * metric_writers.LINE_BYTES + b'{"step": 2}',
+            b"x" * (log_file.LINE_BYTES + 7),
+            b'{"step": 1}' + b" " * log_file.LINE_BYTES + b'{"step": 2}',
         ]
     ),
 ).map(lambda junk: junk.replace(b"\n", b"") + b"\n")
@@ -88,23 +88,23 @@ JUNK = st.one_of(
 def test_a_log_keeps_its_whole_lines(lines, begin, half):
     """Of the steps that are done; what is damaged is set aside, and half a line at the end goes."""
     half = half.replace(b"\n", b"")
-    good = [one for one in lines if metric_writers.step_of(one) is not None and len(one) <= metric_writers.LINE_BYTES]
+    good = [one for one in lines if log_file.step_of(one) is not None and len(one) <= log_file.LINE_BYTES]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
         file = pathlib.Path(folder, "metrics.jsonl")
         file.write_bytes(b"".join(lines) + half)
-        metric_writers.truncate_after(begin, file)
-        kept = [one for one in good if metric_writers.step_of(one) <= begin]
+        log_file.truncate_after(begin, file)
+        kept = [one for one in good if log_file.step_of(one) <= begin]
         found = file.read_bytes()
         holds(found.startswith(b"".join(kept)) and len(found.splitlines()) <= len(kept) + 1, found)
-        holds(metric_writers.steps_in(file) >= {metric_writers.step_of(one) for one in kept})
+        holds(log_file.steps_in(file) >= {log_file.step_of(one) for one in kept})
         if len(good) < len(lines):
             holds(file.with_name("metrics.jsonl.damaged").read_bytes() == b"".join(lines) + half)
         before = found
-        metric_writers.truncate_after(begin, file)
+        log_file.truncate_after(begin, file)
         holds(file.read_bytes() == before)
         with open(file, "ab") as more:
             more.write(line(31))
-        holds(31 in metric_writers.steps_in(file), "a line is added to half a one")
+        holds(31 in log_file.steps_in(file), "a line is added to half a one")
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_a_folder_of_tensorboard_that_cannot_be_written(damage, tmp_path, capsys
     logged(tmp_path)
     warnings = [one for one in capsys.readouterr().err.splitlines() if one.startswith("warning: ")]
     holds(len(warnings) == 1 and "training continues without TensorBoard" in warnings[0], warnings)
-    holds(metric_writers.steps_in(tmp_path / "metrics.jsonl") == {5, 10, 15})
+    holds(log_file.steps_in(tmp_path / "metrics.jsonl") == {5, 10, 15})
 
 
 class Wandb(types.ModuleType):

@@ -29,14 +29,14 @@ from ddim_jax import encode, registry, sample, samplers, sampling, schedule, tra
 from ddim_jax.config import fingerprint, weights
 from ddim_jax.data.scaling import to_uint8
 from ddim_jax.data.sources import ArraySource
-from ddim_jax.utils import output_folder
+from ddim_jax.utils import output_arrays, output_folder, output_parts
 from ddim_jax.utils.errors import ConfigError
 from experiments import common
 
 ONE_LINE = (ConfigError,)
 MADE_FROM = {"sample": {"seed": 0, "eta": 0.5}, "weights": "abc"}
 WRITTEN = ("samples.npz", "samples.parts", "grid.png", "report.json")
-ARRAYS = output_folder.Arrays(11, "config.sample.num_images", {"arr_0": ((4, 4, 1), "uint8"), "arr_1": ((), "int32")})
+ARRAYS = output_arrays.Arrays(11, "config.sample.num_images", {"arr_0": ((4, 4, 1), "uint8"), "arr_1": ((), "int32")})
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, 4, 4, 1), np.uint8)
 COMPUTED_WITH = {"batch_size": 4, "devices": 1}
 
@@ -59,7 +59,7 @@ def gathered(
             yield {"arr_0": part, "arr_1": np.arange(begin, begin + len(part), dtype=np.int32)}
 
     with contextlib.suppress(Crash):
-        path = output_folder.gather(folder, f"{name}.npz", ARRAYS, batches, "drawing", COMPUTED_WITH)
+        path = output_parts.gather(folder, f"{name}.npz", ARRAYS, batches, "drawing", COMPUTED_WITH)
         folder.claim()  # as every command does that writes a picture
         with np.load(path) as file:
             return {array: file[array] for array in file.files}
@@ -466,8 +466,8 @@ def test_a_folder_that_cannot_be_written_to_is_named_before_weights_are_read(no_
 
 
 def test_more_images_than_the_disk_has_room_for_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=350))
-    call = lambda: output_folder.check_room(
+    monkeypatch.setattr(output_parts.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=350))
+    call = lambda: output_parts.check_room(
         output_folder.open_folder(tmp_path / "out", MADE_FROM, WRITTEN), {"samples.npz": ARRAYS}
     )
     message = refuses(call, "config.sample.num_images: 11 images need 440 bytes", "350 bytes left", errors=ONE_LINE)
@@ -475,7 +475,7 @@ def test_more_images_than_the_disk_has_room_for_are_refused(tmp_path, monkeypatc
     gathered(tmp_path / "out", stop=2)  # 8 of 11 images are there already, which leaves 440 bytes less these parts
     call()
     right(gathered(tmp_path / "out"))
-    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
+    monkeypatch.setattr(output_parts.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0))
     call()  # nothing is missing
 
 

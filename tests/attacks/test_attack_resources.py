@@ -21,7 +21,7 @@ from test_commands import SMOKE, trained  # noqa: F401, a fixture
 from configs import smoke
 from ddim_jax import config as config_lib
 from ddim_jax.checkpoints.run import Checkpoints
-from ddim_jax.training import loop, memory
+from ddim_jax.training import loop, memory, workdir
 from ddim_jax.training.train_state import TrainState
 from ddim_jax.utils import files, sharding
 from ddim_jax.utils.errors import CheckpointError, ConfigError
@@ -179,7 +179,7 @@ def test_the_disk_needs_room_for_the_checkpoints_that_there_will_be(num_steps, e
             most = max(most, len(kept))
             kept = [old for old in kept if old in kept[-keep:] or (keep_every and old % keep_every == 0)]
     recipe = RECIPE._replace(num_steps=num_steps, checkpoint_every=every, keep=keep, keep_every=keep_every)
-    holds(loop.checkpoints_to_come(recipe, begin, there) == most - len(there))
+    holds(workdir.checkpoints_to_come(recipe, begin, there) == most - len(there))
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
@@ -187,8 +187,8 @@ def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
     state = {"params": np.zeros(100_000, np.float32)}
     words = ("config.train.keep is 3", "4 checkpoints", "1.526 MiB", str(tmp_path))
     recipe = RECIPE._replace(num_steps=10**12, checkpoint_every=10, keep=3, keep_every=0)
-    refuses(lambda: loop.check_disk(recipe, tmp_path, state, 0, []), *words)
-    loop.check_disk(recipe, tmp_path, state, 10, [10])
+    refuses(lambda: workdir.check_disk(recipe, tmp_path, state, 0, []), *words)
+    workdir.check_disk(recipe, tmp_path, state, 10, [10])
 
 
 def check_memory(config, mesh):

@@ -15,7 +15,7 @@ from test_unet import random_params
 
 from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import diffusers_folder
+from ddim_jax.checkpoints import diffusers_export, diffusers_scheduler
 from ddim_jax.config import weights
 from ddim_jax.utils.errors import CheckpointError, ConfigError
 
@@ -61,7 +61,7 @@ OTHER_NOISE = {
 
 def read(**values):
     """(fields of config.schedule, prediction, fields of config.sample), as a file is read."""
-    return diffusers_folder.noise_fields(json.loads(json.dumps(values)), "scheduler_config.json")
+    return diffusers_scheduler.noise_fields(json.loads(json.dumps(values)), "scheduler_config.json")
 
 
 def refuses_values(*words, **values):
@@ -105,7 +105,7 @@ def test_what_is_missing_is_the_default_of_the_class(name, tau, end):
 
 def test_a_class_that_only_the_pipeline_names(tmp_path):
     params = random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
-    diffusers_folder.save(tmp_path / "net", params, smoke_values(), "a card\n")
+    diffusers_export.save(tmp_path / "net", params, smoke_values(), "a card\n")
     path, index = tmp_path / "net" / NOISE, tmp_path / "net" / "model_index.json"
     path.write_text(json.dumps({"num_train_timesteps": 100}))
     index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}))
@@ -136,7 +136,7 @@ def test_predict_epsilon_is_a_bool(value):
 def test_a_whole_folder_from_before(tmp_path):
     """What it becomes is an x_0 prediction, to the command too."""
     params = random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
-    diffusers_folder.save(tmp_path / "old", params, smoke_values(), "a card\n")
+    diffusers_export.save(tmp_path / "old", params, smoke_values(), "a card\n")
     noise = {"_class_name": "DDPMScheduler", "_diffusers_version": "0.6.0", "num_train_timesteps": 100}
     noise |= {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear", "trained_betas": None}
     noise |= {"variance_type": "fixed_large", "clip_sample": True, "predict_epsilon": False}
@@ -163,14 +163,14 @@ def test_how_the_class_steps_is_named(name, field):
     """It is not refused, and not passed over."""
     values = {"_class_name": name, field: OWN[field]}
     holds(read(**values) == read(_class_name=name))
-    note = diffusers_folder.own_steps(values, "here")
+    note = diffusers_scheduler.own_steps(values, "here")
     holds(field in note and "\n" not in note, note)
 
 
 @pytest.mark.parametrize("name", (*CLIPPING, *SOLVERS))
 def test_what_is_as_usual_is_not_worth_a_note(name):
-    values = {"_class_name": name, **diffusers_folder.SCHEDULERS[name].own_steps}
-    holds(diffusers_folder.own_steps(values, "here") == "")
+    values = {"_class_name": name, **diffusers_scheduler.SCHEDULERS[name].own_steps}
+    holds(diffusers_scheduler.own_steps(values, "here") == "")
 
 
 def misspelt(name):
@@ -179,16 +179,16 @@ def misspelt(name):
     yield from {name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:], name[:i] + "q" + name[i + 1 :], name + "s"}
 
 
-@pytest.mark.parametrize("field", [*diffusers_folder.NOISE, *OWN])
+@pytest.mark.parametrize("field", [*diffusers_scheduler.NOISE, *OWN])
 def test_a_field_that_is_misspelt(field):
     """Its nearest name is given."""
     for wrong in misspelt(field):
-        refuses_values(wrong, "did you mean", **{wrong: diffusers_folder.NOISE.get(field, OWN.get(field))})
+        refuses_values(wrong, "did you mean", **{wrong: diffusers_scheduler.NOISE.get(field, OWN.get(field))})
 
 
 @given(field=st.from_regex(r"[a-z][a-z_]{3,20}", fullmatch=True), value=st.sampled_from([None, 1, 0.5, True, "x", []]))
 def test_a_field_that_nobody_knows(field, value):
-    if field not in diffusers_folder.KNOWN:
+    if field not in diffusers_scheduler.KNOWN:
         refuses_values(field, **{field: value})
 
 
@@ -199,7 +199,7 @@ def test_notes_of_diffusers_own_are_passed_over():
 
 @given(
     name=st.sampled_from([*CLIPPING, *SOLVERS]),
-    field=st.sampled_from([*diffusers_folder.NOISE, "predict_epsilon", "_class_name"]),
+    field=st.sampled_from([*diffusers_scheduler.NOISE, "predict_epsilon", "_class_name"]),
     value=st.sampled_from(WRONG),
 )
 def test_a_value_of_another_kind(name, field, value):
@@ -207,7 +207,7 @@ def test_a_value_of_another_kind(name, field, value):
     values = {"_class_name": name, field: value}
 
     def checked():
-        schedule, prediction, sample = diffusers_folder.noise_fields(values, "here")
+        schedule, prediction, sample = diffusers_scheduler.noise_fields(values, "here")
         try:
             config_lib.section(config_lib.ScheduleConfig, schedule, "schedule")
             config_lib.part_of_section(config_lib.SampleConfig, sample, "sample")
@@ -221,7 +221,7 @@ def test_a_value_of_another_kind(name, field, value):
 def test_the_note_is_one_line_beside_the_images(tmp_path):
     """Once, though the checkpoint is looked at twice."""
     params = random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
-    diffusers_folder.save(tmp_path / "net", params, smoke_values(), "a card\n")
+    diffusers_export.save(tmp_path / "net", params, smoke_values(), "a card\n")
     path = pathlib.Path(tmp_path / "net" / NOISE)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_karras_sigmas": True, "solver_order": 3}))
     given_ = ("--config", "configs/default.py", f"--config.pretrained={tmp_path / 'net'}", "--config.sample.steps=2")
@@ -236,15 +236,15 @@ def test_what_ddim_jax_writes_it_reads():
     for prediction in ("eps", "x0", "v"):
         values = smoke_values()
         values["model"]["prediction"] = prediction
-        written = diffusers_folder.scheduler_config(values)
-        holds(diffusers_folder.noise_fields(written, "here")[1] == prediction)
-        holds(diffusers_folder.own_steps(written, "here") == "")
+        written = diffusers_scheduler.scheduler_config(values)
+        holds(diffusers_scheduler.noise_fields(written, "here")[1] == prediction)
+        holds(diffusers_scheduler.own_steps(written, "here") == "")
 
 
 def test_betas_of_a_config_are_its_levels(tmp_path):
     """A schedule of 7 betas is written as one of 7 levels, whatever num_steps says beside it."""
     values = smoke_values()
     values["schedule"] |= {"name": "from_betas", "betas": (0.01,) * 7}
-    written = diffusers_folder.scheduler_config(values)
+    written = diffusers_scheduler.scheduler_config(values)
     holds(written["num_train_timesteps"] == 7 and len(written["trained_betas"]) == 7)
-    mutations.refuses_or(lambda: diffusers_folder.noise_fields(written, "here"))
+    mutations.refuses_or(lambda: diffusers_scheduler.noise_fields(written, "here"))

@@ -21,7 +21,7 @@ from test_unet import random_params
 from configs import smoke
 from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import diffusers_folder
+from ddim_jax.checkpoints import diffusers_export
 from ddim_jax.checkpoints.run import Checkpoints
 from ddim_jax.evaluation import classifier, digits_classifier
 from ddim_jax.training.train_state import TrainState
@@ -133,7 +133,7 @@ def test_parameters_that_are_not_finite(params, tmp_path, value):
     """In each format they are refused, and named."""
     bad = changed_in(params, "norm_out", "bias", value)
     mutations.write_smoke(tmp_path / "smoke.safetensors", bad)
-    diffusers_folder.save(tmp_path / "folder", bad, smoke_values(), "a card\n")
+    diffusers_export.save(tmp_path / "folder", bad, smoke_values(), "a card\n")
     with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(0), params, bad, {}, jnp.int32(0)), smoke_values())
         checkpoints.wait()
@@ -148,7 +148,7 @@ def test_parameters_that_are_not_finite(params, tmp_path, value):
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.bool_, np.int64])
 def test_tensors_that_are_no_floats(params, tmp_path, dtype):
     """Bits of another type are not weights, though their shapes are right."""
-    diffusers_folder.save(tmp_path / "folder", params, smoke_values(), "a card\n")
+    diffusers_export.save(tmp_path / "folder", params, smoke_values(), "a card\n")
     path = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors["conv_in.bias"] = np.ones(tensors["conv_in.bias"].shape, dtype)
@@ -158,7 +158,7 @@ def test_tensors_that_are_no_floats(params, tmp_path, dtype):
 
 def test_half_precision_that_overflows(params, tmp_path):
     """float64 beyond float32 is no finite weight."""
-    diffusers_folder.save(tmp_path / "folder", params, smoke_values(), "a card\n")
+    diffusers_export.save(tmp_path / "folder", params, smoke_values(), "a card\n")
     path = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors["conv_in.bias"] = np.full(tensors["conv_in.bias"].shape, 1e300)
