@@ -1,10 +1,10 @@
-"""What wrong, damaged and hostile input ends in.
+"""The result of wrong, damaged and hostile input: counts of tries and of failures.
 
     python -m benchmarks.attacks [--examples 300] [--slow]
 
-Runs the tests in tests/attacks and prints, for every area, how many tries there were and how many failed: loudly (a
-traceback, or an error that is not one clear line), or in silence (a wrong result with exit code 0). Needs
-`pip install -e ".[dev]"`. Exit code 1 if any try failed.
+Runs the tests in tests/attacks. For every area, prints the number of tries, of loud failures (a traceback, or an error
+of more than one line), and of silent failures (a wrong result with exit code 0). Exits with code 1 if any try failed.
+Needs `pip install -e ".[dev]"`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from experiments import common
 
 TESTS = pathlib.Path(__file__).parents[1] / "tests"
 OPTIONS = {
-    "examples": ("", "Examples of each property. Default: as in the tests."),
-    "slow": (False, "Also the tests of minutes: kills at random moments, full disks."),
+    "examples": ("", "The number of examples of each property. Default: as in the tests."),
+    "slow": (False, "Also run the slow tests: kills at random times, full disks."),
 }
 
 
 class Counter:
-    """A plugin of pytest that counts the tries of every area, and what they ended in."""
+    """A pytest plugin that counts the tries, the loud failures and the silent failures of every area."""
 
     def __init__(self, examples: int | None):
         self.tries, self.loud, self.silent = (collections.Counter() for _ in range(3))

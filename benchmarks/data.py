@@ -1,11 +1,11 @@
-"""How many training images a second one core prepares, and how many cores a GPU therefore needs.
+"""The number of training images per second that one core reads and decodes.
 
     python -m benchmarks.data [--images 2000]
 
-CIFAR-10 as tensorflow-datasets prepared it, then held in memory; and streams of records of the sizes of CelebA (64x64,
-PNG) and LSUN (256x341, WebP, cut to 256x256), made of parts of the photographs that scikit-learn carries by what
-`python -m ddim_jax.prepare` does. All in the order of training, mirrored at random, in batches. The process keeps to
-one core (Linux alone).
+The data are CIFAR-10, in memory and as records of tensorflow-datasets, and records of the sizes of CelebA (64x64, PNG)
+and LSUN (256x341, WebP, cropped to 256x256). The latter two are crops of the photographs of scikit-learn, written by
+the code of `python -m ddim_jax.prepare`. Images are read in the order of training, flipped at random, in batches. The
+process runs on one core (Linux only).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from ddim_jax.utils.errors import error_context
 from experiments import common
 
 REPEATS = 7
-THREADS = 4  # as training has them
+THREADS = 4  # as in training
 BATCH = 128
-OPTIONS = {"images": ("2000", "How many records of each size are made.")}
+OPTIONS = {"images": ("2000", "The number of records of each size.")}
 
 
 def main(options: types.SimpleNamespace) -> None:
@@ -47,8 +47,8 @@ def main(options: types.SimpleNamespace) -> None:
     rows = []
     with error_context("cifar10"):
         stored = data.load("cifar10")
-    rows.append(("CIFAR-10, in memory", *told(rates(data.in_memory(stored), 0, batches=400))))
-    rows.append(("CIFAR-10, PNG records", *told(rates(stored, THREADS, batches=40))))
+    rows.append(("CIFAR-10, in memory", *median_and_range(rates(data.in_memory(stored), 0, batches=400))))
+    rows.append(("CIFAR-10, PNG records", *median_and_range(rates(stored, THREADS, batches=40))))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TFDS_DATA_DIR"] = folder
         for name, publish in ("celeba64", publish_celeba), ("lsun_church256", publish_lsun):
@@ -60,32 +60,32 @@ def main(options: types.SimpleNamespace) -> None:
             seconds = time.perf_counter() - begin
             source = data.load(name)
             shape = "x".join(map(str, source.image_shape))
-            rows.append((f"{name} ({shape}), records", *told(rates(source, THREADS, count // BATCH))))
+            rows.append((f"{name} ({shape}), records", *median_and_range(rates(source, THREADS, count // BATCH))))
             print(f"{name}: prepared at {count / seconds:.0f} images/s")
     print(f"\none core of {platform.machine()}, NumPy {np.__version__}, median of {REPEATS} runs\n")
     print(common.markdown(["images", "images/s", "min..max"], rows))
 
 
-def told(found: list[float]) -> tuple[str, str]:
-    return f"{statistics.median(found):,.0f}", f"{min(found):,.0f}..{max(found):,.0f}"
+def median_and_range(values: list[float]) -> tuple[str, str]:
+    return f"{statistics.median(values):,.0f}", f"{min(values):,.0f}..{max(values):,.0f}"
 
 
 def rates(source: data.Source, threads: int, batches: int) -> list[float]:
-    """Images a second of so many batches, begun anew each time."""
-    plan, found = data.Plan(source, BATCH, seed=0, flip=True), []
+    """Images per second, one value for each of REPEATS runs over so many batches."""
+    plan, values = data.Plan(source, BATCH, seed=0, flip=True), []
     for repeat in range(REPEATS):
         stream = data.batches(plan, repeat * batches, threads)
         next(stream)
         begin = time.perf_counter()
         for _ in itertools.islice(stream, batches - 1):
             pass
-        found.append((batches - 1) * BATCH / (time.perf_counter() - begin))
+        values.append((batches - 1) * BATCH / (time.perf_counter() - begin))
         stream.close()
-    return found
+    return values
 
 
-def parts(height: int, width: int, count: int):
-    """So many parts of photographs, (height, width, 3)."""
+def crops(height: int, width: int, count: int):
+    """`count` random crops (height, width, 3) of photographs."""
     photos, rng = load_sample_images().images, np.random.default_rng(0)
     for i in range(count):
         photo = photos[i % len(photos)]
@@ -100,8 +100,9 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def publish_celeba(folder: pathlib.Path, count: int) -> None:
+    """Writes `count` images in the published format of CelebA."""
     with zipfile.ZipFile(folder / "img_align_celeba.zip", "w") as archive:
-        for i, image in enumerate(parts(218, 178, count)):
+        for i, image in enumerate(crops(218, 178, count)):
             archive.writestr(f"img_align_celeba/{i:06d}.jpg", encoded(image, "JPEG"))
     (folder / "list_eval_partition.txt").write_text(
         "".join(f"{i:06d}.jpg {(1, 2, 0)[min(i, 2)]}\n" for i in range(count))
@@ -109,13 +110,14 @@ def publish_celeba(folder: pathlib.Path, count: int) -> None:
 
 
 def publish_lsun(folder: pathlib.Path, count: int) -> None:
+    """Writes `count` images in the published format of LSUN."""
     import lmdb
 
-    for part, images in ("train", parts(256, 341, count)), ("val", parts(256, 341, 1)):
-        with lmdb.open(str(folder / f"church_outdoor_{part}_lmdb"), map_size=2**32) as database:
-            with database.begin(write=True) as view:
+    for split, images in ("train", crops(256, 341, count)), ("val", crops(256, 341, 1)):
+        with lmdb.open(str(folder / f"church_outdoor_{split}_lmdb"), map_size=2**32) as database:
+            with database.begin(write=True) as transaction:
                 for i, image in enumerate(images):
-                    view.put(f"{i:040x}".encode(), encoded(image, "WEBP"))
+                    transaction.put(f"{i:040x}".encode(), encoded(image, "WEBP"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How long a trained network takes to load, and how much memory beside its own size.
+"""Time and peak memory of loading a trained network.
 
     python -m benchmarks.loading --config configs/cifar10.py
 
-Random parameters of the config's network are written in each format, and read by a fresh process, which tells the
-time from the path to arrays on the device, and its peak of resident memory above what it held before. Linux alone:
-the memory is read from /proc.
+Random parameters of the config's network are written in each format and read by a new process. It measures the time
+from the path to arrays on the device, and the increase of its peak resident memory. Linux only: the memory is read from
+/proc.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ddim_jax.utils import sharding
 
 REPEATS = 7
 TARGETS = {"diffusers": "folder", "safetensors": "file.safetensors", "orbax": "run"}
-OPTIONS = {"read": (None, "Read this checkpoint once and print JSON: what the measured processes do.")}
+OPTIONS = {"read": (None, "Read this checkpoint once and print the measurement as JSON. For the measured processes.")}
 
 
 def main(options: types.SimpleNamespace) -> None:
@@ -48,7 +48,7 @@ def main(options: types.SimpleNamespace) -> None:
     print(
         f"{config.name}, {size / 4e6:.1f} M parameters, {size / 1e6:.0f} MB, {jax.devices()[0].device_kind} "
         f"({platform.machine()}), jax {jax.__version__}, median of {REPEATS} processes\n\n"
-        "| format | seconds (min..max) | peak memory, MB | of the parameters' size |\n|---|---|---|---|"
+        "| format | seconds (min..max) | peak memory, MB | peak memory / size of the parameters |\n|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as folder:
         for name, target in TARGETS.items():
@@ -65,23 +65,23 @@ def main(options: types.SimpleNamespace) -> None:
 
 def read_in_a_process(options: types.SimpleNamespace, path: pathlib.Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.loading", *sys.argv[1:], f"--read={path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def measure(path: str) -> dict[str, float]:
     mesh = sharding.data_mesh()
-    jax.block_until_ready(sharding.put_replicated(mesh, np.zeros(1)))  # the backend is there
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    jax.block_until_ready(sharding.put_replicated(mesh, np.zeros(1)))  # initializes the backend
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, begin = memory("VmRSS"), time.perf_counter()
-    found = weights.read_info(path)
-    params = found.read(weights.params_like(found.model, mesh), True)
+    info = weights.read_info(path)
+    params = info.read(weights.params_like(info.model, mesh), True)
     jax.block_until_ready(params)
     return {"seconds": time.perf_counter() - begin, "peak": memory("VmHWM") - before}
 
 
 def memory(field: str) -> int:
-    """Bytes."""
+    """A memory field of /proc/self/status, in bytes."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

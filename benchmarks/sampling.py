@@ -1,8 +1,8 @@
-"""What sampling costs to compile and to hold in memory, at S = 10 and at S = 1000.
+"""Compile time and memory of sampling, at S = 10 and at S = 1000.
 
     python -m benchmarks.sampling --config configs/digits.py
 
-Compile time and peak memory must not depend on S: the steps are one `lax.scan`. The persistent compilation
+Compile time and peak memory must not depend on S, because the steps are one `lax.scan`. The persistent compilation
 cache is not used.
 """
 
@@ -54,6 +54,7 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def measure(config, steps, params, noise_schedule):
+    """The compile times of REPEATS compilations, and XLA's memory analysis of the compiled program."""
     process = config_lib.process(dataclasses.replace(config.sample, steps=steps), noise_schedule)
     pipeline = config_lib.pipeline(config, params, sharding.data_mesh(), process)
     index = np.arange(config.sample.batch_size)

@@ -1,10 +1,10 @@
-"""How fast a config trains on this machine, how near that is to what the machine can do, and how long all of it takes.
+"""The training speed of a config on this machine: time of an update, model FLOP/s, and total training time.
 
     python -m benchmarks.training --config configs/cifar10.py [--config.model.dtype=bfloat16] [--out FILE.json]
 
-The update that training runs, over all devices, on random images that are on the devices already, beside the rate of
-one large matrix product in the same dtype. Operations are those of the model as XLA counts them before it optimises;
-what is computed twice to save memory counts once.
+Times the update of training over all devices, on random images that are already on the devices. The rate of one large
+matrix product in the same dtype is measured for comparison. Operations are those of the model, as XLA counts them
+before its optimizations. An operation that is recomputed to save memory counts once.
 """
 
 from __future__ import annotations
@@ -36,36 +36,40 @@ from experiments import common
 
 REPEATS = 7
 OPTIONS = {
-    "steps": ("10", "Updates in each of the seven runs that are timed."),
-    "out": (None, "Write the numbers to this file too, as JSON."),
+    "steps": ("10", "The number of updates in each of the seven timed runs."),
+    "out": (None, "Also write the numbers to this JSON file."),
 }
 
 
 def main(options: types.SimpleNamespace) -> None:
     (steps,) = common.ints("steps", options.steps)
-    found = measure(options.config, steps)
+    speed = measure(options.config, steps)
     config, size = options.config, options.config.train.batch_size
     print(
-        f"{config.name}, {config.model.dtype}, batch {size}, {found['devices']} x {found['device']} "
+        f"{config.name}, {config.model.dtype}, batch {size}, {speed['devices']} x {speed['device']} "
         f"({platform.machine()}), jax {jax.__version__}, median of {REPEATS} runs of {steps} updates\n"
     )
-    hours = found["seconds_per_step"] * config.train.num_steps / 3600
+    hours = speed["seconds_per_step"] * config.train.num_steps / 3600
     rows = [
-        ("update", f"{1e3 * found['seconds_per_step']:,.1f} ms ({found['fastest']:,.1f}..{found['slowest']:,.1f})"),
-        ("images/s", f"{size / found['seconds_per_step']:,.1f}"),
-        ("model TFLOP/s", f"{found['tflops']:,.3f}, of {found['gflop_per_image']:,.1f} GFLOP an image"),
-        ("one matrix product, TFLOP/s", f"{found['ceiling_tflops']:,.3f}"),
-        ("fraction of that", f"{found['tflops'] / found['ceiling_tflops']:.1%}"),
-        ("memory of an update", f"{found['memory_gb']:.2f} GB on each device"),
-        ("compilation", f"{found['compile_seconds']:.0f} s"),
+        (
+            "update",
+            f"{1e3 * speed['seconds_per_step']:,.1f} ms ({speed['fastest']:,.1f}..{speed['slowest']:,.1f})",
+        ),
+        ("images/s", f"{size / speed['seconds_per_step']:,.1f}"),
+        ("model TFLOP/s", f"{speed['tflops']:,.3f}, at {speed['gflop_per_image']:,.1f} GFLOP per image"),
+        ("one matrix product, TFLOP/s", f"{speed['ceiling_tflops']:,.3f}"),
+        ("fraction of that rate", f"{speed['tflops'] / speed['ceiling_tflops']:.1%}"),
+        ("memory of an update", f"{speed['memory_gb']:.2f} GB per device"),
+        ("compilation", f"{speed['compile_seconds']:.0f} s"),
         (f"{config.train.num_steps:,} updates", f"{hours:,.1f} h"),
     ]
     print(common.markdown(("", "measured"), rows))
     if options.out:
-        common.write_json(pathlib.Path(options.out), found)
+        common.write_json(pathlib.Path(options.out), speed)
 
 
 def measure(config: config_lib.Config, steps: int) -> dict[str, Any]:
+    """The measured numbers, by name."""
     mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     recipe, shape = config_lib.recipe(config), config_lib.image_shape(config.model)
     state, key = loop.first_state(recipe, mesh)
@@ -76,13 +80,13 @@ def measure(config: config_lib.Config, steps: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     labels = sharding.split_batch(mesh, rng.integers(0, classes, size, dtype=np.int32)) if classes else None
     batch = Batch(sharding.split_batch(mesh, rng.integers(0, 256, (size, *shape), dtype=np.uint8)), labels)
-    held = [state]  # the state before is given up in every update
+    current = [state]  # every update donates the previous state
 
     def run() -> Any:
         metrics = None
         for _ in range(steps):
-            held[0], metrics = update_step(held[0], batch.images, batch.labels, key)
-            if jax.default_backend() == "cpu":  # virtual devices deadlock if they run ahead
+            current[0], metrics = update_step(current[0], batch.images, batch.labels, key)
+            if jax.default_backend() == "cpu":  # virtual devices deadlock if several updates are in flight
                 jax.block_until_ready(metrics)
         return metrics
 
@@ -105,14 +109,14 @@ def measure(config: config_lib.Config, steps: int) -> dict[str, Any]:
 
 
 def machines(devices: int) -> int:
-    """How many do a matrix product by themselves: the devices of a CPU share its cores."""
+    """The number of devices with their own compute units. The virtual devices of a CPU share its cores, so it is 1."""
     return 1 if jax.default_backend() == "cpu" else devices
 
 
 def matrix_product_rate(dtype: Any) -> float:
-    """Operations a second of a product of two square matrices on one device."""
+    """Operations per second of a product of two square matrices on one device."""
     size, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 10)
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype) / size**0.5  # its powers stay finite
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype) / size**0.5  # so that its powers stay finite
     product = jax.jit(lambda a, b: a @ b)
 
     def run():
@@ -125,21 +129,21 @@ def matrix_product_rate(dtype: Any) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, where one device adds 1 to an array that is larger than most caches, in its
-    place.
+    """Bytes per second, read and written, of an in-place addition of 1 on one device. The array is larger than most
+    caches.
     """
-    held = [jnp.zeros(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)]
-    add = jax.jit(lambda values: values + 1, donate_argnums=0)
+    values = [jnp.zeros(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)]
+    add = jax.jit(lambda array: array + 1, donate_argnums=0)
 
     def run() -> Any:
-        held[0] = add(held[0])
-        return held[0]
+        values[0] = add(values[0])
+        return values[0]
 
-    return 2 * held[0].nbytes / statistics.median(timed(run))
+    return 2 * values[0].nbytes / statistics.median(timed(run))
 
 
 def timed(run: Callable[[], Any]) -> list[float]:
-    """Seconds of each of REPEATS runs, after one that is not counted."""
+    """The times in seconds of REPEATS runs, after one warm-up run."""
     seconds = []
     for _ in range(REPEATS + 1):
         begin = time.perf_counter()

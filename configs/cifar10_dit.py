@@ -1,5 +1,5 @@
-"""A diffusion transformer on CIFAR-10, class-conditional: DiT-S/2 on pixels (Peebles and Xie 2023), all else as in
-cifar10.py.
+"""A class-conditional diffusion transformer on CIFAR-10: DiT-S/2 on pixels (Peebles and Xie 2023). All other fields are
+those of `configs/cifar10.py`.
 
     python -m ddim_jax.train  --config configs/cifar10_dit.py --workdir DIR
 """

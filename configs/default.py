@@ -1,6 +1,6 @@
-"""Every field, with its default: DDPM's network and training for CIFAR-10 (Ho et al. 2020), DDIM with 50 steps.
+"""All fields of a config with their defaults: network and training of DDPM on CIFAR-10 (Ho et al. 2020), 50 DDIM steps.
 
-The other configs are deltas on this one. Types and ranges are checked in `ddim_jax/config.py`.
+The other configs change some of these fields. `ddim_jax/config/schema.py` defines the types and the ranges.
 """
 
 from ml_collections import ConfigDict
@@ -9,129 +9,140 @@ from ml_collections.config_dict import placeholder
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.name = "default"  # names output folders, and the shipped weights where there are any
+    config.name = "default"  # the name of output folders, and of the shipped weights if they exist
 
     config.pretrained = ""  # a checkpoint to sample, or to start training from: a diffusers folder or
     # hub id, a ckpt.pth of the official code, a workdir, a .safetensors file;
-    # config.model (but dropout, dtype) and config.schedule are then its own
+    # it sets config.schedule, and config.model except dropout, dtype and remat
 
     config.data = data = ConfigDict()
     data.name = "digits"  # digits | folder | npz | cifar10 | celeba64 | lsun_bedroom256 |
-    # lsun_church256 | tfds: these as tensorflow-datasets has prepared them
+    # lsun_church256 | tfds: a data set prepared by tensorflow-datasets, or your
+    # data set "module:function"
     data.path = ""  # the folder (with train/ and test/, or flat), the .npz file, or the name
-    # that tensorflow-datasets gives to the data set
-    data.flip = False  # mirror training images left to right at random
-    data.in_memory = False  # read all images once, and hold them
-    data.workers = 0  # processes that read and decode images; 0: threads of this one
+    # of the data set in tensorflow-datasets
+    data.flip = False  # mirror training images left to right with probability 1/2
+    data.in_memory = False  # read all images once and store them in memory
+    data.workers = 0  # processes that read and decode images; 0: threads of the main process
+    data.options = {}  # arguments of the data set; of "folder": image_size, crop, resize, for images of mixed sizes
 
     config.model = model = ConfigDict()
-    model.name = "unet"  # unet | dit, or a network of yours, "module:attribute"; the fields
-    # below are the U-Net's: for another see configs/digits_dit.py
+    model.name = "unet"  # unet | dit, or your network "module:attribute"; the fields below are
+    # those of the U-Net; for those of the DiT see configs/digits_dit.py
     model.image_size = 32  # height and width; divisible by 2^(len(channel_mult) - 1)
     model.image_channels = 3
-    model.patch_size = 1  # above 1: squares of so many pixels are one position of the network
-    model.channels = 128  # channels at full resolution
-    model.channel_mult = (1, 2, 2, 2)  # times this at each resolution, from full size down
-    model.num_res_blocks = 2  # on the way down at each resolution; one more on the way up
-    model.attention_resolutions = (16,)  # sizes with self-attention after every block
-    model.middle_attention = True  # self-attention in the middle too
-    model.head_channels = 0  # channels of an attention head; 0: one head, as in DDPM
-    model.groups = 32  # of GroupNorm
-    model.norm_epsilon = 1e-6  # of GroupNorm
-    model.downsample_padding = "end"  # end | both: where zeros are added before a stride-2 convolution
-    model.frequency_shift = 1.0  # s of the time embedding's frequencies 10000^(-i / (half - s))
-    model.cos_first = False  # the time embedding is cos, sin instead of sin, cos
-    model.dropout = 0.1
-    model.num_classes = 0  # above 0: class-conditional, the data must have labels
-    model.label_dropout = 0.0  # above 0: this share of the labels is hidden in training, for guidance
-    model.dtype = "float32"  # float32 | bfloat16: what convolutions compute in; parameters are float32
-    model.remat = False  # less memory in training, a third more time: blocks are computed twice
-    model.prediction = "eps"  # eps | x0 | v: what the network's output means
+    model.patch_size = 1  # above 1: patches of this side length are the positions of the network
+    model.channels = 128  # number of channels at full resolution
+    model.channel_mult = (1, 2, 2, 2)  # multiplier of the channels at each resolution, from the highest down
+    model.num_res_blocks = 2  # per resolution in the encoder; the decoder has one more
+    model.attention_resolutions = (16,)  # resolutions with self-attention after every block
+    model.middle_attention = True  # self-attention in the middle block
+    model.head_channels = 0  # channels per attention head; 0: num_heads heads
+    model.num_heads = 0  # attention heads where head_channels is 0; 0: one head, as in DDPM
+    model.groups = 32  # groups of GroupNorm
+    model.norm_epsilon = 1e-6  # epsilon of GroupNorm
+    model.scale_shift = False  # the time embedding scales and shifts after the second norm, as in ADM
+    model.resample = "conv"  # conv | block: residual blocks downsample and upsample, as in ADM
+    model.downsample_padding = "end"  # end | both: zero padding before a stride-2 convolution
+    model.frequency_shift = 1.0  # s in the frequencies 10000^(-i / (half - s)) of the time embedding
+    model.cos_first = False  # order of the time embedding: True: cos, sin; False: sin, cos
+    model.time_channels = 0  # features of the sinusoids; 0: as many as model.channels
+    model.time_scale = 1.0  # the network gets time_scale * time; 1000 / T in improved-diffusion
+    model.learn_sigma = False  # twice the output channels: the second half is for a learned variance
+    model.dropout = 0.1  # dropout rate in the residual blocks
+    model.num_classes = 0  # above 0: class-conditional; the data must have labels
+    model.label_dropout = 0.0  # probability that a label is dropped in training, for guidance
+    model.dtype = "float32"  # float32 | bfloat16: dtype of the computation; parameters are float32
+    model.remat = False  # rematerialisation: less memory in training, a third more time
+    model.prediction = "eps"  # eps | x0 | v: prediction type of the network
 
     config.schedule = schedule = ConfigDict()
-    schedule.name = "linear"  # linear | scaled_linear | cosine | sigmoid | from_betas, and in closed form,
-    # for all real t: vp | log_snr
-    schedule.num_steps = 1000  # T
-    schedule.beta_start = 1e-4  # of linear, scaled_linear, sigmoid, vp
-    schedule.beta_end = 0.02
-    schedule.betas = ()  # of from_betas: beta_1 .. beta_T
-    schedule.log_snr_max = 13.3  # of log_snr: log(alpha_bar / (1 - alpha_bar)) at t = 0, and at t = T
-    schedule.log_snr_min = -10.0
-    schedule.options = {}  # arguments of a schedule of yours, name = "module:attribute"
-    schedule.zero_terminal_snr = False  # no signal at T (Lin et al. 2023), for prediction x0 and v
+    schedule.name = "linear"  # linear | scaled_linear | cosine | sigmoid | from_betas; in closed form for
+    # all real t: vp | log_snr; or your schedule "module:attribute"
+    schedule.num_steps = 1000  # T, the number of diffusion steps
+    schedule.beta_start = 1e-4  # for linear, scaled_linear, sigmoid, vp
+    schedule.beta_end = 0.02  # for the same schedules
+    schedule.betas = ()  # for from_betas: beta_1 .. beta_T
+    schedule.log_snr_max = 13.3  # for log_snr: log(alpha_bar / (1 - alpha_bar)) at t = 0
+    schedule.log_snr_min = -10.0  # for log_snr: the same at t = T
+    schedule.options = {}  # arguments of your schedule, if schedule.name is "module:attribute"
+    schedule.zero_terminal_snr = False  # alpha_bar is 0 at T (Lin et al. 2023); for model.prediction x0 and v
 
     config.train = train = ConfigDict()
-    train.num_steps = 800_000
+    train.num_steps = 800_000  # number of updates
     train.batch_size = 128  # over all devices
-    train.seed = 0
-    train.learning_rate = 2e-4  # its maximum
-    train.warmup = 5000  # steps over which the learning rate rises to that
-    train.clip_norm = 1.0  # global norm of the gradient
+    train.seed = 0  # of the initial parameters, the data order and the noise
+    train.learning_rate = 2e-4  # the maximum of the learning rate
+    train.warmup = 5000  # steps of linear warmup to the maximum
+    train.clip_norm = 1.0  # gradients are clipped to this global norm
     train.optimizer = optimizer = ConfigDict()
-    optimizer.name = "adam"  # adam | adamw | lion | muon | sgd, any of optax, "optax:adabelief", or yours;
-    # its arguments are fields: optimizer.b1, optimizer.weight_decay, ...
-    optimizer.schedule = "constant"  # of the learning rate after warmup: constant | cosine | inverse_sqrt
-    optimizer.schedule_options = {}  # its arguments
+    optimizer.name = "adam"  # adam | adamw | lion | muon | sgd, another optimizer of optax, for example
+    # "optax:adabelief", or yours; its arguments are fields: optimizer.b1,
+    # optimizer.weight_decay, ...
+    optimizer.schedule = "constant"  # learning rate after warmup: constant | cosine | inverse_sqrt
+    optimizer.schedule_options = {}  # arguments of the learning-rate schedule
     train.objective = objective = ConfigDict()
-    objective.name = "noise_prediction"  # L_gamma, Eq. (5), or "module:function"
-    objective.weight = "one"  # gamma_t: one (the paper's) | x0 | v (plain error of these) | min_snr | p2
-    objective.weight_options = {}  # its arguments
-    objective.time = "uniform"  # how t is drawn: uniform | real (all of [1, T]) | logit_normal | importance
-    objective.time_options = {}  # its arguments
-    objective.options = {}  # arguments of an objective of yours
-    train.ema_decay = 0.9999  # of the moving average that is sampled
+    objective.name = "noise_prediction"  # L_gamma, Eq. (5), or your objective "module:function"
+    objective.weight = "one"  # gamma_t: one (as in the paper) | x0 | v (unweighted error of x_0, of v) |
+    # min_snr | p2
+    objective.weight_options = {}  # arguments of the loss weight
+    objective.time = "uniform"  # distribution of t: uniform | real (uniform in [1, T]) | logit_normal |
+    # importance
+    objective.time_options = {}  # arguments of the distribution
+    objective.options = {}  # arguments of your objective
+    train.ema_decay = 0.9999  # decay of the moving average of the parameters, with which samples are drawn
     train.ema_schedule = "constant"  # constant | warmup: min(ema_decay, (1 + k) / (10 + k)); or "module:function"
-    train.accumulate = 1  # parts of the batch, one after the other: memory for one, gradients of all
-    train.max_skipped = 20  # updates in a row that may be left out because they are not finite
-    train.log_every = 100  # steps between lines of metrics.jsonl and TensorBoard
-    train.checkpoint_every = 5000  # a multiple of log_every
-    train.keep = 3  # latest checkpoints that are kept
-    train.keep_every = 100_000  # and every one at a multiple of this, for ever; 0: none
-    train.grid_every = 10_000  # steps between sample grids in the workdir; 0: at the end alone
-    train.evaluate_every = 0  # steps between evaluations, by what config.evaluate says; 0: none
-    train.evaluate_images = 1000  # but with so many images
-    train.wandb = ""  # also log to this project of Weights & Biases
+    train.accumulate = 1  # gradient accumulation steps; the memory is that of one part of the batch
+    train.max_skipped = 20  # training ends after this number of consecutive updates that are not finite
+    train.log_every = 100  # steps between entries of metrics.jsonl and TensorBoard
+    train.checkpoint_every = 5000  # steps between checkpoints; a multiple of log_every
+    train.keep = 3  # number of latest checkpoints that are retained
+    train.keep_every = 100_000  # checkpoints at multiples of this step are retained too; 0: none
+    train.grid_every = 10_000  # steps between sample grids in the workdir; 0: only at the end
+    train.evaluate_every = 0  # steps between evaluations with config.evaluate; 0: none
+    train.evaluate_images = 1000  # number of images in these evaluations
+    train.wandb = ""  # also log to this project of Weights & Biases; empty: no
 
     config.mesh = mesh = ConfigDict()
-    mesh.data = -1  # devices along which the batch alone is divided; -1: all that fsdp leaves
-    mesh.fsdp = 1  # devices along which parameters and optimizer are divided as well
+    mesh.data = -1  # devices of the data axis: the batch is sharded; -1: all devices / fsdp
+    mesh.fsdp = 1  # devices of the fsdp axis: batch, parameters and optimizer are sharded
 
     config.sample = sample = ConfigDict()
-    sample.sampler = "ddim"  # ddim | ddpm | ddpm_hat, and of higher order, beyond the paper: heun | ab2 |
+    sample.sampler = "ddim"  # ddim | ddpm | ddpm_hat; higher-order solvers, not in the paper: heun | ab2 |
     # ab4 | plms | dpm_solver_pp_2m | dpm_solver_pp_3m | unipc
-    sample.eta = 0.0  # Eq. (16): 0 is DDIM, 1 is DDPM; of the sampler ddim
-    sample.steps = 50  # S = dim(tau)
+    sample.eta = 0.0  # Eq. (16): 0 is DDIM, 1 is DDPM; for the sampler ddim
+    sample.steps = 50  # S = dim(tau), the number of sampling steps
     sample.tau = placeholder(str)  # uniform | quadratic | leading | trailing | linspace | official_uniform |
-    # official_quadratic; between the levels, for any number of steps:
-    # time | log_snr | sigma | karras, evenly spaced in these; or the levels
-    # themselves: "1,50,150,250.5,400,550,700,850,1000";
-    # open: as config.pretrained says, without one uniform
-    sample.tau_offset = 0  # added to every level of tau
-    sample.tau_end = 0  # the level that the last step ends at; 0: the image itself
-    sample.fixed_stride = False  # every step from t to t - T // S, as in diffusers, whatever level comes next
-    sample.num_images = 64
-    sample.batch_size = 64  # does not change the images but for rounding
-    sample.seed = 0  # the noise of image i depends on (seed, i) alone; below 2^32
-    sample.clip_x0 = placeholder(bool)  # bound the predicted x_0; the paper does not;
-    # open: as config.pretrained says, without one False
-    sample.clip_range = 1.0  # with clip_x0: to [-1, 1]
-    sample.clip_quantile = 0.0  # with clip_x0, above 0: dynamic thresholding, the bound is this quantile of
-    # |x_0|, but at least 1 and at most clip_range, and x_0 is divided by it
-    sample.keep_eps = False  # with clip_x0: eps stays as predicted, as in diffusers
-    sample.ema = True  # False: the raw parameters instead of their moving average (with --workdir)
-    sample.options = {}  # arguments of a sampler of yours, sampler = "module:attribute"
-    sample.refine = 0  # of encoding: network calls a step that solve it, so that decoding returns
-    # the image (10 to 20); 0: the paper's explicit step
-    sample.label = -1  # the class, for class-conditional networks; -1: image i has class i mod n
-    sample.guidance = 1.0  # classifier-free guidance: above 1, more of what the class adds; 1: none
+    # official_quadratic; real timesteps, for any number of steps, evenly
+    # spaced in the named quantity: time | log_snr | sigma | karras; or custom
+    # timesteps: "1,50,150,250.5,400,550,700,850,1000"; not set: as in
+    # config.pretrained, or uniform without it
+    sample.tau_offset = 0  # added to every timestep of tau
+    sample.tau_end = 0  # the timestep at which the last step ends; 0: the image
+    sample.fixed_stride = False  # every step is from t to t - T // S, as in diffusers, not to the next of tau
+    sample.num_images = 64  # number of images to draw
+    sample.batch_size = 64  # images per batch; changes only the rounding of the images
+    sample.seed = 0  # the noise of image i depends only on (seed, i); below 2^32
+    sample.clip_x0 = placeholder(bool)  # clip the predicted x_0; not in the paper; not set: as in
+    # config.pretrained, or False without it
+    sample.clip_range = 1.0  # with clip_x0: x_0 is clipped to [-clip_range, clip_range]
+    sample.clip_quantile = 0.0  # with clip_x0, above 0: dynamic thresholding: the bound is this quantile of
+    # |x_0|, at least 1 and at most clip_range, and x_0 is divided by the bound
+    sample.keep_eps = False  # with clip_x0: eps is not recomputed from the clipped x_0, as in diffusers
+    sample.ema = True  # True: the EMA parameters; False: the raw parameters (with --workdir)
+    sample.options = {}  # arguments of your sampler, if sample.sampler is "module:attribute"
+    sample.refine = 0  # exact DDIM inversion in encoding: fixed-point iterations per step, one
+    # network call each (10 to 20); 0: the explicit step of the paper
+    sample.label = -1  # class of all images, if class-conditional; -1: image i has class i mod n
+    sample.guidance = 1.0  # scale of classifier-free guidance; 1: no guidance
 
     config.evaluate = evaluate = ConfigDict()
-    evaluate.features = "inception"  # inception (FID's network) | digits | a function of yours: "module:function"
-    evaluate.weights = ""  # the file of its weights; empty: the usual ones, fetched once or shipped
+    evaluate.features = "inception"  # inception (the network of FID) | digits | yours: "module:function"
+    evaluate.weights = ""  # weights file of the feature network; empty: downloaded once, or shipped
     evaluate.metrics = "fid,kid,inception_score,precision_recall"  # also confidence,
-    # nearest, and agreement with the class that an image was drawn as
-    evaluate.num_images = 50_000  # exactly so many samples are judged
-    evaluate.batch_size = 50  # over all devices
-    evaluate.reference = ""  # real images, or statistics of them; empty: those of config.data
-    evaluate.split = "train"  # train | test: which of config.data's
+    # nearest, agreement (of the predicted class with the label of the sample)
+    evaluate.num_images = 50_000  # exact number of samples that are evaluated
+    evaluate.batch_size = 50  # images per batch, over all devices
+    evaluate.reference = ""  # real images, or their statistics; empty: those of config.data
+    evaluate.split = "train"  # train | test: the split of config.data
     return config

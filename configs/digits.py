@@ -1,10 +1,11 @@
-"""Handwritten digits, 8x8: the data set that scikit-learn carries, a network of 0.7 M parameters, minutes on
+"""Handwritten digits, 8x8: the data set of scikit-learn, and a network of 0.7 M parameters. Training takes minutes on
 two CPU cores.
 
-    python -m ddim_jax.sample --config configs/digits.py                       # the weights that ship with the package
+    python -m ddim_jax.sample --config configs/digits.py                       # the shipped weights
     python -m ddim_jax.train  --config configs/digits.py --workdir runs/digits
 
-Expected: see `ddim_jax/checkpoints/README.md`, which records how the shipped weights were made and measured.
+Expected results: see `ddim_jax/checkpoints/README.md`, which records how the shipped weights were trained and
+evaluated.
 """
 
 from configs import default

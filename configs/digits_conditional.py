@@ -1,9 +1,9 @@
-"""The digits with their classes, for classifier-free guidance; else as `configs/digits.py`.
+"""Class-conditional digits, for classifier-free guidance. All other fields are those of `configs/digits.py`.
 
     python -m ddim_jax.sample --config configs/digits_conditional.py --config.sample.guidance=2
     python -m ddim_jax.train  --config configs/digits_conditional.py --workdir runs/digits_conditional
 
-Expected: see `ddim_jax/checkpoints/README.md`.
+Expected results: see `ddim_jax/checkpoints/README.md`.
 """
 
 from configs import digits

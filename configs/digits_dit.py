@@ -1,7 +1,9 @@
-"""A diffusion transformer on the digits of scikit-learn: another network than the U-Net, all else as in digits.py.
+"""A diffusion transformer (DiT) on the digits of scikit-learn. All other fields are those of `configs/digits.py`.
 
-python -m ddim_jax.train  --config configs/digits_dit.py --workdir DIR
-python -m ddim_jax.sample --config configs/digits_dit.py --workdir DIR
+Train and sample it:
+
+    python -m ddim_jax.train  --config configs/digits_dit.py --workdir DIR
+    python -m ddim_jax.sample --config configs/digits_dit.py --workdir DIR
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
 """LSUN bedroom, 256x256 (section 5 and D.1): six resolutions, 113,673,219 parameters, no dropout, uniform tau.
 
-    python -m ddim_jax.prepare --data lsun_bedroom256 --from FOLDER    # of bedroom_train_lmdb and bedroom_val_lmdb
+    python -m ddim_jax.prepare --data lsun_bedroom256 --from FOLDER    # bedroom_train_lmdb and bedroom_val_lmdb
     python -m ddim_jax.train  --config configs/lsun_bedroom256.py --workdir runs/bedroom
     python -m ddim_jax.sample --config configs/lsun_bedroom256.py --workdir runs/bedroom
 
-The images are read as they are published, their centre square at 256x256. One training image costs 1.48 TFLOP: with
-little memory, --config.train.accumulate=4 or --config.model.remat=True. The paper's FID at eta = 0, S = 10/20/50/100:
-16.95, 8.89, 6.75, 6.62 (table 3).
+The published images are cropped to their centre square and resized to 256x256. One training image costs 1.48 TFLOP.
+With little memory, use --config.train.accumulate=4 or --config.model.remat=True.
+The paper's FID at eta = 0, S = 10/20/50/100: 16.95, 8.89, 6.75, 6.62 (table 3).
 """
 
 from configs import default

@@ -1,6 +1,6 @@
 """LSUN church (outdoor), 256x256: the network of `lsun_bedroom256.py`, with random flips (Ho et al. 2020, appendix B).
 
-    python -m ddim_jax.prepare --data lsun_church256 --from FOLDER     # of church_outdoor_train_lmdb and ..._val_lmdb
+    python -m ddim_jax.prepare --data lsun_church256 --from FOLDER     # church_outdoor_train_lmdb and ..._val_lmdb
     python -m ddim_jax.train  --config configs/lsun_church256.py --workdir runs/church
     python -m ddim_jax.sample --config configs/lsun_church256.py --workdir runs/church
 

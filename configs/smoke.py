@@ -1,5 +1,5 @@
-"""A network that learns nothing in seconds: every part of training and sampling, for tests and for trying a
-new machine.
+"""A smoke test: a very small network that runs all parts of training and sampling in seconds, but does not learn. It is
+used by the tests, and to check a new machine.
 
     python -m ddim_jax.train --config configs/smoke.py --workdir runs/smoke
 """

@@ -1,12 +1,11 @@
-"""Denoising Diffusion Implicit Models (Song, Meng, Ermon 2020) in JAX: the paper as pure functions, from noise schedule
-to FID.
+"""Denoising Diffusion Implicit Models (Song, Meng, Ermon 2020) in JAX: pure functions from the noise schedule to FID.
 
     import ddim_jax as dj
 
     network = dj.load("digits")
     x_0 = dj.sampling.sample(network.denoiser, network.schedule, network.shape, 16, steps=20)
 
-Modules are imported when they are first used.
+Each module is imported at its first use.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _MODULES = (
     "training",
     "trajectory",
 )
-_NAMES = {  # name -> the module that it is from
+_NAMES = {  # name -> the module that defines it
     "load": "config.weights",
     "Denoiser": "models.denoiser",
     "Network": "models.network",

@@ -1,7 +1,7 @@
-"""What the public functions of the mathematics accept. All of it runs on the host, before anything is traced, and every
-mistake is a ValueError of one line that names the argument.
+"""Validation of the arguments of the public functions, on the host, before anything is traced.
 
-The value of a traced argument is not known, so it passes; its shape and dtype are known, and are checked.
+An invalid argument raises a ValueError of one line that names the argument. The value of a traced argument is not
+known, so only its shape and its dtype are checked.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-MAX_STEPS = 10**7  # of a schedule or a tau: more would fill the memory of the host
+MAX_STEPS = 10**7  # the largest T and S: larger tables would exhaust the memory of the host
 
 
 def traced(*values: Any) -> bool:
-    """Whether any of the values is traced, so that only its shape and dtype are known."""
+    """Whether one of the values is traced, so that only its shape and its dtype are known."""
     return any(isinstance(value, jax.core.Tracer) for value in values)
 
 
 def integer(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
-    """An integer from low to high, both included. True, 10.0 and "10" are none."""
+    """Validates an integer in [low, high]. True, 10.0 and "10" are not integers."""
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
@@ -43,11 +43,11 @@ def integer(name: str, value: Any, low: int = 0, high: int | None = None) -> int
 
 
 def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open: bool = False) -> Any:
-    """The value itself, which must be one finite real number in [low, high]; open: in (low, high)."""
+    """Validates one finite real number in [low, high], or in (low, high) if open. Returns it unchanged."""
     if type(value) not in (int, float) and (not _is_real(value) or np.shape(value)):
         raise ValueError(f"{name} must be a real number, got {shown(value)}")
     if not traced(value):
-        _within(name, value, float(value), low, high, open)
+        _check_range(name, value, float(value), low, high, open)
     return value
 
 
@@ -59,21 +59,23 @@ def reals(
     open: bool = False,
     infinite: bool = False,
 ) -> Any:
-    """The same of every entry of an array of any shape, or of a list; a list becomes an array. infinite: whether these
-    are allowed too.
+    """Validates an array, or a list, of finite real numbers in [low, high] and returns it as an array of any shape.
+
+    open: the interval is (low, high).
+    infinite: infinite entries are allowed too.
     """
     values = _array(name, values)
     if not _is_real(values):
         raise ValueError(f"{name} must hold real numbers, got {shown(values)}")
     if not traced(values):
         host = np.asarray(values, np.float64)
-        right = (host > low) & (host < high) if open else (host >= low) & (host <= high)
-        if (bad := host[~(right & (infinite | np.isfinite(host)))]).size:
-            _within(name, bad[0], float(bad[0]), low, high, open)
+        inside = (host > low) & (host < high) if open else (host >= low) & (host <= high)
+        if (invalid := host[~(inside & (infinite | np.isfinite(host)))]).size:
+            _check_range(name, invalid[0], float(invalid[0]), low, high, open)
     return values
 
 
-def _within(name, value, number, low, high, open):
+def _check_range(name, value, number, low, high, open):
     if math.isfinite(number) and (low < number < high if open else low <= number <= high):
         return
     if not math.isfinite(high):
@@ -84,28 +86,31 @@ def _within(name, value, number, low, high, open):
 
 
 def floating(name: str, x: Any, shape: tuple[int, ...] | None = None) -> jax.Array:
-    """x as an array of JAX, which must be of real floating point: what is computed from integers would be cut off.
-    shape: the one that it must have.
+    """Validates an array of a floating-point dtype and returns it as a JAX array.
+
+    Integers are not accepted, because a result in their dtype would be truncated.
+
+    shape: the required shape; default: any.
     """
     if not isinstance(x, jax.Array):
         x = jnp.asarray(_array(name, x))
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be of floating point, such as float32, got {x.dtype}")
+        raise ValueError(f"{name} must have a floating-point dtype, such as float32, got {x.dtype}")
     if shape is not None and x.shape != tuple(shape):
         raise ValueError(f"{name} must have the shape {tuple(shape)}, got {x.shape}")
     return x
 
 
 def batch(name: str, x: Any) -> jax.Array:
-    """The same of a batch (B, ...)."""
+    """Validates a batch (B, ...) of a floating-point dtype, B at least 1, and returns it as a JAX array."""
     x = floating(name, x)
     if not x.ndim or not len(x):
-        raise ValueError(f"{name} must be a batch (B, ...), B at least 1, got shape {x.shape}")
+        raise ValueError(f"{name} must have the shape (B, ...), B at least 1, got {x.shape}")
     return x
 
 
 def broadcasts(name: str, array: Any, shape: tuple[int, ...]) -> None:
-    """ValueError unless an array broadcasts to the shape."""
+    """Raises ValueError unless the array broadcasts to the shape."""
     try:
         fits = np.broadcast_shapes(np.shape(array), shape) == shape
     except ValueError:
@@ -115,8 +120,10 @@ def broadcasts(name: str, array: Any, shape: tuple[int, ...]) -> None:
 
 
 def keys(name: str, key: Any, *shapes: tuple[int | None, ...]) -> jax.Array:
-    """Typed PRNG keys of one of the shapes, also from the raw uint32 (..., 2) of `jax.random.PRNGKey`. None in a shape
-    stands for any number.
+    """Validates PRNG keys of one of the shapes and returns them as typed keys.
+
+    key: typed keys, or raw keys of `jax.random.PRNGKey`, uint32 (..., 2).
+    shapes: the allowed shapes. None in a shape allows every size.
     """
     if not (_is_array(key) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         try:
@@ -124,33 +131,39 @@ def keys(name: str, key: Any, *shapes: tuple[int | None, ...]) -> jax.Array:
                 raise TypeError
             key = jax.random.wrap_key_data(key)
         except TypeError as error:
-            raise ValueError(f"{name} must be made by jax.random.key, got {shown(key)}") from error
+            raise ValueError(f"{name} must be a key of jax.random.key, got {shown(key)}") from error
     if not any(_fits(key.shape, shape) for shape in shapes):
-        wanted = ["one key" if shape == () else f"one for each of {shape[0] or 'B'} images" for shape in shapes]
-        raise ValueError(f"{name} must be {' or '.join(wanted)}, got shape {key.shape}")
+        allowed = ["one key" if shape == () else f"one key for each of {shape[0] or 'B'} images" for shape in shapes]
+        raise ValueError(f"{name} must be {' or '.join(allowed)}, got shape {key.shape}")
     return key
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(b in (None, a) for a, b in zip(shape, wanted, strict=True))
+def _fits(shape: tuple[int, ...], allowed: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(allowed) and all(b in (None, a) for a, b in zip(shape, allowed, strict=True))
 
 
 def lookup(table: Mapping[str, Any], name: str, argument: str = "") -> Any:
-    """The entry called name, or a ValueError with the names there are and the nearest of them."""
+    """The entry `name` of a table. Raises a ValueError that lists all names and suggests the nearest one.
+
+    argument: the name of the argument in the error message; default: the message begins with the value.
+    """
     if not isinstance(name, str) or name not in table:
         nearest = difflib.get_close_matches(str(name), table, 1, cutoff=0.5)
         hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        wrong = f"{argument} must be" if argument else f"{shown(name)} is not"
-        raise ValueError(f"{wrong} one of {', '.join(table)}{f', got {shown(name)}' if argument else ''}{hint}")
+        subject = f"{argument} must be" if argument else f"{shown(name)} is not"
+        raise ValueError(f"{subject} one of {', '.join(table)}{f', got {shown(name)}' if argument else ''}{hint}")
     return table[name]
 
 
 def function(name: str, call: Any) -> Any:
-    """A function as a pytree: itself if it is one, such as a `jax.tree_util.Partial`; else without leaves, static.
+    """Converts a callable to a pytree that can be called.
 
-    A static function is compiled once, with the arrays that it holds as constants. It counts as another one, and is
-    compiled again, when an array or a float in its closure, among the globals that it names, or in the attributes of
-    the object that it is a method of has been replaced. What lies deeper, or is changed in place, is not noticed.
+    A callable pytree, such as a `jax.tree_util.Partial`, is returned unchanged. Any other callable becomes a static
+    pytree without leaves. It is compiled once, with the arrays that it holds as constants. It is recompiled if an
+    array or a float has been replaced in its closure, in the globals that its code names, or in the attributes of the
+    object to which the method belongs. Changes at a deeper level, and changes in place, are not noticed.
+
+    Raises ValueError if call is not callable or not hashable.
     """
     if not callable(call):
         raise ValueError(f"{name} must be a function (x_t, t) -> array, got {shown(call)}")
@@ -161,12 +174,12 @@ def function(name: str, call: Any) -> Any:
     except TypeError as error:
         raise ValueError(
             f"{name} must be a function or a pytree, such as jax.tree_util.Partial(function, parameters): "
-            f"{type(call).__name__} cannot be hashed"
+            f"{type(call).__name__} is not hashable"
         ) from error
 
 
 class _Static:
-    """A function that equals another if they are the same and hold the same parameters."""
+    """A callable that is equal to another if both have the same function and hold the same parameters."""
 
     def __init__(self, call: Callable):
         self._call, self._held = call, _parameters(call)
@@ -187,23 +200,25 @@ class _Static:
 
 
 def _parameters(call: Any) -> tuple[Any, ...]:
-    """The arrays and floats that a function holds. Not integers, which count calls as often as not, and not what is
-    traced, which belongs to the trace that is going on.
+    """The arrays and floats that a function holds.
+
+    Integers are not included, because they are often counters. Traced values are not included, because they belong to
+    the current trace.
     """
     held = []
     if isinstance(call, functools.partial):
         held += [call.args, call.keywords]
         call = call.func
     call = inspect.unwrap(call)
-    owner = getattr(call, "__self__", call)  # of a method, or an object that is called itself
+    owner = getattr(call, "__self__", call)  # the object of a method, or a callable object
     if hasattr(owner, "__dict__") and not isinstance(owner, types.ModuleType):
         held += vars(owner).values()
-    plain = getattr(call, "__func__", call)
-    if not isinstance(plain, types.FunctionType):
-        plain = inspect.getattr_static(type(call), "__call__", None)
-    if isinstance(plain, types.FunctionType):
-        held += [cell.cell_contents for cell in plain.__closure__ or () if _is_full(cell)]
-        held += [plain.__globals__.get(name) for name in plain.__code__.co_names]
+    python_function = getattr(call, "__func__", call)
+    if not isinstance(python_function, types.FunctionType):
+        python_function = inspect.getattr_static(type(call), "__call__", None)
+    if isinstance(python_function, types.FunctionType):
+        held += [cell.cell_contents for cell in python_function.__closure__ or () if _is_full(cell)]
+        held += [python_function.__globals__.get(name) for name in python_function.__code__.co_names]
     leaves = [leaf for value in held for leaf in _leaves(value)]
     return tuple(
         leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, np.generic, float)) and not traced(leaf)
@@ -215,30 +230,30 @@ def _leaves(value: Any) -> list[Any]:
         return []
     try:
         return jax.tree.leaves(value)
-    except (TypeError, ValueError):  # a dict whose keys have no order, or another object that cannot be taken apart
+    except (TypeError, ValueError):  # a dict whose keys cannot be sorted, or another object that cannot be flattened
         return []
 
 
 def _is_full(cell: Any) -> bool:
     try:
         cell.cell_contents  # noqa: B018
-    except ValueError:  # a variable that is not assigned yet
+    except ValueError:  # the variable is not assigned yet
         return False
     return True
 
 
 def output(name: str, value: Any, x: jax.Array) -> jax.Array:
-    """What a function `name` returned for x: an array of floating point and of the shape of x."""
+    """Validates the output of the function `name` for x: an array of the shape of x with a floating-point dtype."""
     shape, dtype = np.shape(value) if _is_array(value) else None, getattr(value, "dtype", None)
     if shape is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} must return an array of floating point, got {shown(value)}")
+        raise ValueError(f"{name} must return an array of a floating-point dtype, got {shown(value)}")
     if shape != x.shape:
         raise ValueError(f"{name} must return an array of the shape {x.shape} of x_t, got {shape}")
     return jnp.asarray(value)
 
 
 def shown(value: Any) -> str:
-    """A value for a message, in one short line."""
+    """The repr of a value for an error message, in one line of at most 80 characters."""
     if _is_array(value) and np.shape(value):
         return f"an array of shape {np.shape(value)} and dtype {value.dtype}"
     if _is_array(value) and not traced(value):
@@ -262,7 +277,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _array(name: str, values: Any) -> Any:
-    """values as an array, if it is none. ValueError for a list whose rows are not of one length, and for an object."""
+    """Converts values to an array. Raises ValueError for a list with rows of different lengths, and for an object."""
     try:
         array = values if _is_array(values) else np.asarray(values)
     except (TypeError, ValueError) as error:

@@ -1,12 +1,12 @@
-"""Writes a trained network in another format.
+"""Converts a trained network to another format.
 
-    python -m ddim_jax.convert --from WORKDIR --to FOLDER                        # for diffusers: DDIMPipeline
-    python -m ddim_jax.convert --from WORKDIR --to FILE.safetensors              # one file of our own, with its config
-    python -m ddim_jax.convert --from PATH_OR_HUB_ID --to WORKDIR --format orbax # a run to sample or to train further
+    python -m ddim_jax.convert --from WORKDIR --to FOLDER                        # a DDIMPipeline of diffusers
+    python -m ddim_jax.convert --from WORKDIR --to FILE.safetensors              # one file of ddim_jax, with its config
+    python -m ddim_jax.convert --from PATH_OR_HUB_ID --to WORKDIR --format orbax # a run, to sample or to resume
 
---from is anything that --config.pretrained takes: a workdir, a diffusers folder or hub id, a ckpt.pth of the
-official code, a .safetensors file. What is written says how the network is used and how it was trained, but neither
-where its data lie nor other paths and names of accounts, unless --paths is given.
+--from takes the same values as --config.pretrained: a workdir, a diffusers folder or hub id, a ckpt.pth of the official
+code, or a .safetensors file. The output records how the network was trained and how it is sampled. It contains paths,
+modules and account names of the config only if --paths is given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from ddim_jax.utils import interrupts
 if __name__ == "__main__":
     interrupts.install()
 
-import dataclasses
 import pathlib
 import types
 from collections.abc import Mapping
@@ -36,11 +35,11 @@ from ddim_jax.utils.errors import ConfigError, error_context
 
 OPTIONS = {
     "from": (None, "A workdir, or a published checkpoint: a path or a hub id."),
-    "to": (None, "The folder, or the file ending in .safetensors, to write."),
-    "format": (None, "diffusers, safetensors or orbax. Default: safetensors for a file of that name, else diffusers."),
-    "ema": (True, "The moving average of the parameters, where there are both."),
-    "overwrite": (False, "Replace what this command wrote there."),
-    "code": ("", "Run this code of the checkpoint's author, names package.module:attribute with commas between."),
+    "to": (None, "The output folder, or the output file that ends in .safetensors."),
+    "format": (None, "diffusers, safetensors or orbax. Default: safetensors if --to ends so, else diffusers."),
+    "ema": (True, "Convert the EMA parameters, if the checkpoint holds both. --noema: the raw parameters."),
+    "overwrite": (False, "Replace an earlier output of this command."),
+    "code": ("", "Code of the checkpoint's author that may run: a comma-separated list of package.module:attribute."),
     "paths": (
         False,
         "Also write the fields of the config that name paths, modules and projects: data.path and others.",
@@ -51,63 +50,56 @@ OPTIONS = {
 def main(options: types.SimpleNamespace) -> None:
     source, target = vars(options)["from"], options.to
     if not source or not target:
-        raise ConfigError("--from WORKDIR_OR_CHECKPOINT and --to FOLDER_OR_FILE are both needed")
+        raise ConfigError("--from WORKDIR_OR_CHECKPOINT and --to FOLDER_OR_FILE are both required")
     to = pathlib.Path(target)
     kind = options.format or ("safetensors" if to.suffix == ".safetensors" else "diffusers")
     with error_context("--format"):
         write = registry.lookup(WRITERS, kind)
     if kind == "safetensors" and to.suffix != ".safetensors":
         raise ConfigError(f"--to must end in .safetensors for --format safetensors, got {to}")
-    found = weights.read_info(source)
+    checkpoint = weights.read_info(source)
     allowed = (vars(options).get("code") or "").split(",")
-    if needed := [name for name in config_lib.code_of(found).values() if name not in allowed]:
-        raise ConfigError(f"{source} needs {needed[0]}, which is code of its author; --code={','.join(needed)} runs it")
-    if kind == "diffusers" and found.model.name != "unet":
-        raise ConfigError(f"--format: diffusers has no network {found.model.name}; orbax and safetensors hold it")
+    if needed := [name for name in config_lib.code_of(checkpoint).values() if name not in allowed]:
+        raise ConfigError(
+            f"{source} needs the code {needed[0]} of the checkpoint's author; to run it, add --code={','.join(needed)}"
+        )
+    if kind == "diffusers" and checkpoint.model.name != "unet":
+        raise ConfigError(
+            f"--format: must be orbax or safetensors for the network {checkpoint.model.name!r}, got {kind!r}"
+        )
     check_free(to, kind, options.overwrite)
-    params = found.read(weights.params_like(found.model, sharding.data_mesh()), options.ema)
-    config = as_config(found)
-    write(to, params, config if vars(options).get("paths") else config_lib.public(config), found.step)
-    weights.show_note(found)
-    print(f"{found.source} is in {to} ({kind}), {params_count(params):,} parameters")
+    params = checkpoint.read(weights.params_like(checkpoint.model, sharding.data_mesh()), options.ema)
+    config = weights.as_config(checkpoint)
+    write(to, params, config if vars(options).get("paths") else config_lib.public(config), checkpoint.step)
+    weights.show_note(checkpoint)
+    print(f"wrote {checkpoint.source} to {to} ({kind}), {params_count(params):,} parameters")
 
 
 def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
-    """ConfigError if something is there that must not be replaced, or if nothing can be written there. A file of
-    weights and a diffusers folder are replaced, if so asked, where they are this command's own and nothing else is
-    with them; a run never is.
+    """ConfigError if `to` exists and must not be replaced, or if it cannot be written. --overwrite replaces a
+    .safetensors file or a diffusers folder that this command wrote, if the folder holds no other files. It never
+    replaces a run.
     """
-    there = to.exists()
-    if there and not (to.is_file() if kind == "safetensors" else to.is_dir()):
+    exists = to.exists()
+    if exists and not (to.is_file() if kind == "safetensors" else to.is_dir()):
         raise ConfigError(f"{to} is a {'folder' if to.is_dir() else 'file'}; give another --to")
-    occupied = there and (kind == "safetensors" or not all(map(files.is_temporary, to.iterdir())))
+    occupied = exists and (kind == "safetensors" or not all(map(files.is_temporary, to.iterdir())))
     if occupied and kind == "orbax":
-        raise ConfigError(f"{to} is there already: a run is never written over; give another --to")
+        raise ConfigError(f"{to} already exists: a run is never overwritten; give another --to")
     if occupied and not overwrite:
-        raise ConfigError(f"{to} is there already; give another --to, or --overwrite to replace it")
+        raise ConfigError(f"{to} already exists; give another --to, or --overwrite to replace it")
     if occupied and kind == "safetensors" and not checkpoints.is_ours(to):
-        raise ConfigError(f"--overwrite: {to} is not a file that this command wrote; give another --to")
+        raise ConfigError(f"--overwrite: {to} was not written by this command; give another --to")
     if occupied and kind == "diffusers" and (other := not_written(to)):
-        raise ConfigError(f"--overwrite: {to} holds what this command did not write, {other}; give another --to")
+        raise ConfigError(f"--overwrite: {to} was not written by this command alone ({other}); give another --to")
     cli.writable_folder(to if to.is_dir() else to.parent)
 
 
 def not_written(folder: pathlib.Path) -> str | None:
-    """What is in a folder that `write_diffusers` did not write; None if it wrote all of it."""
+    """A file of the folder that `write_diffusers` did not write; None if it wrote all files and the model card."""
     other = next(diffusers_export.not_written(folder), None)
-    is_own = model_card.is_ours(folder / diffusers_export.CARD)
-    return other or (None if is_own else f"no {diffusers_export.CARD} of its own")
-
-
-def as_config(found: weights.Checkpoint) -> dict[str, Any]:
-    """The config to save beside the parameters: all of the run's where it was one, else what is known."""
-    known = {
-        "name": found.name,
-        "model": dataclasses.asdict(found.model),
-        "schedule": dataclasses.asdict(found.schedule),
-        "sample": {**found.config.get("sample", {}), **found.sample},
-    }
-    return {**found.config, **known}
+    has_card = model_card.is_ours(folder / diffusers_export.CARD)
+    return other or (None if has_card else f"no {diffusers_export.CARD} of ddim_jax")
 
 
 Config = Mapping[str, Any]
@@ -122,7 +114,7 @@ def write_diffusers(to: pathlib.Path, params: Any, config: Config, step: int | N
 
 
 def write_orbax(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
-    """Step 0 of a run: the parameters, the same as their moving average, and no optimizer yet."""
+    """Writes step 0 of a run: the parameters, an EMA equal to them, and an empty optimizer state."""
     with files.filling(to) as temporary, Checkpoints(temporary, keep=1) as run:
         run.save(TrainState(jnp.int32(0), params, params, {}, jnp.int32(0)), dict(config))
         run.wait()

@@ -1,12 +1,11 @@
-"""Appendix A: the family for categorical data. x_t is one-hot, (B, ..., K): each place has one of K classes.
+"""The processes for categorical data (Appendix A). x_t is one-hot, (B, ..., K): every position has one of K classes.
 
-`q(x_t | x_0) = Cat(ab_t x_0 + (1 - ab_t) / K)`: a place keeps its class with probability ab_t, else it is drawn anew.
-Here sigma is the probability that x_s is x_t itself, so that, other than for Gaussians, the largest sigma is the least
-stochastic process: the discrete DDIM.
+`q(x_t | x_0) = Cat(ab_t x_0 + (1 - ab_t) / K)`: a position keeps its class with probability ab_t, else a class is drawn
+from the uniform distribution. Here sigma is the weight of x_t in the distribution of x_s. So the largest sigma gives
+the least stochastic process, the discrete DDIM; this is the opposite of the Gaussian case.
 
-A network, `LogProbsFn`, predicts the class of every place of x_0. `from_log_probs` makes a denoiser of it, and
-`DiscreteDDIM` runs under `samplers.integrate` as any sampler. Given x_t the network's places are independent, and are
-drawn so.
+A network, `LogProbsFn`, predicts the class of every position of x_0. `from_log_probs` converts it to a denoiser, and
+`DiscreteDDIM` is a sampler for `samplers.integrate`. Given x_t, the positions are predicted and sampled independently.
 """
 
 from __future__ import annotations
@@ -25,20 +24,21 @@ from ddim_jax.gaussian import Denoise
 from ddim_jax.schedule import Array, Level, precision
 from ddim_jax.trajectory import Transition, Transitions
 
-LogProbsFn = Callable[[Array, Array], Array]  # (x_t (B, ..., K), t () or (B,)) -> log f_theta (B, ..., K)
+# (x_t (B, ..., K), t) -> log f_theta (B, ..., K); t: see `gaussian.Denoise`
+LogProbsFn = Callable[[Array, Array], Array]
 
 
 @register_pytree_node_class
 class _FromLogProbs(Denoise):
-    """args: (log_probs_fn,). static: the dtype that it is given."""
+    """args: (log_probs_fn,). Static: the dtype in which log_probs_fn gets x_t."""
 
     def __init__(self, log_probs_fn: LogProbsFn, dtype):
         self.args, self.dtype = [checks.function("log_probs_fn", log_probs_fn)], dtype
 
     def __call__(self, x_t, level):
-        given = x_t if self.dtype is None else x_t.astype(self.dtype)
-        found = checks.output("log_probs_fn", self.args[0](given, level.t), x_t).astype(precision(x_t.dtype))
-        return Categorical(jnp.exp(found), found)
+        x = x_t if self.dtype is None else x_t.astype(self.dtype)
+        log_probs = checks.output("log_probs_fn", self.args[0](x, level.t), x_t).astype(precision(x_t.dtype))
+        return Categorical(jnp.exp(log_probs), log_probs)
 
     def tree_flatten(self):
         return self.args, self.dtype
@@ -51,50 +51,63 @@ class _FromLogProbs(Denoise):
 
 
 class Categorical(NamedTuple):
-    """What a network predicts of x_t."""
+    """The network's prediction at x_t."""
 
-    x_0: Array  # (B, ..., K): probabilities f_theta
-    log_x_0: Array  # their logarithms
+    x_0: Array  # (B, ..., K): the probabilities f_theta(x_t)
+    log_x_0: Array  # (B, ..., K): their logarithms
 
 
 def from_log_probs(log_probs_fn: LogProbsFn, dtype: jnp.dtype | None = None) -> Denoise:
-    """The denoiser of a function (x_t, t) -> log f_theta, for `DiscreteDDIM`: its prediction is a `Categorical`. A
-    plain function or a pytree; dtype: as of `gaussian.from_eps`.
+    """The denoiser of a function (x_t, t) -> log f_theta, for `DiscreteDDIM`. Its prediction is a `Categorical`.
+
+    log_probs_fn: a plain function or a pytree, see `checks.function`.
+    dtype: see `gaussian.from_eps`.
     """
     return _FromLogProbs(log_probs_fn, dtype)
 
 
 def q_marginal(x_0: Array, level: Level) -> Array:
-    """Probabilities of q(x_t | x_0), `alpha_bar_t x_0 + (1 - alpha_bar_t) / K`."""
+    """The probabilities of q(x_t | x_0), `alpha_bar_t x_0 + (1 - alpha_bar_t) / K`. (B, ..., K)"""
     return level.alpha_bar * x_0 + level.one_minus_alpha_bar / x_0.shape[-1]
 
 
 def sigma_limit(transition: Transition) -> Array:
-    """The largest sigma, `(1 - alpha_bar_s) / (1 - alpha_bar_t)`: beyond it a class would be less likely than never.
-    (The other bound, alpha_bar_s / alpha_bar_t, is above 1 where s < t.)
+    """The largest sigma, `(1 - alpha_bar_s) / (1 - alpha_bar_t)`: for a larger sigma a probability would be negative.
+
+    The other bound, alpha_bar_s / alpha_bar_t, is above 1 if s < t.
     """
     return transition.one_minus_alpha_bar_s / transition.one_minus_alpha_bar_t
 
 
 def posterior(x_t: Array, x_0: Array, transition: Transition, sigma: Array) -> Array:
-    """Probabilities of q_sigma(x_s | x_t, x_0), for `0 <= sigma <= sigma_limit`; with the network's x_0 those of
-    p(x_s | x_t).
+    """The probabilities of q_sigma(x_s | x_t, x_0), (B, ..., K).
 
-    `sigma x_t + (ab_s - sigma ab_t) x_0 + ((1 - ab_s) - (1 - ab_t) sigma) / K`. It keeps the marginal for every sigma.
+    `sigma x_t + (ab_s - sigma ab_t) x_0 + ((1 - ab_s) - (1 - ab_t) sigma) / K`. The marginal is the same for every
+    sigma.
+
+    x_0: one-hot, or the probabilities f_theta(x_t): then the result is p(x_s | x_t).
+    sigma: in [0, `sigma_limit`].
     """
     alpha_bar_s, alpha_bar_t = transition.alpha_bar_s, transition.alpha_bar_t
-    anew = transition.one_minus_alpha_bar_s - sigma * transition.one_minus_alpha_bar_t
-    return sigma * x_t + (alpha_bar_s - sigma * alpha_bar_t) * x_0 + jnp.maximum(anew, 0) / x_0.shape[-1]
+    uniform = transition.one_minus_alpha_bar_s - sigma * transition.one_minus_alpha_bar_t
+    return sigma * x_t + (alpha_bar_s - sigma * alpha_bar_t) * x_0 + jnp.maximum(uniform, 0) / x_0.shape[-1]
 
 
 def draw(probabilities: Array, noise: Array) -> Array:
-    """One-hot draws, by Gumbel's maximum, of noise ~ N(0, I) of the same shape (..., K)."""
-    gumbel = -jnp.log(-jax.scipy.special.log_ndtr(noise))  # ndtr(noise) is uniform
+    """One-hot samples of a categorical distribution, by the Gumbel-max trick. (..., K)
+
+    noise: N(0, I) of the shape of probabilities.
+    """
+    gumbel = -jnp.log(-jax.scipy.special.log_ndtr(noise))  # ndtr(noise) is uniform in (0, 1)
     return _one_hot(jnp.log(probabilities) + gumbel)
 
 
 def initial(keys: Array, shape: tuple[int, ...]) -> Array:
-    """x_T (B, ..., K), every class as likely, of (B,) keys. shape: (..., K). ValueError for fewer than 2 classes."""
+    """x_T (B, ..., K), one-hot, uniformly distributed over the classes.
+
+    keys: (B,).
+    shape: (..., K). Raises ValueError if K is below 2.
+    """
     checks.integer("the number of classes, shape[-1],", shape[-1] if len(shape) else 0, 2)
     return _one_hot(samplers.initial_noise(keys, shape))
 
@@ -104,9 +117,16 @@ def _one_hot(scores: Array) -> Array:
 
 
 class DiscreteDDIM(NamedTuple):
-    """p(x_s | x_t) with sigma a share of its limit: 1 is discrete DDIM, 0 forgets x_t but for the predicted x_0."""
+    """The sampler p(x_s | x_t) with sigma = share * `sigma_limit`.
+
+    share: a fraction in [0, 1]. 1 is the discrete DDIM. With 0, x_s depends on x_t only through the predicted x_0.
+    """
 
     share: Array | float = 1.0
+
+    order = 1
+    calls_per_step = 1
+    min_steps = 1
 
     @property
     def stochastic(self) -> bool:
@@ -115,7 +135,9 @@ class DiscreteDDIM(NamedTuple):
     def check(self, transitions: Transitions) -> None:
         checks.real("share", self.share, 0, 1)
         if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
-            raise ValueError("transitions must descend, discrete_ddim cannot ascend: a draw cannot be encoded")
+            raise ValueError(
+                "transitions must descend: discrete_ddim cannot ascend, because a stochastic sampler cannot encode"
+            )
 
     def init(self, x: Array) -> tuple:
         return ()
@@ -126,37 +148,52 @@ class DiscreteDDIM(NamedTuple):
 
 
 def discrete_ddim(share: float = 1.0) -> DiscreteDDIM:
-    """The family over sigma. ValueError for a share outside [0, 1]."""
+    """The family of samplers over sigma, see `DiscreteDDIM`. Raises ValueError for a share outside [0, 1]."""
     return DiscreteDDIM(checks.real("share", share, 0, 1))
 
 
 def cross_entropy(log_probs_fn: LogProbsFn, x_0: Array, t: Array, level: Level, noise: Array) -> Array:
-    """`-log f_theta(x_t)[x_0]`, the mean over places, (B,), with x_t ~ q(x_t | x_0): what trains, the bound of
-    `classification_bound` without its weight. noise: N(0, I), shaped like x_0.
+    """The training loss: `-log f_theta(x_t)[x_0]` with x_t ~ q(x_t | x_0), averaged over the positions, (B,).
+
+    It is `classification_bound` without the weight.
+
+    x_0: one-hot, (B, ..., K).
+    t: (B,), and level: its noise level.
+    noise: N(0, I) of the shape of x_0.
     """
     x_t = draw(q_marginal(x_0, level), noise)
     return -jnp.mean(jnp.sum(x_0 * log_probs_fn(x_t, t), axis=-1), axis=tuple(range(1, x_0.ndim - 1)))
 
 
 def kl(x_t: Array, x_0: Array, log_probs: Array, transition: Transition, sigma: Array) -> Array:
-    """`KL(q_sigma(x_s | x_t, x_0) || p(x_s | x_t))` in nats, summed over places, (B,)."""
+    """`KL(q_sigma(x_s | x_t, x_0) || p(x_s | x_t))` in nats, summed over the positions, (B,).
+
+    x_t, x_0: one-hot, (B, ..., K).
+    log_probs: log f_theta(x_t), (B, ..., K).
+    """
     q = posterior(x_t, x_0, transition, sigma)
     p = posterior(x_t, jnp.exp(log_probs), transition, sigma)
-    each = jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.log(p)), 0)
-    return jnp.sum(each, axis=tuple(range(1, x_0.ndim)))
+    terms = jnp.where(q > 0, q * (jnp.log(jnp.where(q > 0, q, 1)) - jnp.log(p)), 0)
+    return jnp.sum(terms, axis=tuple(range(1, x_0.ndim)))
 
 
 def classification_bound(x_0: Array, log_probs: Array, transition: Transition, sigma: Array) -> Array:
-    """`(ab_s - sigma ab_t) KL(x_0 || f_theta)`, (B,), never below `kl`, because KL is convex."""
+    """`(ab_s - sigma ab_t) KL(x_0 || f_theta)`, (B,). An upper bound of `kl`, because KL is convex."""
     weight = transition.alpha_bar_s - sigma * transition.alpha_bar_t
     return -weight * jnp.sum(x_0 * log_probs, axis=tuple(range(1, x_0.ndim)))
 
 
 def j_sigma(log_probs_fn: LogProbsFn, transitions: Transitions, x_0: Array, keys: Array, share: float = 1.0) -> Array:
-    """An upper bound of `-log p(x_0)` in nats, (B,), estimated with one draw of every x_t: Eq. (11) for this family.
+    """An upper bound of `-log p(x_0)` in nats, (B,): Eq. (11) for categorical data.
 
-    transitions: `descend` to 0. keys: (B,), one for each x_0. share: of the limit of sigma, see `DiscreteDDIM`.
-    ValueError for what these cannot be.
+    It is a Monte Carlo estimate with one x_t per timestep.
+
+    transitions: the output of `trajectory.descend`, down to 0.
+    x_0: one-hot, (B, ..., K).
+    keys: (B,), one per image.
+    share: see `DiscreteDDIM`.
+
+    Raises ValueError for an invalid argument.
     """
     x_0 = checks.batch("x_0", x_0)
     denoise = from_log_probs(log_probs_fn, x_0.dtype)
@@ -169,13 +206,13 @@ def j_sigma(log_probs_fn: LogProbsFn, transitions: Transitions, x_0: Array, keys
 def _bound(denoise, transitions, x_0, keys, share):
     x_0 = x_0.astype(precision(x_0.dtype))
     transitions = samplers.rounded(transitions, x_0.dtype)
-    top = q_marginal(x_0, jax.tree.map(lambda leaf: leaf[0], transitions.level_t))
-    prior = jnp.sum(top * jnp.log(top * x_0.shape[-1]), axis=tuple(range(1, x_0.ndim)))
+    q_T = q_marginal(x_0, jax.tree.map(lambda leaf: leaf[0], transitions.level_t))
+    prior = jnp.sum(q_T * jnp.log(q_T * x_0.shape[-1]), axis=tuple(range(1, x_0.ndim)))
 
     def body(total, transition):
         noise = gaussian.noise(keys, transition.t, x_0.shape[1:], x_0.dtype)
         x_t = draw(q_marginal(x_0, transition.level_t), noise)
-        # To the image q is x_0 itself, and KL what the network pays for it.
+        # For the last step (s = 0) q is x_0, and the KL divergence is -log f_theta(x_t)[x_0].
         log_probs, sigma = denoise(x_t, transition.level_t).log_x_0, share * sigma_limit(transition)
         nats = -jnp.sum(x_0 * log_probs, axis=tuple(range(1, x_0.ndim)))
         return total + jnp.where(transition.s > 0, kl(x_t, x_0, log_probs, transition, sigma), nats), None

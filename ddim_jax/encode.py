@@ -1,14 +1,16 @@
-"""Encodes real images into latents and back (section 5.4).
+"""Encodes real images into latents and decodes them (section 5.4).
 
     python -m ddim_jax.encode --config configs/digits.py [--images DIR_OR_NPZ] [--workdir DIR] --out DIR
 
-Without --images it takes the test split of the config's data set. Writes `latents.npz` (x_T as float32 `latents`),
-`reconstructions.npz` (uint8 `arr_0`, and `error`), `report.json`, `pairs.png`, images above their reconstructions, and
-`run.json`, the record of what they are made from. The error is that of table 2: the mean square over pixels in [0, 1].
-A run that was interrupted resumes when the same command is given again.
+Without --images it encodes the test split of config.data. Writes to the output folder: `latents.npz` (x_T as float32
+`latents`), `reconstructions.npz` (uint8 `arr_0`, and `error`), `report.json`, `pairs.png` with the images above their
+reconstructions, and `run.json`, which records everything that the results depend on. The error is that of table 2: the
+mean squared error per pixel, for pixels in [0, 1]. The same command resumes an interrupted run.
 
-config.sample.refine solves each step, so that decoding returns the image itself.
-Encoding is deterministic, so eta must be 0, and nothing is clipped: what is clipped cannot be taken back.
+config.sample.refine is the number of fixed-point iterations per step for exact DDIM inversion. Decoding then returns
+the encoded image.
+
+Encoding is deterministic, so eta must be 0. The predicted x_0 is not clipped, because clipping cannot be inverted.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ PAIRS = 20
 WRITTEN = ("latents.npz", "reconstructions.npz", "report.json", "pairs.png", "latents.parts", "reconstructions.parts")
 
 OPTIONS = {
-    "images": (None, "A folder of images, or an .npz of them. Default: the test split of config.data."),
-    "count": (None, "Only so many of them, the first. Default: all."),
-    "workdir": (None, "Use the latest checkpoint of this run."),
+    "images": (None, "A folder of images, or an .npz file of images. Default: the test split of config.data."),
+    "count": (None, "Encode only the first COUNT images. Default: all."),
+    "workdir": (None, "Use the latest checkpoint of this run, not the weights that are shipped with the package."),
     "out": (None, "Output folder."),
-    "overwrite": (False, "Replace what another run left in the output folder."),
+    "overwrite": (False, "Replace the results of another run in the output folder."),
 }
 
 
@@ -53,52 +55,56 @@ def main(options: types.SimpleNamespace) -> None:
     if not options.out:
         raise ConfigError("--out is missing: the folder of the results")
     config = deterministic(config)
-    network = config_lib.network(config.model)  # mistakes show before anything is read or written
+    network = config_lib.network(config.model)  # first, so that a config error appears before any file is touched
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     output_folder.check_writable(options.out)
     source, total = load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
     check_sampling(network, mesh, min(config.sample.batch_size, total))
-    found = weights.find(config, options.workdir, mesh)
-    made_from = fingerprint(config, process, found, source, total)
+    trained = weights.find(config, options.workdir, mesh)
+    made_from = fingerprint(config, process, trained, source, total)
     out = output_folder.open_folder(options.out, made_from, WRITTEN, options.overwrite)
-    cli.say(f"{total} images, {len(process.tau) - 1} steps up and as many down, {found.source}")
+    steps = len(process.tau) - 1
+    cli.say(f"{total} images, {steps} encoding steps and {steps} decoding steps, {trained.source}")
 
-    pipeline = config_lib.pipeline(config, found.params, mesh, process)
+    pipeline = config_lib.pipeline(config, trained.params, mesh, process)
     latents, reconstructions = encoding.round_trip(out, pipeline, source, total, config.sample.refine)
     if not sharding.is_main_process():
         return
-    report = encoding.make_report(latents, reconstructions, len(process.tau) - 1)
+    report = encoding.make_report(latents, reconstructions, steps)
     with files.replacing(out / "report.json") as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
-    shown = np.arange(min(PAIRS, total))
-    decoded = images.open_npz(reconstructions)["arr_0"][shown]
-    images.write_png(out / "pairs.png", images.grid(np.concatenate([source[shown].images, decoded]), len(shown)))
+    first = np.arange(min(PAIRS, total))
+    decoded = images.open_npz(reconstructions)["arr_0"][first]
+    images.write_png(out / "pairs.png", images.grid(np.concatenate([source[first].images, decoded]), len(first)))
     out.record("report.json", "pairs.png")
     cli.say(
-        f"error {report['error_mean']:.3g} per pixel and image, mean square in [0, 1] (largest "
-        f"{report['error_max']:.3g}); latents have mean {report['latent_mean']:.3g}, std {report['latent_std']:.3g}"
+        f"mean squared error {report['error_mean']:.3g} per pixel in [0, 1], at most {report['error_max']:.3g} in an "
+        f"image; latents have mean {report['latent_mean']:.3g}, std {report['latent_std']:.3g}"
     )
     for name in ("latents.npz", "reconstructions.npz", "report.json", "pairs.png"):
         cli.say(str(out / name))
 
 
 def deterministic(config: Config) -> Config:
-    """The config to encode with: nothing is clipped. ConfigError if its process draws noise."""
+    """The config with clip_x0=False. ConfigError if its sampling process is stochastic."""
     sample = config.sample
     if sample.sampler != "ddim" or sample.eta:
         raise ConfigError(
-            f"config.sample: encoding is deterministic, sampler must be 'ddim' and eta 0; got "
+            f"config.sample: encoding is deterministic: sampler must be 'ddim' and eta must be 0, got "
             f"{sample.sampler!r} and {sample.eta}"
         )
     return dataclasses.replace(config, sample=dataclasses.replace(sample, clip_x0=False))
 
 
 def load_images(path: str | None, count: str | None, config: Config) -> tuple[data.Source, int]:
-    """The images to encode, which must be what the network takes, and how many of them."""
+    """The images to encode, and the number of images. ConfigError if their shape is not that of the network.
+
+    path: the value of --images, None for the test split of config.data. count: the value of --count, None for all.
+    """
     if path is None:
         with error_context("config.data"):
-            source = data.load(config.data.name, config.data.path, "test")
+            source = data.load(config.data.name, config.data.path, "test", config.data.options)
     else:
         if not pathlib.Path(path).exists():
             raise ConfigError(f"--images: there is no file or folder {path}")
@@ -107,7 +113,7 @@ def load_images(path: str | None, count: str | None, config: Config) -> tuple[da
     expected = config_lib.image_shape(config.model)
     if source.image_shape != expected:
         raise ConfigError(
-            f"--images: the network takes {'x'.join(map(str, expected))}, these are "
+            f"--images: the network takes {'x'.join(map(str, expected))}, the images are "
             f"{'x'.join(map(str, source.image_shape))}"
         )
     if count is None:
@@ -119,9 +125,9 @@ def load_images(path: str | None, count: str | None, config: Config) -> tuple[da
 
 
 def fingerprint(
-    config: Config, process: SamplingProcess, found: weights.Weights, source: data.Source, total: int
+    config: Config, process: SamplingProcess, trained: weights.Weights, source: data.Source, total: int
 ) -> dict[str, Any]:
-    """All that the latents depend on."""
+    """Everything that the latents depend on."""
     made_from = fingerprint_lib.of_images(config, process)
     sample = made_from.pop("sample")
     return {
@@ -129,7 +135,7 @@ def fingerprint(
         "count": total,
         **{name: sample[name] for name in ("tau", "tau_end", "label", "guidance") if name in sample},
         **made_from,
-        "weights": found.digest,
+        "weights": trained.digest,
         **({"refine": config.sample.refine} if config.sample.refine else {}),
     }
 

@@ -1,4 +1,4 @@
-"""Real images encoded into latents and decoded again, into files of an output folder (section 5.4)."""
+"""Encodes real images into latents, decodes the latents, and writes both to an output folder (section 5.4)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from ddim_jax.sampling import Pipeline
 from ddim_jax.utils import images, output_arrays, output_folder, output_parts
 from ddim_jax.utils.errors import error_context
 
-CHUNK = 500  # images that are read at a time
+CHUNK = 500  # images that are read at once
 
 
 def round_trip(
     out: output_folder.Folder, pipeline: Pipeline, source: data.Source, total: int, refine: int
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """The first `total` images of the source encoded into `out/latents.npz`, and decoded into
-    `out/reconstructions.npz`; refine: see `sampling.encode`. What is there already is verified, and not made again.
+    """Encodes the first `total` images of the source into `out/latents.npz`, and decodes these latents into
+    `out/reconstructions.npz`. Existing results are verified and not recomputed. refine: see `sampling.encode`. Returns
+    the paths of the two files.
     """
     results = {
         "latents.npz": output_arrays.Arrays(total, "--count", {"latents": (pipeline.shape, "float32")}),
@@ -33,7 +34,7 @@ def round_trip(
     }
 
     def real(index: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images in [-1, 1], and their classes for a network with classes."""
+        """Images in [-1, 1], and their classes for a class-conditional network."""
         with error_context("--images"):
             pixels, labels = sampling.real_batch(pipeline, source, index, total)
         return to_unit(pixels), labels
@@ -58,30 +59,33 @@ def round_trip(
 
     output_parts.check_room(out, results)
     computed_with = sampling.computed_with(pipeline, total)
-    gather = lambda name, batches, doing: output_parts.gather(out, name, results[name], batches, doing, computed_with)
+    gather = lambda name, batches, task: output_parts.gather(out, name, results[name], batches, task, computed_with)
     latents = gather("latents.npz", encoded, "encoding")
     return latents, gather("reconstructions.npz", decoded, "decoding")
 
 
 def digests_of(source: data.Source, total: int, with_labels: bool) -> dict[str, str]:
-    """SHA-256 of the first `total` images of a source: of all, with their classes, and of those at 1000 places, which
-    earlier versions recorded.
+    """Two SHA-256 digests of the first `total` images of a source. `all_images` covers all of them, and their classes
+    if with_labels is True. `images` covers 1000 of them, evenly spaced: it is the only digest that earlier versions
+    recorded.
     """
-    every, some = hashlib.sha256(), hashlib.sha256()
-    chosen = np.unique(np.linspace(0, total - 1, 1000).astype(int))
+    all_digest, subset_digest = hashlib.sha256(), hashlib.sha256()
+    subset = np.unique(np.linspace(0, total - 1, 1000).astype(int))
     with error_context("--images"):
         for begin in range(0, total, CHUNK):
             index = np.arange(begin, min(begin + CHUNK, total))
             batch = source[index]
-            every.update(np.ascontiguousarray(batch.images).data)
+            all_digest.update(np.ascontiguousarray(batch.images).data)
             if with_labels and batch.labels is not None:
-                every.update(np.ascontiguousarray(batch.labels).data)
-            some.update(batch.images[np.isin(index, chosen)].tobytes())
-    return {"images": some.hexdigest(), "all_images": every.hexdigest()}
+                all_digest.update(np.ascontiguousarray(batch.labels).data)
+            subset_digest.update(batch.images[np.isin(index, subset)].tobytes())
+    return {"images": subset_digest.hexdigest(), "all_images": all_digest.hexdigest()}
 
 
 def make_report(latents: pathlib.Path, reconstructions: pathlib.Path, steps: int) -> dict[str, Any]:
-    """Errors, and how near the latents are to N(0, I), in float64 without all of them in memory."""
+    """The mean and the maximum of the reconstruction errors, and the mean and the standard deviation of the latents,
+    which are those of N(0, I) for a perfect encoder. It is computed in float64, and reads one latent at a time.
+    """
     errors = images.open_npz(reconstructions)["error"]
     sums = np.zeros(2)
     for x in images.open_npz(latents)["latents"]:

@@ -1,8 +1,9 @@
-"""The Gaussians of the paper: q(x_t | x_0), q_sigma(x_s | x_t, x_0), and the two halves of a prediction, x_0 and eps.
+"""The Gaussian distributions of the paper, q(x_t | x_0) and q_sigma(x_s | x_t, x_0), and the prediction (x_0, eps).
 
-Everywhere `x_0`, `x_t`, `eps` are (B, ...) and a `Level` or a `Transition` has leaves that broadcast against them.
+In all functions `x_0`, `x_t` and `eps` are (B, ...), and the leaves of a `Level` or a `Transition` broadcast against
+them.
 
-One file because all of it is the algebra of one pair, x_0 and eps.
+One file because all functions are the algebra of one pair, x_0 and eps.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from jax.tree_util import Partial, register_pytree_node_class
 from ddim_jax import checks
 from ddim_jax.schedule import Array, Level, precision
 
-EpsFn = Callable[[Array, Array], Array]  # (x_t (B, ...), t () or (B,) in 1..T) -> eps (B, ...)
+EpsFn = Callable[[Array, Array], Array]  # (x_t (B, ...), t) -> eps (B, ...); t: see `Denoise`
 
 
 class Prediction(NamedTuple):
-    """What a network predicts of x_t, as both halves of `x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`. Both are
-    kept, because at alpha_bar = 0 nothing of x_0 follows from eps, and at alpha_bar = 1 nothing of eps from x_0.
+    """The network's prediction at x_t: x_0 and eps, with `x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`.
+
+    Both are stored, because at alpha_bar = 0 x_0 cannot be computed from eps, and at alpha_bar = 1 eps cannot be
+    computed from x_0.
     """
 
     x_0: Array  # (B, ...)
@@ -33,14 +36,21 @@ class Prediction(NamedTuple):
 
 @register_pytree_node_class
 class Denoise:
-    """A denoiser, (x_t (B, ...), level) -> `Prediction`: `function(*args, x_t, level)`. Made by `from_eps`, by
-    `models.denoiser.Denoiser`, and by the combinators `clip_x0`, `threshold_x0`, `guidance.guided`,
-    `guidance.inpainted`.
+    """A denoiser, (x_t, level) -> `Prediction`. It computes `function(*args, x_t, level)`.
 
-    A pytree whose children are the args: other values of the same shapes compile nothing. function is static, see
-    `checks.function`. The level has the leaves () or, for a t (B,), alpha_bar (B, 1, ..., 1). Both halves are checked
-    while they are traced: ValueError unless they are of the shape of x_t and of floating point. They are computed with
-    in the precision of x_t, at least float32.
+    x_t: (B, ...).
+    level: a `Level` whose leaves are (), or t (B,) and alpha_bar (B, 1, ..., 1).
+
+    The timestep t = level.t, which is passed to the network, has the shape () or (B,) and counts 1..T. If tau is
+    real-valued, t is a real number in (0, T]. In encoding, t is also 0, the clean image. The samplers pass t (), the
+    losses pass t (B,). `models.denoiser.Denoiser` wraps a network that counts 0..T-1.
+
+    Denoisers are built by `from_eps`, by `models.denoiser.Denoiser`, and by the combinators `clip_x0`, `threshold_x0`,
+    `guidance.guided` and `guidance.inpainted`.
+
+    A denoiser is a pytree whose children are args: new values of the same shapes do not trigger recompilation. function
+    is static, see `checks.function`. The predicted x_0 and eps are checked during tracing: ValueError unless they have
+    the shape of x_t and a floating-point dtype. They are cast to the dtype of x_t, at least float32.
     """
 
     def __init__(self, function: Callable[..., Prediction], *args: Any):
@@ -50,7 +60,10 @@ class Denoise:
         return self.function(*self.args, x_t, level)
 
     def check(self, alpha_bar: Array) -> None:
-        """ValueError where the prediction is undefined at one of these levels. On the host."""
+        """Raises ValueError if the prediction is undefined at one of the timesteps. Runs on the host.
+
+        alpha_bar: (S,), the alpha_bar of the timesteps at which the denoiser will be called.
+        """
         for arg in self.args:
             if isinstance(arg, Denoise):
                 arg.check(alpha_bar)
@@ -58,8 +71,8 @@ class Denoise:
     def __call__(self, x_t: Array, level: Level) -> Prediction:
         x_t = jnp.asarray(x_t)
         x_0, eps = self.predict(x_t, level)
-        of = lambda name, value: checks.output(f"the {name} of a denoiser", value, x_t).astype(precision(x_t.dtype))
-        return Prediction(of("x_0", x_0), of("eps", eps))
+        cast = lambda name, value: checks.output(f"the {name} of a denoiser", value, x_t).astype(precision(x_t.dtype))
+        return Prediction(cast("x_0", x_0), cast("eps", eps))
 
     def tree_flatten(self):
         return (self.function, *self.args), None
@@ -73,20 +86,20 @@ class Denoise:
 
 @register_pytree_node_class
 class _FromEps(Denoise):
-    """args: (eps_fn,). What is static: the dtype that eps_fn is given, and its name in messages."""
+    """args: (eps_fn,). Static: the dtype in which eps_fn gets x_t, and the name of eps_fn in error messages."""
 
     def __init__(self, eps_fn: EpsFn, dtype: jnp.dtype | None, name: str):
         self.args, self.dtype, self.name = [checks.function(name, eps_fn)], dtype, name
 
     def predict(self, x_t, level):
-        given = x_t if self.dtype is None else x_t.astype(self.dtype)
-        eps = checks.output(self.name, self.args[0](given, level.t), x_t).astype(precision(x_t.dtype))
+        x = x_t if self.dtype is None else x_t.astype(self.dtype)
+        eps = checks.output(self.name, self.args[0](x, level.t), x_t).astype(precision(x_t.dtype))
         return from_eps_output(x_t, eps, level)
 
     def check(self, alpha_bar):
         if not checks.traced(alpha_bar) and (np.asarray(alpha_bar) == 0).any():
             raise ValueError(
-                f"{self.name} must predict x_0 or v where alpha_bar = 0: there nothing of x_0 follows from eps"
+                f"{self.name} must predict x_0 or v where alpha_bar = 0: there x_0 cannot be computed from eps"
             )
 
     def tree_flatten(self):
@@ -101,38 +114,47 @@ class _FromEps(Denoise):
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """Equal to another of the same dtype: the name is for messages alone, and compiles nothing."""
+    """The static data of `_FromEps`. Equal if the dtypes are equal: a new name does not trigger recompilation."""
 
     dtype: jnp.dtype | None
     name: str = dataclasses.field(compare=False)
 
 
-Model = Denoise | EpsFn  # what every function and combinator takes
+Model = Denoise | EpsFn  # the type of every argument `model`
 
 
 def from_eps(eps_fn: EpsFn, dtype: jnp.dtype | None = None, name: str = "eps_fn") -> Denoise:
-    """The denoiser of a function (x_t, t) -> eps, with the x_0 that follows by Eq. (9). eps_fn: a plain function or a
-    pytree such as `jax.tree_util.Partial`, see `checks.function`. dtype: what x_t is cast to for eps_fn alone; default:
-    as it comes. name: of the function in messages. ValueError for what cannot be called, and, while it is traced, for
-    an output that is not of the shape of x_t or not of floating point.
+    """The denoiser of a function (x_t, t) -> eps. x_0 follows by Eq. (9).
+
+    eps_fn: a plain function or a pytree such as `jax.tree_util.Partial`, see `checks.function`. t: see `Denoise`.
+    dtype: the dtype in which eps_fn gets x_t; default: the dtype of x_t.
+    name: the name of eps_fn in error messages.
+
+    Raises ValueError if eps_fn is not callable, and during tracing if its output does not have the shape of x_t or a
+    floating-point dtype.
     """
     return _FromEps(eps_fn, dtype, name)
 
 
 def as_denoise(model: Model, dtype: jnp.dtype | None = None, name: str = "model") -> Denoise:
-    """The denoiser itself, or `from_eps` of a function: for the entry of every function and combinator that takes one
-    or the other.
+    """Returns a `Denoise` unchanged, and converts a function by `from_eps`.
+
+    Every function and combinator that takes a `Model` calls it first.
     """
     return model if isinstance(model, Denoise) else from_eps(model, dtype, name)
 
 
 def noise(keys: Array, t: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """N(0, I) of level t, (B, *shape): image i's depends on keys[i] and t alone. keys: (B,). t: (), int or real."""
+    """N(0, I) for the timestep t, (B, *shape). The noise of image i depends only on keys[i] and t.
+
+    keys: (B,).
+    t: (), int or real.
+    """
     return jax.vmap(lambda key: jax.random.normal(level_key(key, t), shape, dtype))(keys)
 
 
 def level_key(key: Array, t: Array) -> Array:
-    """The key of level t, () int or real, from that of an image."""
+    """Derives the key of the timestep t from the key of an image. t: (), int or real."""
     t = jnp.asarray(t)
     if not jnp.issubdtype(t.dtype, jnp.integer):
         t = jax.lax.bitcast_convert_type(t.astype(jnp.float32), jnp.uint32)
@@ -140,19 +162,17 @@ def level_key(key: Array, t: Array) -> Array:
 
 
 def q_marginal(x_0: Array, eps: Array, level: Level) -> Array:
-    """Eq. (4): `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`, a draw from q(x_t | x_0) for eps ~ N(0,
-    I).
-    """
+    """Eq. (4): `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps`, a sample of q(x_t | x_0) if eps ~ N(0, I)."""
     return jnp.sqrt(level.alpha_bar) * x_0 + jnp.sqrt(level.one_minus_alpha_bar) * eps
 
 
 def predict_x0(x_t: Array, eps: Array, level: Level) -> Array:
-    """Eq. (9): `f = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)`, the predicted x_0."""
+    """Eq. (9), the predicted x_0: `f = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)`."""
     return (x_t - jnp.sqrt(level.one_minus_alpha_bar) * eps) / jnp.sqrt(level.alpha_bar)
 
 
 def predict_eps(x_t: Array, x_0: Array, level: Level) -> Array:
-    """Eq. (9) solved for eps: `(x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)`, for t >= 1."""
+    """Eq. (9) solved for eps: `(x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)`, for t > 0."""
     return (x_t - jnp.sqrt(level.alpha_bar) * x_0) / jnp.sqrt(level.one_minus_alpha_bar)
 
 
@@ -162,83 +182,92 @@ def predict_v(x_0: Array, eps: Array, level: Level) -> Array:
 
 
 def from_eps_output(x_t: Array, eps: Array, level: Level) -> Prediction:
-    """Of a network that predicts eps: x_0 by Eq. (9). Undefined at alpha_bar = 0."""
+    """The prediction of a network that outputs eps: x_0 by Eq. (9). Undefined at alpha_bar = 0."""
     return Prediction(predict_x0(x_t, eps, level), eps)
 
 
 def from_x0_output(x_t: Array, x_0: Array, level: Level) -> Prediction:
-    """Of a network that predicts x_0: eps by Eq. (9). Undefined at alpha_bar = 1."""
+    """The prediction of a network that outputs x_0: eps by Eq. (9). Undefined at alpha_bar = 1."""
     return Prediction(x_0, predict_eps(x_t, x_0, level))
 
 
 def from_v_output(x_t: Array, v: Array, level: Level) -> Prediction:
-    """Of a network that predicts v: (x_t, v) is (x_0, eps) turned by an angle. Defined at every level."""
+    """The prediction of a network that outputs v. (x_t, v) is a rotation of (x_0, eps). Defined for every alpha_bar."""
     signal, noise = jnp.sqrt(level.alpha_bar), jnp.sqrt(level.one_minus_alpha_bar)
     return Prediction(signal * x_t - noise * v, signal * v + noise * x_t)
 
 
-# What a network may predict: (x_t, output of the network, level) -> Prediction.
+# The parametrizations of a network: (x_t, network output, level) -> Prediction.
 PREDICTIONS = {"eps": from_eps_output, "x0": from_x0_output, "v": from_v_output}
 
 
 def sigma(eta: Array, transition) -> Array:
     """Eq. (16): `sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)`.
 
-    eta = 0 is DDIM, eta = 1 is DDPM. Smooth in eta, also at 0. Exactly 0 where the step has no posterior variance,
-    whatever eta is: for the last step (s = 0), and for one that ascends.
+    eta = 0 is DDIM, eta = 1 is DDPM. sigma is differentiable in eta, also at eta = 0. It is exactly 0 for every eta if
+    the posterior variance is 0: for the last step (s = 0), and for a step with s > t.
     """
     return _effective(eta, transition) * jnp.sqrt(transition.posterior_variance)
 
 
 def sigma_squared(eta: Array, transition) -> Array:
-    """The square of (16), which (7), (8) and (12) need: it keeps `1 - alpha_bar_s - sigma^2` from falling below 0 in
-    float32 at eta = 1, because the host's table is rounded once and rounding is monotone.
+    """sigma^2 of Eq. (16), for Eq. (7), (8) and (12).
+
+    At eta = 1 `1 - alpha_bar_s - sigma^2` is never below 0 in float32: both terms are float64 values of the host that
+    are rounded once, and rounding is monotone.
     """
     return _effective(eta, transition) ** 2 * transition.posterior_variance
 
 
 def _effective(eta, transition):
-    """eta, and 0 where nothing can come of it: the square of a large one may be infinite."""
+    """eta, or 0 if the posterior variance is 0: a large eta squared may be infinite, and infinity times 0 is NaN."""
     return eta * (transition.posterior_variance > 0)
 
 
 def max_eta(transitions) -> float:
-    """The largest eta with `sigma(eta)^2 <= 1 - alpha_bar_s` in every step: at least 1, infinite for a single step."""
+    """The largest eta with `sigma(eta)^2 <= 1 - alpha_bar_s` in every step. It is at least 1.
+
+    transitions: leaves (S,). For a single step to s = 0 the result is infinite.
+    """
     bound, unit = np.asarray(transitions.one_minus_alpha_bar_s), np.asarray(transitions.posterior_variance)
     ratio = np.divide(bound, unit, out=np.full(bound.shape, np.inf), where=unit > 0)
     return float(np.sqrt(ratio.min()))
 
 
 def check_eta(eta: Array | float, transitions) -> None:
-    """ValueError unless eta is a number from 0 to `max_eta`, and 0 if a step ascends. On the host; a traced eta beyond
-    that gives NaN.
+    """Raises ValueError unless eta is in [0, `max_eta`], and 0 if a step has s > t. Runs on the host.
+
+    The value of a traced eta is not checked; above `max_eta` the result is NaN.
     """
     checks.real("eta", eta, 0)
     if checks.traced(eta) or eta == 0 or checks.traced(*transitions):
         return
     if (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
-        raise ValueError(f"eta must be 0 where a step ascends (encoding is deterministic), got {eta}")
+        raise ValueError(f"eta must be 0 for a step with s > t, because encoding is deterministic; got {eta}")
     limit = max_eta(transitions)
     if eta > limit:
         raise ValueError(
-            f"eta must be in [0, {limit:.6g}] for this tau: beyond, sigma^2 of Eq. (16) exceeds 1 - alpha_bar_s; "
-            f"got {eta}"
+            f"eta must be in [0, {limit:.6g}] for this tau, because a larger sigma^2 of Eq. (16) exceeds "
+            f"1 - alpha_bar_s; got {eta}"
         )
 
 
 def direction_variance(transition, sigma2: Array) -> Array:
-    """`1 - alpha_bar_s - sigma^2`, the square of what (7), (8) and (12) keep of the direction to x_t. A difference that
-    rounding alone took below 0, as it may at the largest eta, is 0; where sigma^2 is too large it is NaN.
+    """`1 - alpha_bar_s - sigma^2`, the squared coefficient of the "direction pointing to x_t" in Eq. (12).
+
+    It occurs in Eq. (7) and (8) too. A difference that is below 0 only by rounding, as at the largest eta, is set to 0.
+    If sigma^2 is too large it is NaN.
     """
     bound = transition.one_minus_alpha_bar_s
-    left = bound - sigma2
-    rounding = 8 * jnp.finfo(jnp.result_type(left, jnp.float32)).eps
-    return jnp.where(left >= 0, left, jnp.where(left >= -rounding * bound, 0, jnp.nan))
+    difference = bound - sigma2
+    tolerance = 8 * jnp.finfo(jnp.result_type(difference, jnp.float32)).eps
+    return jnp.where(difference >= 0, difference, jnp.where(difference >= -tolerance * bound, 0, jnp.nan))
 
 
 def root(variance: Array) -> Array:
-    """The square root, whose derivative at 0 is 0: a step to the image has no variance, whatever eta is. At the largest
-    eta, where the limit of the derivative from below is infinite, it counts as 0 too.
+    """The square root, with derivative 0 at 0: the last step (s = 0) has variance 0 for every eta.
+
+    At the largest eta the left limit of the derivative is infinite; it is set to 0 there too.
     """
     positive = variance > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), variance * 0)
@@ -252,10 +281,13 @@ def _check_sigma2(sigma2: Array, transition, x: Array) -> None:
 
 
 def q_sigma(x_t: Array, x_0: Array, transition, sigma2: Array) -> tuple[Array, Array]:
-    """Eq. (7): mean and variance of q_sigma(x_s | x_t, x_0). ValueError unless `0 <= sigma2 <= 1 - alpha_bar_s`.
+    """Eq. (7): the mean and the variance of q_sigma(x_s | x_t, x_0).
 
     `mean = sqrt(alpha_bar_s) x_0 + k (x_t - sqrt(alpha_bar_t) x_0)`,
     `k = sqrt((1 - alpha_bar_s - sigma^2) / (1 - alpha_bar_t))`.
+
+    x_t, x_0: (B, ...).
+    sigma2: sigma^2, broadcasts against x_t. Raises ValueError unless `0 <= sigma2 <= 1 - alpha_bar_s`.
     """
     _check_sigma2(sigma2, transition, x_t)
     k = root(direction_variance(transition, sigma2) / transition.one_minus_alpha_bar_t)
@@ -264,10 +296,11 @@ def q_sigma(x_t: Array, x_0: Array, transition, sigma2: Array) -> tuple[Array, A
 
 
 def q_sigma_forward(x_s: Array, x_0: Array, transition, sigma2: Array) -> tuple[Array, Array]:
-    """Eq. (8): mean and variance of q_sigma(x_t | x_s, x_0), the same joint law by Bayes' rule, for s >= 1.
+    """Eq. (8): the mean and the variance of q_sigma(x_t | x_s, x_0), by Bayes' rule from Eq. (7), for s >= 1.
 
-    With `r = (1 - alpha_bar_t) / (1 - alpha_bar_s)` and k of (7):
+    With `r = (1 - alpha_bar_t) / (1 - alpha_bar_s)` and k of Eq. (7):
     `mean = sqrt(alpha_bar_t) x_0 + k r (x_s - sqrt(alpha_bar_s) x_0)`, `variance = sigma^2 r`.
+    Arguments and errors as for `q_sigma`.
     """
     _check_sigma2(sigma2, transition, x_s)
     k = root(direction_variance(transition, sigma2) / transition.one_minus_alpha_bar_t)
@@ -277,11 +310,13 @@ def q_sigma_forward(x_s: Array, x_0: Array, transition, sigma2: Array) -> tuple[
 
 
 def clip_x0(model: Model, low: float = -1.0, high: float = 1.0, *, keep_eps: bool = False) -> Denoise:
-    """A denoiser whose predicted x_0 stays in [low, high], for any sampler.
+    """A denoiser whose predicted x_0 is clipped to [low, high], for any sampler.
 
-    eps is derived again from the clipped x_0, see `with_x0`; keep_eps: it stays what it was, as in diffusers'
-    schedulers with clip_sample. The paper does not clip; most published samplers of DDPM do. ValueError unless low is
-    below high.
+    low, high: scalars. Raises ValueError unless low < high.
+    keep_eps: False recomputes eps from the clipped x_0, see `with_x0`. True does not change eps, as clip_sample in
+        diffusers.
+
+    The paper does not clip. Most published DDPM samplers do.
     """
     checks.real("low", low)
     checks.real("high", high)
@@ -297,9 +332,14 @@ def _clip(low, high, x_0):
 def threshold_x0(model: Model, quantile: float, maximum: float, *, keep_eps: bool = False) -> Denoise:
     """A denoiser with dynamic thresholding (Saharia et al. 2022, section 2.3), for any sampler.
 
-    The predicted x_0 of each image is clipped to [-s, s] and divided by s, where s is the quantile of its absolute
-    values, but at least 1 and at most maximum. eps is derived again, or kept, as in `clip_x0`. ValueError for a
-    quantile outside (0, 1) and for a maximum below 1.
+    The predicted x_0 of each image is clipped to [-s, s] and divided by s. s is the given quantile of |x_0|, clipped to
+    [1, maximum].
+
+    quantile: in (0, 1).
+    maximum: at least 1.
+    keep_eps: as for `clip_x0`.
+
+    Raises ValueError for values outside these ranges.
     """
     checks.real("quantile", quantile, 0, 1, open=True)
     checks.real("maximum", maximum, 1)
@@ -313,23 +353,26 @@ def _threshold(quantile, maximum, x_0):
 
 
 def with_x0(model: Model, change: Callable[[Array], Array], *, keep_eps: bool = False) -> Denoise:
-    """A denoiser whose predicted x_0 is `change` of what it was, and whose eps is derived again from that, so that (9)
-    holds between the two; keep_eps: eps stays. At alpha_bar = 1, where x_t is x_0 whatever is predicted, both stay.
-    change: a function or a pytree, see `checks.function`.
+    """A denoiser that replaces the predicted x_0 by change(x_0).
+
+    change: a function (B, ...) -> (B, ...), or a pytree, see `checks.function`.
+    keep_eps: False recomputes eps from the new x_0 by Eq. (9). True does not change eps.
+
+    At alpha_bar = 1 x_t is x_0 for every prediction, so neither x_0 nor eps is changed there.
     """
     function = _with_x0_and_same_eps if keep_eps else _with_x0
     return Denoise(function, as_denoise(model), checks.function("change", change))
 
 
 def _with_x0(model, change, x_t, level):
-    before = model(x_t, level)
+    prediction = model(x_t, level)
     noisy = level.one_minus_alpha_bar > 0
     safe = level._replace(one_minus_alpha_bar=jnp.where(noisy, level.one_minus_alpha_bar, 1))
-    changed = change(before.x_0)
-    after = Prediction(changed, predict_eps(x_t, changed, safe))
-    return jax.tree.map(lambda after, before: jnp.where(noisy, after, before), after, before)
+    x_0 = change(prediction.x_0)
+    replaced = Prediction(x_0, predict_eps(x_t, x_0, safe))
+    return jax.tree.map(lambda new, old: jnp.where(noisy, new, old), replaced, prediction)
 
 
 def _with_x0_and_same_eps(model, change, x_t, level):
-    before = model(x_t, level)
-    return Prediction(jnp.where(level.one_minus_alpha_bar > 0, change(before.x_0), before.x_0), before.eps)
+    prediction = model(x_t, level)
+    return Prediction(jnp.where(level.one_minus_alpha_bar > 0, change(prediction.x_0), prediction.x_0), prediction.eps)

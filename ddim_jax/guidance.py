@@ -1,6 +1,6 @@
-"""Guidance and inpainting, as combinators around a denoiser: the same under every sampler.
+"""Classifier-free guidance and inpainting, as combinators: functions from a denoiser to a denoiser, for any sampler.
 
-Bounds of the predicted x_0, `clip_x0` and `threshold_x0`, are in `gaussian`.
+The combinators that bound the predicted x_0, `clip_x0` and `threshold_x0`, are in `gaussian`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from ddim_jax.schedule import Array
 
 
 def guided(model: Model, unguided: Model, scale: Array | float) -> Denoise:
-    """Classifier-free guidance (Ho and Salimans 2022): `eps = eps_none + scale (eps_class - eps_none)`, and so for x_0.
+    """Classifier-free guidance (Ho and Salimans 2022): `eps = eps_uncond + scale (eps_cond - eps_uncond)`.
 
-    model: conditioned on the class. unguided: not conditioned, or a weaker network (Karras et al. 2024). scale: 1 is
-    the model alone, 0 is unguided alone, above 1 goes beyond; Ho and Salimans call `scale - 1` w. Two network calls for
-    one. ValueError for a scale that is not finite.
+    The same formula holds for the predicted x_0.
+
+    model: the conditional denoiser.
+    unguided: the unconditional denoiser, or a weaker network (autoguidance, Karras et al. 2024).
+    scale: finite, a scalar or an array that broadcasts against x_t. 1 is the conditional denoiser, 0 is the
+        unconditional denoiser, above 1 extrapolates. Ho and Salimans call `scale - 1` w. Raises ValueError otherwise.
+
+    Each call of the result calls both networks.
     """
     models = as_denoise(model), as_denoise(unguided, name="unguided")
     return Denoise(_guided, *models, checks.reals("scale", scale))
@@ -28,24 +33,26 @@ def guided(model: Model, unguided: Model, scale: Array | float) -> Denoise:
 
 def _guided(model, unguided, scale, x_t, level):
     checks.broadcasts("scale", scale, x_t.shape)
-    extrapolate = lambda without, with_class: without + scale * (with_class - without)
+    extrapolate = lambda uncond, cond: uncond + scale * (cond - uncond)
     return jax.tree.map(extrapolate, unguided(x_t, level), model(x_t, level))
 
 
 def inpainted(model: Model, known: Array, mask: Array) -> Denoise:
-    """A denoiser that knows pixels of x_0, and leaves the others to the network.
+    """Inpainting: a denoiser with known pixels of x_0. The network predicts the other pixels.
 
-    Where x_0 is known it replaces the predicted one, so that these pixels follow q_sigma(x_s | x_t, x_0) of Eq. (7)
-    itself: each of their x_t has the law (4), and the last step ends at the pixels. The other pixels are drawn by a
-    network that sees both, and agree with them better the more noise the sampler draws: eta = 1 rather than 0. known:
-    (B, ...) of floating point, x_0 where mask is True, finite there. mask: bool, or 0 and 1; broadcasts against known.
-    ValueError otherwise.
+    known: (B, ...), floating point, the known x_0. It must be finite where mask is True; other values are not used.
+    mask: True (or 1) for a known pixel, False (or 0) for the others; broadcasts against known.
+
+    At known pixels the predicted x_0 is replaced by known, and eps is recomputed, see `gaussian.with_x0`. So these
+    pixels follow q_sigma(x_s | x_t, x_0) of Eq. (7): every x_t has the marginal (4), and the last step returns known.
+    The other pixels are sampled by a network that sees all pixels of x_t. They are more consistent with the known
+    pixels if the sampler adds more noise: eta = 1 rather than eta = 0. Raises ValueError for an invalid known or mask.
     """
     known, mask = checks.batch("known", known), _as_mask(mask)
     checks.broadcasts("mask", mask, known.shape)
     if not checks.traced(known, mask) and not jnp.isfinite(jnp.where(mask, known, 0)).all():
         raise ValueError("known must be finite where mask is True")
-    return with_x0(model, Partial(_known, known, mask))
+    return with_x0(model, Partial(_replace_known, known, mask))
 
 
 def _as_mask(mask):
@@ -54,10 +61,10 @@ def _as_mask(mask):
     if mask.dtype != bool:
         checks.reals("mask", mask, 0, 1)
         if not checks.traced(mask) and not ((mask == 0) | (mask == 1)).all():
-            raise ValueError("mask must hold nothing but True and False, or 0 and 1")
+            raise ValueError("mask must contain only True and False, or 0 and 1")
     return jnp.asarray(mask, bool)
 
 
-def _known(known, mask, x_0):
+def _replace_known(known, mask, x_0):
     checks.broadcasts("known", known, x_0.shape)
     return jnp.where(mask, known.astype(x_0.dtype), x_0)

@@ -1,5 +1,7 @@
-"""The inference process q_sigma(x_1:T | x_0), Eq. (6), drawn as a whole: from the top down by Eq. (7), and from the
-image up by its non-Markovian forward steps, Eq. (8). Both have one joint law, and every marginal is Eq. (4) (Lemma 1).
+"""The inference process q_sigma(x_1:T | x_0), Eq. (6), sampled in both directions.
+
+`backward` samples from x_T down to x_1 by Eq. (7). `forward` samples from x_1 up to x_T by the non-Markovian forward
+process, Eq. (8). Both have the same joint distribution, and every marginal is Eq. (4) (Lemma 1).
 """
 
 from __future__ import annotations
@@ -15,35 +17,41 @@ from ddim_jax.schedule import Array, Schedule, precision
 
 
 def backward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
-    """x at tau[S], ..., tau[1], (S, B, ...): x_T by (4), then each by (7) from the one before it.
+    """Samples x_T by Eq. (4), then every x_s by Eq. (7). Returns x at tau[S], ..., tau[1], (S, B, ...).
 
-    It is the generative process with x_0 itself in place of the predicted one. x_0: (B, ...). key: one key. ValueError
-    for an eta that (7) does not allow.
+    It is the generative process with the true x_0 in place of the predicted x_0.
+
+    tau: (S+1,), see `trajectory.check`.
+    x_0: (B, ...), floating point.
+    key: one key.
+    eta: in the range of Eq. (7), see `gaussian.check_eta`. Raises ValueError otherwise.
     """
     x_0 = checks.batch("x_0", x_0)
     keys = samplers.image_keys(key, jnp.arange(len(x_0)))
-    top = samplers.initial_noise(keys, x_0.shape[1:], x_0.dtype)
+    eps = samplers.initial_noise(keys, x_0.shape[1:], x_0.dtype)
     transitions = tau_lib.descend(noise_schedule, tau)
     first = jax.tree.map(lambda leaf: leaf[0], samplers.rounded(transitions, precision(x_0.dtype)).level_t)
-    x_T = gaussian.q_marginal(x_0, top, first).astype(x_0.dtype)
-    known = Denoise(_known, x_0.astype(precision(x_0.dtype)))
-    _, path = samplers.trajectory(samplers.ddim(eta), known, transitions, x_T, keys)
+    x_T = gaussian.q_marginal(x_0, eps, first).astype(x_0.dtype)
+    denoise = Denoise(_predict_true_x0, x_0.astype(precision(x_0.dtype)))
+    _, path = samplers.trajectory(samplers.ddim(eta), denoise, transitions, x_T, keys)
     return path.x[:-1]
 
 
-def _known(x_0, x_t, level):
+def _predict_true_x0(x_0, x_t, level):
     return gaussian.from_x0_output(x_t, x_0, level)
 
 
 def forward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, eta: float = 1.0) -> Array:
-    """The same x, in the same order, drawn from the image up: x at tau[1] by (4), then each by (8) from the one below
-    it, which needs x_0 too: it is no Markov chain.
+    """Samples x at tau[1] by Eq. (4), then every x_t by Eq. (8). Returns x at tau[S], ..., tau[1], (S, B, ...).
+
+    Eq. (8) depends on x_0 in addition to x_s, so the process is not a Markov chain. Arguments and errors as for
+    `backward`.
     """
     x_0, key = checks.batch("x_0", x_0), checks.keys("key", key, ())
-    given, x_0 = x_0.dtype, x_0.astype(precision(x_0.dtype))
+    dtype, x_0 = x_0.dtype, x_0.astype(precision(x_0.dtype))
     transitions = tau_lib.descend(noise_schedule, tau)
     gaussian.check_eta(eta, transitions)
-    upwards = samplers.rounded(jax.tree.map(lambda leaf: jnp.asarray(leaf)[::-1], transitions), x_0.dtype)
+    ascending = samplers.rounded(jax.tree.map(lambda leaf: jnp.asarray(leaf)[::-1], transitions), x_0.dtype)
     draw = lambda t: jax.random.normal(gaussian.level_key(key, t), x_0.shape, x_0.dtype)
 
     def body(x_s, transition):
@@ -51,7 +59,7 @@ def forward(noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array, e
         x_t = mean + jnp.sqrt(variance) * draw(transition.t)
         return x_t, x_t
 
-    lowest, rest = jax.tree.map(lambda leaf: leaf[0], upwards), jax.tree.map(lambda leaf: leaf[1:], upwards)
-    first = gaussian.q_marginal(x_0, draw(lowest.t), lowest.level_t)
-    _, above = jax.lax.scan(body, first, rest)
-    return jnp.concatenate([first[None], above])[::-1].astype(given)
+    first, others = jax.tree.map(lambda leaf: leaf[0], ascending), jax.tree.map(lambda leaf: leaf[1:], ascending)
+    x_1 = gaussian.q_marginal(x_0, draw(first.t), first.level_t)
+    _, x_t = jax.lax.scan(body, x_1, others)
+    return jnp.concatenate([x_1[None], x_t])[::-1].astype(dtype)

@@ -1,8 +1,9 @@
-"""Encoding that decodes to the image: each step of Eq. (13) upwards solved as the equation that it is.
+"""Exact DDIM inversion: every encoding step is the solution of an implicit equation, by a fixed-point iteration.
 
-Decoding takes x_s to x_t, t < s, with the eps at x_s. The paper's encoding, `samplers.invert`, takes the eps at x_t
-instead, because x_s is not known yet; its error falls like 1/S. Here x_s is the fixed point of
-`x_s = sqrt(ab_s) (x_t / sqrt(ab_t) + (sigma_bar_s - sigma_bar_t) eps(x_s, s))`, found to a residual that is told.
+Decoding takes x_s to x_t, t < s, with the eps at x_s. The encoding of the paper, `samplers.invert`, uses the eps at x_t
+instead, because x_s is unknown (explicit Euler); its reconstruction error decreases like 1/S. Here x_s is the fixed
+point of `x_s = sqrt(ab_s) (x_t / sqrt(ab_t) + (sigma_bar_s - sigma_bar_t) eps(x_s, s))` (implicit Euler). The residual
+of this equation is returned.
 """
 
 from __future__ import annotations
@@ -23,24 +24,33 @@ from ddim_jax.multistep import advanced, sigma_bars
 from ddim_jax.schedule import Array, Schedule
 from ddim_jax.trajectory import Transitions
 
-MEMORY = 5  # differences of iterates that are mixed
+MEMORY = 5  # m of Anderson acceleration: the number of differences of iterates
 
 
 class Inverted(NamedTuple):
+    """The result of `invert`."""
+
     x_T: Array  # (B, ...)
-    residual: Array  # (B,): root of the mean square by which x_s misses its equation, the largest of all steps
+    residual: Array  # (B,): root mean square of the equation's residual, the largest over all steps
 
 
 def invert(
     model: Model, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, refine: int = 10, end: int = 0, stride: int = 0
 ) -> Inverted:
-    """Encodes images into latents whose DDIM decoding over the same tau is the image again, as far as the residual is
-    small.
+    """Encodes images into latents by exact DDIM inversion.
 
-    refine: iterations in each step, one network call each, beside the explicit one that they begin with. Where a step
-    has no fixed point nearby, as the first often has not (what decoding removes altogether cannot be encoded), the
-    iterate with the smallest residual is kept. end, stride: as of `trajectory.ascend`. ValueError for a refine
-    below 1, for a schedule that ends at alpha_bar = 0, and as in `samplers.integrate`, where the model is explained.
+    DDIM over the same tau decodes x_T to x_0, up to an error that is small if the residual is small.
+
+    model: see `samplers.integrate`.
+    tau: (S+1,), see `trajectory.check`.
+    x_0: (B, ...), floating point.
+    refine: iterations per step, at least 1. Each calls the network once. Each step needs one more call, for the
+        explicit step that the iteration starts from.
+    end, stride: see `trajectory.ascend`.
+
+    Some steps have no fixed point near the explicit step. This is frequent in the first step, because decoding loses
+    information there. Then the iterate with the smallest residual is returned. Raises ValueError for a refine below 1,
+    for a schedule with alpha_bar[T] = 0, and as `samplers.integrate`.
     """
     transitions, x_0 = tau_lib.ascend(noise_schedule, tau, end, stride), checks.batch("x_0", x_0)
     x_T, residual = samplers.run(Implicit(checks.integer("refine", refine, 1)), model, transitions, x_0)
@@ -50,18 +60,27 @@ def invert(
 @register_static
 @dataclasses.dataclass(frozen=True)
 class Implicit:
-    """The steps of encoding; its state is the largest residual so far, (B,)."""
+    """The implicit encoding step, a sampler for ascending transitions. Its state is the largest residual so far, (B,).
+
+    refine: iterations per step, at least 1.
+    """
 
     refine: int
 
     stochastic = False
+    order = 1
+    min_steps = 1
+
+    @property
+    def calls_per_step(self) -> int:
+        return self.refine + 1
 
     def check(self, transitions: Transitions) -> None:
         checks.integer("refine", self.refine, 1)
         if not checks.traced(*transitions):
             if (np.asarray(transitions.s) < np.asarray(transitions.t)).any():
-                raise ValueError("transitions must ascend: an implicit step encodes")
-        tau_lib.check_signal(transitions, "an implicit step")
+                raise ValueError("transitions must ascend for exact DDIM inversion")
+        tau_lib.check_signal(transitions, "exact DDIM inversion")
 
     def init(self, x: Array) -> Array:
         return jnp.zeros(x.shape[0], x.dtype)
@@ -75,43 +94,56 @@ class Implicit:
 
 
 class _Iterate(NamedTuple):
+    """A point of the iteration, or a difference of two points."""
+
     x: Array  # (B, ...)
-    error: Array  # (B, ...): f(x) - x
+    residual: Array  # (B, ...): f(x) - x
 
 
 def fixed_point(f: Callable[[Array], Array], x: Array, iterations: int) -> tuple[Array, Array]:
-    """x with f(x) = x by Anderson's mixing (Walker and Ni 2011), for each image (B, ...) on its own, and the root mean
-    square of f(x) - x, (B,). iterations: at least 1; ValueError otherwise.
+    """Solves f(x) = x by Anderson acceleration (Walker and Ni 2011), independently for every image.
 
-    It goes on from the best iterate so far; what the worse ones told is not lost.
+    f: a function (B, ...) -> (B, ...), whose image i depends on image i of its argument only.
+    x: (B, ...), the start.
+    iterations: calls of f, at least 1. Raises ValueError otherwise.
+
+    Returns (x, residual): the iterate with the smallest residual, and the root mean square of its f(x) - x, (B,). Each
+    iteration extrapolates from the best iterate so far. The other iterates contribute to the differences.
     """
     x, iterations = checks.batch("x", x), checks.integer("iterations", iterations, 1)
     flat = lambda a: a.reshape(*a.shape[: a.ndim - x.ndim + 1], -1)  # (..., B, d)
-    size = lambda a: jnp.sqrt(jnp.mean(flat(a) ** 2, axis=-1))  # (B,)
-    choose = lambda where, a, b: jnp.where(where.reshape(-1, *[1] * (x.ndim - 1)), a, b)
+    rms = lambda a: jnp.sqrt(jnp.mean(flat(a) ** 2, axis=-1))  # (B,)
+    choose = lambda condition, a, b: jnp.where(condition.reshape(-1, *[1] * (x.ndim - 1)), a, b)
 
     def iterate(carry, _):
-        now, last, moves, best, known = carry
-        now = _Iterate(now, f(now) - now)
-        better = size(now.error) < known
-        best = _Iterate(choose(better, now.x, best.x), choose(better, now.error, best.error))
-        known = jnp.minimum(known, size(now.error))
-        moves = jax.tree.map(lambda many, a, b: jnp.concatenate([(a - b)[None], many[:-1]]), moves, now, last)
-        mixed = jnp.einsum("mb,mb...->b...", _weights(flat(moves.error), flat(best.error)), moves.x + moves.error)
-        return (best.x + best.error - mixed, now, moves, best, known), None
+        x, last, differences, best, smallest = carry
+        current = _Iterate(x, f(x) - x)
+        better = rms(current.residual) < smallest
+        best = _Iterate(choose(better, current.x, best.x), choose(better, current.residual, best.residual))
+        smallest = jnp.minimum(smallest, rms(current.residual))
+        differences = jax.tree.map(
+            lambda stored, a, b: jnp.concatenate([(a - b)[None], stored[:-1]]), differences, current, last
+        )
+        weights = _weights(flat(differences.residual), flat(best.residual))
+        combined = jnp.einsum("mb,mb...->b...", weights, differences.x + differences.residual)
+        return (best.x + best.residual - combined, current, differences, best, smallest), None
 
     start = _Iterate(x, jnp.zeros_like(x))
     first = _Iterate(x, f(x) - x)
-    none = jax.tree.map(lambda leaf: jnp.zeros((MEMORY, *leaf.shape), leaf.dtype), start)
-    carry = (x + first.error, first, none, first, size(first.error))
-    (_, _, _, best, known), _ = jax.lax.scan(iterate, carry, length=iterations - 1)
-    return best.x, known
+    differences = jax.tree.map(lambda leaf: jnp.zeros((MEMORY, *leaf.shape), leaf.dtype), start)
+    carry = (x + first.residual, first, differences, first, rms(first.residual))
+    (_, _, _, best, smallest), _ = jax.lax.scan(iterate, carry, length=iterations - 1)
+    return best.x, smallest
 
 
-def _weights(moves: Array, error: Array) -> Array:
-    """w (m, B) for which `error - sum_m w_m moves_m` is smallest, moves (m, B, d); moves of nothing get 0."""
-    products = jnp.einsum("mbd,nbd->bmn", moves, moves)
+def _weights(differences: Array, residual: Array) -> Array:
+    """The w (m, B) that minimize `|residual - sum_m w_m differences_m|`. Differences that are still zero get weight 0.
+
+    differences: (m, B, d).
+    residual: (B, d).
+    """
+    products = jnp.einsum("mbd,nbd->bmn", differences, differences)
     scale = jnp.trace(products, axis1=1, axis2=2)[:, None, None]
-    small = jnp.finfo(products.dtype).eps * 10 * scale + jnp.finfo(products.dtype).tiny
-    right = jnp.einsum("mbd,bd->bm", moves, error)
-    return jnp.linalg.solve(products + small * jnp.eye(len(moves))[None], right[..., None])[..., 0].T
+    ridge = jnp.finfo(products.dtype).eps * 10 * scale + jnp.finfo(products.dtype).tiny
+    right = jnp.einsum("mbd,bd->bm", differences, residual)
+    return jnp.linalg.solve(products + ridge * jnp.eye(len(differences))[None], right[..., None])[..., 0].T

@@ -1,4 +1,4 @@
-"""The objectives: L_gamma of Eq. (5), which trains, and J_sigma of Eq. (11), the bound that it stands for."""
+"""The objectives: L_gamma of Eq. (5), the training loss, and J_sigma of Eq. (11), the variational bound."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ddim_jax.trajectory import Transitions
 
 
 class LossWeight(NamedTuple):
-    """gamma_t of Eq. (5), as `factor(level)` times the squared error of one quantity. The errors of eps, x_0 and v at a
-    level are multiples of each other, `err_x0^2 = (1 - ab) / ab err_eps^2` and `err_v^2 = 1 / ab err_eps^2`; the one is
-    taken that is finite and does not cancel. One network trained with any gamma > 0 serves all sampling processes
-    (Theorem 1).
+    """gamma_t of Eq. (5), as factor(level) times the squared error of eps, x_0 or v.
+
+    At a noise level the squared errors are multiples of each other: `err_x0^2 = (1 - ab) / ab err_eps^2`,
+    `err_v^2 = 1 / ab err_eps^2`. A weight uses the one that is finite and loses no digits. A network trained with any
+    gamma > 0 can be used with all samplers (Theorem 1).
     """
 
-    error_of: Callable[[Prediction, Level], Array]  # what the error is taken of
+    error_of: Callable[[Prediction, Level], Array]  # the quantity whose error is squared: eps, x_0 or v
     factor: Callable[[Level], Array]  # () or (B, 1, ..., 1)
 
 
@@ -35,31 +36,33 @@ _one = lambda level: jnp.ones_like(level.alpha_bar)
 
 
 def weight_one() -> LossWeight:
-    """`gamma = 1`, the paper's: the error of eps."""
+    """`gamma_t = 1`, the choice of the paper: the squared error of eps."""
     return LossWeight(_eps, _one)
 
 
 def weight_x0() -> LossWeight:
-    """`gamma = (1 - ab) / ab`: the error of x_0."""
+    """`gamma_t = (1 - ab) / ab`: the squared error of x_0."""
     return LossWeight(_x0, _one)
 
 
 def weight_v() -> LossWeight:
-    """`gamma = 1 / ab`: the error of v (Salimans and Ho 2022)."""
+    """`gamma_t = 1 / ab`: the squared error of v (Salimans and Ho 2022)."""
     return LossWeight(_v, _one)
 
 
 def weight_min_snr(gamma: float = 5.0) -> LossWeight:
-    """`gamma_t = min(SNR, gamma) / SNR`, with SNR = ab / (1 - ab) (Hang et al. 2023). ValueError unless gamma is above
-    0.
+    """`gamma_t = min(SNR, gamma) / SNR`, with SNR = ab / (1 - ab) (Hang et al. 2023).
+
+    gamma: above 0. Raises ValueError otherwise.
     """
     checks.real("gamma", gamma, 0, open=True)
     return LossWeight(_v, lambda level: jnp.minimum(level.alpha_bar, gamma * level.one_minus_alpha_bar))
 
 
 def weight_p2(k: float = 1.0, gamma: float = 1.0) -> LossWeight:
-    """`gamma_t = 1 / (k + SNR)^gamma` (Choi et al. 2022, Eq. 8). ValueError unless k is above 0 and gamma at least
-    0.
+    """`gamma_t = 1 / (k + SNR)^gamma` (Choi et al. 2022, Eq. 8).
+
+    k: above 0. gamma: at least 0. Raises ValueError otherwise.
     """
     checks.real("k", k, 0, open=True)
     checks.real("gamma", gamma, 0)
@@ -81,7 +84,10 @@ WEIGHTS = {
 
 
 def as_weight(gamma: LossWeight | Callable[[Level], Array] | str) -> LossWeight:
-    """The LossWeight itself, or that of a name in WEIGHTS, or of a function: level -> gamma_t. ValueError otherwise."""
+    """Converts gamma to a `LossWeight`.
+
+    gamma: a `LossWeight`, a name in WEIGHTS, or a function level -> gamma_t. Raises ValueError otherwise.
+    """
     if isinstance(gamma, LossWeight):
         return gamma
     if callable(gamma):
@@ -97,12 +103,18 @@ def l_gamma(
     eps: Array,
     gamma: LossWeight | Callable[[Level], Array] | str = "one",
 ) -> Array:
-    """The terms of Eq. (5): `gamma_t || eps_theta(x_t) - eps ||^2 / d`, with x_t of Eq. (4), one for each image.
+    """The terms of Eq. (5), one per image: `gamma_t || eps_theta(x_t) - eps ||^2 / d`, with x_t of Eq. (4).
 
-    model: as in `samplers.integrate`. table: `schedule.levels(...)`. x_0, eps: (B, ...) with eps ~ N(0, I). t: (B,) in
-    [1, T]. gamma: a name in WEIGHTS, a `LossWeight`, or a function from a level to gamma_t. Returns (B,) float32.
-    Divided by the dimension d, as in DDPM's code, so that gradient norms do not depend on the image size; the mean over
-    t uniform in 1..T and over the data is L_gamma / (T d). ValueError for arguments of other shapes, dtypes or ranges.
+    model: see `samplers.integrate`.
+    table: the output of `schedule.levels`.
+    x_0: (B, ...), floating point.
+    t: (B,), ints or reals in [1, T].
+    eps: N(0, I), (B, ...).
+    gamma: a name in WEIGHTS, a `LossWeight`, or a function level -> gamma_t.
+
+    Returns (B,), in the dtype of x_0, at least float32. Each term is divided by the dimension d, as in the code of
+    DDPM, so that the gradient norm does not depend on the image size. The mean over the data and over t, uniform in
+    1..T, is L_gamma / (T d). Raises ValueError for arguments of other shapes, dtypes or ranges.
     """
     x_0 = checks.batch("x_0", x_0)
     eps, t = checks.floating("eps", eps, x_0.shape), checks.reals("t", t, 1, check_levels(table).num_steps)
@@ -118,26 +130,32 @@ def l_gamma(
 
 
 def gamma_exact(transitions: Transitions, sigma2: Array) -> np.ndarray:
-    """The weights for which Theorem 1 holds: `J_sigma = L_gamma + C`, with the error of eps summed over dimensions, not
-    averaged. (S,), on the host in float64.
+    """The weights gamma_t for which Theorem 1 holds, `J_sigma = L_gamma + C`. (S,), on the host in float64.
 
-    The means of q_sigma(x_s | x_t, x_0) and of the same with the predicted f differ by `c (x_0 - f)`,
-    `c = sqrt(ab_s) - sqrt((1 - ab_s - sigma^2) ab_t / (1 - ab_t))`, so that
-    `gamma_t = c^2 (1 - ab_t) / (2 sigma^2 ab_t)`. To the image, where x_0 itself is told by N(f, sigma^2), c is 1.
-    transitions: `descend` to 0. sigma2: (S,), above 0; the last is the decoder's variance. ValueError otherwise.
+    The mean of q_sigma(x_s | x_t, x_0) and its mean with the predicted x_0, f, differ by `c (x_0 - f)`,
+    `c = sqrt(ab_s) - sqrt((1 - ab_s - sigma^2) ab_t / (1 - ab_t))`,
+    so that `gamma_t = c^2 (1 - ab_t) / (2 sigma^2 ab_t)`. For the last step (s = 0), where the decoder is N(f,
+    sigma^2), c = 1. The squared error of eps is summed over the dimensions, not averaged.
+
+    transitions: the output of `trajectory.descend`, down to 0.
+    sigma2: (S,), above 0; the last one is the variance of the decoder. Raises ValueError otherwise.
     """
     t = tau_lib.check_transitions(transitions)
     sigma2 = _positive(sigma2, t)
-    room = np.maximum(t.one_minus_alpha_bar_s - sigma2, 0)
-    c = np.sqrt(t.alpha_bar_s) - np.sqrt(room * t.alpha_bar_t / t.one_minus_alpha_bar_t)
+    direction = np.maximum(t.one_minus_alpha_bar_s - sigma2, 0)
+    c = np.sqrt(t.alpha_bar_s) - np.sqrt(direction * t.alpha_bar_t / t.one_minus_alpha_bar_t)
     return np.where(t.s > 0, c, 1.0) ** 2 * t.one_minus_alpha_bar_t / (2 * sigma2 * t.alpha_bar_t)
 
 
 def gamma_paper(transitions: Transitions, sigma2: Array, dimension: int) -> np.ndarray:
-    """The weights that the paper prints with Theorem 1, `1 / (2 d sigma^2 alpha_bar_t)`, (S,). dimension: d.
+    """The weights that the paper prints with Theorem 1, `1 / (2 d sigma^2 alpha_bar_t)`, (S,).
 
-    They leave c, and 1 - alpha_bar_t, out of `gamma_exact`, so J_sigma is not L_gamma with them. The theorem's use does
-    not depend on it: where every level has a network of its own, all gamma > 0 have the same optimum.
+    They lack the factors c^2 and 1 - alpha_bar_t of `gamma_exact`, so J_sigma is not L_gamma with these weights. The
+    conclusion of the theorem does not depend on them: if every timestep has its own parameters, all gamma > 0 have the
+    same optimum.
+
+    sigma2: as for `gamma_exact`.
+    dimension: d.
     """
     transitions, d = tau_lib.check_transitions(transitions), checks.integer("dimension", dimension, 1)
     return 1 / (2 * d * _positive(sigma2, transitions) * transitions.alpha_bar_t)
@@ -151,23 +169,27 @@ def _positive(sigma2: Array, transitions: Transitions) -> Array:
 
 
 def decoder_nats(x_0: Array, mean: Array, sigma2: Array) -> Array:
-    """`-log N(x_0; mean, sigma^2 I)`, the paper's decoder at t = 1, in nats of a density. (B,)"""
+    """`-log N(x_0; mean, sigma^2 I)` in nats, (B,): the decoder of the paper at t = 1, as a density."""
     each = (x_0 - mean) ** 2 / (2 * sigma2) + jnp.log(2 * jnp.pi * sigma2) / 2
     return jnp.sum(each, axis=tuple(range(1, x_0.ndim)))
 
 
 def decoder_nats_of_pixels(x_0: Array, mean: Array, sigma2: Array) -> Array:
-    """The same for pixels: minus the log of the Gaussian's mass in each value's bin of width 2/255, the first and the
-    last bin open (Ho et al. 2020, Eq. 13). x_0: (B, ...), the 256 values of `scaling.to_unit`. (B,)
+    """The negative log-likelihood of the discretized Gaussian decoder in nats, (B,) (Ho et al. 2020, Eq. 13).
+
+    The probability of a pixel value is the mass of N(mean, sigma^2) in its bin of width 2/255. The first and the last
+    bin are unbounded.
+
+    x_0: (B, ...), with the 256 values of `scaling.to_unit`.
     """
     std = jnp.sqrt(sigma2)
     upper, lower = (x_0 - mean + 1 / 255) / std, (x_0 - mean - 1 / 255) / std
-    below, above = jax.scipy.special.log_ndtr(upper), jax.scipy.special.log_ndtr(-lower)
-    # log(ndtr(upper) - ndtr(lower)), from the side on which it does not cancel
+    first_bin, last_bin = jax.scipy.special.log_ndtr(upper), jax.scipy.special.log_ndtr(-lower)
+    # log(ndtr(upper) - ndtr(lower)), computed in the tail where the difference does not cancel
     left, right = jnp.where(lower > 0, -upper, lower), jnp.where(lower > 0, -lower, upper)
     low, high = jax.scipy.special.log_ndtr(left), jax.scipy.special.log_ndtr(right)
-    between = high + jnp.log1p(-jnp.exp(jnp.minimum(low - high, -1e-7)))
-    log_mass = jnp.where(x_0 < -0.999, below, jnp.where(x_0 > 0.999, above, between))
+    other_bins = high + jnp.log1p(-jnp.exp(jnp.minimum(low - high, -1e-7)))
+    log_mass = jnp.where(x_0 < -0.999, first_bin, jnp.where(x_0 > 0.999, last_bin, other_bins))
     return -jnp.sum(log_mass, axis=tuple(range(1, x_0.ndim)))
 
 
@@ -175,8 +197,10 @@ DECODERS = {"gaussian": decoder_nats, "pixels": decoder_nats_of_pixels}
 
 
 def sigma2_of(transitions: Transitions, eta: float) -> np.ndarray:
-    """sigma^2 of every step, (S,), on the host: Eq. (16), but `1 - ab_t` to the image, where (16) is 0: beta_1 of
-    DDPM where the step is from level 1. ValueError for an eta that (16) does not allow.
+    """sigma^2 of every step, (S,), on the host: Eq. (16), but `1 - ab_t` for the last step (s = 0).
+
+    There Eq. (16) is 0. For a last step from t = 1 the value is beta_1 of DDPM. eta: see `gaussian.check_eta`. Raises
+    ValueError otherwise.
     """
     transitions = tau_lib.check_transitions(transitions)
     gaussian.check_eta(eta, transitions)
@@ -186,17 +210,23 @@ def sigma2_of(transitions: Transitions, eta: float) -> np.ndarray:
 def j_sigma(
     model: Model, transitions: Transitions, x_0: Array, keys: Array, eta: float = 1.0, decoder: str = "gaussian"
 ) -> Array:
-    """The objective of Theorem 1, Eq. (11): an upper bound of `-log p(x_0)` in nats, (B,), estimated with one draw of
-    every x_t.
+    """J_sigma of Eq. (11), an upper bound of `-log p(x_0)` in nats, (B,).
 
-    `E_q[log q_sigma(x_1:T | x_0) - log p(x_0:T)] = KL(q(x_T | x_0) || p(x_T)) + sum KL(q_sigma(x_s | x_t, x_0) ||
-    q_sigma(x_s | x_t, f)) - log p(x_0 | x_1)`. transitions: `descend` to 0, on the host. x_0: (B, ...). keys: (B,), one
-    for each image, as of `samplers.image_keys`. eta: above 0, for at 0 q_sigma is not a density. decoder: "gaussian",
-    or "pixels" for images of 256 values; with these `nats / (d log 2)` are bits per dimension. ValueError for another
-    eta or decoder, and for what the other arguments cannot be.
+    It is a Monte Carlo estimate with one x_t per timestep of
+    `E_q[log q_sigma(x_1:T | x_0) - log p(x_0:T)] = KL(q(x_T | x_0) || p(x_T))`
+    `+ sum KL(q_sigma(x_s | x_t, x_0) || q_sigma(x_s | x_t, f)) - log p(x_0 | x_1)`.
+
+    model: see `samplers.integrate`.
+    transitions: the output of `trajectory.descend`, down to 0, on the host.
+    x_0: (B, ...), floating point.
+    keys: (B,), one per image, see `samplers.image_keys`.
+    eta: above 0, because at 0 q_sigma has no density.
+    decoder: "gaussian", or "pixels" for images of 256 values; then `nats / (d log 2)` is in bits per dimension.
+
+    Raises ValueError for an invalid argument.
     """
     checks.lookup(DECODERS, decoder, "decoder")
-    checks.real("eta", eta, 0, open=True)  # at 0 J_sigma is infinite
+    checks.real("eta", eta, 0, open=True)  # J_sigma is infinite at eta = 0
     transitions, x_0 = tau_lib.check_transitions(transitions), checks.batch("x_0", x_0)
     tau_lib.check_to_image(transitions)
     tau_lib.check_signal(transitions, "J_sigma")
@@ -208,8 +238,8 @@ def j_sigma(
 @functools.partial(jax.jit, static_argnames="decoder")
 def _bound(denoise, steps, x_0, keys, decoder):
     x_0 = x_0.astype(precision(x_0.dtype))
-    floats = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x_0.dtype)
-    steps = jax.tree.map(lambda leaf: floats(jnp.asarray(leaf)), steps)
+    cast = lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(x_0.dtype)
+    steps = jax.tree.map(lambda leaf: cast(jnp.asarray(leaf)), steps)
     axes = tuple(range(1, x_0.ndim))
     alpha_bar, one_minus = steps[0].alpha_bar_t[0], steps[0].one_minus_alpha_bar_t[0]
     prior = (alpha_bar * x_0**2 - alpha_bar - jnp.log(one_minus)) / 2

@@ -1,9 +1,9 @@
-"""DDIM as a numerical method, section 4.3, and the likelihood that its ODE gives.
+"""DDIM as a numerical method for an ODE (section 4.3), and the log-likelihood by this ODE.
 
 With `x_bar = x / sqrt(ab)` and `sigma_bar = sqrt((1 - ab) / ab)`, Eq. (14) is
-`d x_bar = eps(x_bar / sqrt(sigma_bar^2 + 1)) d sigma_bar`. DDIM is Euler on it with steps in sigma_bar. The probability
-flow of Song et al. (2021) is the same ODE with steps in t, Eq. (15): equal to it as they become small, far from it at
-few.
+`d x_bar = eps(x_bar / sqrt(sigma_bar^2 + 1)) d sigma_bar`. DDIM is Euler's method on it with steps in sigma_bar. The
+probability-flow ODE of Song et al. (2021) is the same ODE with steps in t, Eq. (15). The two methods agree for small
+steps and differ much for few steps.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from ddim_jax.trajectory import Transitions, check_signal
 
 
 class SigmaEuler(NamedTuple):
-    """Eq. (13): `x_bar_s = x_bar_t + (sigma_bar_s - sigma_bar_t) eps`. DDIM, in other words."""
+    """Eq. (13): `x_bar_s = x_bar_t + (sigma_bar_s - sigma_bar_t) eps`. It is the same as DDIM."""
 
     stochastic = False
+    order = 1
+    calls_per_step = 1
+    min_steps = 1
 
     def check(self, transitions: Transitions) -> None:
         check_signal(transitions, "the ODE")
@@ -41,13 +44,18 @@ class SigmaEuler(NamedTuple):
 
 
 class FlowEuler(NamedTuple):
-    """Eq. (15): `x_bar_s = x_bar_t + (sigma_bar_s^2 - sigma_bar_t^2) / (2 sigma_bar_t) eps`, from t above 0."""
+    """Eq. (15): `x_bar_s = x_bar_t + (sigma_bar_s^2 - sigma_bar_t^2) / (2 sigma_bar_t) eps`, for t > 0."""
 
     stochastic = False
+    order = 1
+    calls_per_step = 1
+    min_steps = 1
 
     def check(self, transitions: Transitions) -> None:
         if not checks.traced(transitions.t) and (np.asarray(transitions.t) == 0).any():
-            raise ValueError("transitions must begin above 0: Eq. (15) has no step from level 0")
+            raise ValueError(
+                "transitions must begin at t > 0, because Eq. (15) divides by sigma_bar_t, which is 0 at t = 0"
+            )
         check_signal(transitions, "Eq. (15)")
 
     def init(self, x: Array) -> tuple:
@@ -63,26 +71,34 @@ class FlowEuler(NamedTuple):
 def log_likelihood(
     model: Model, noise_schedule: Schedule, tau: np.ndarray, x_0: Array, key: Array | None = None
 ) -> Array:
-    """`log p(x_0)` in nats, (B,), of what the ODE makes of N(0, I), by the instantaneous change of variables:
+    """`log p(x_0)` in nats, (B,), where p is the distribution into which the ODE transforms N(0, I).
 
-    `log p(x_0) = log N(x_T; 0, I) + d/2 log ab_T + int tr(d eps / d x_bar) d sigma_bar`, along the ODE upwards, by the
-    trapezoidal rule over tau: exact as tau becomes fine. Divided by `d log 2` these are bits per dimension.
+    The instantaneous change of variables (Chen et al. 2018):
+    `log p(x_0) = log N(x_T; 0, I) + d/2 log ab_T + int tr(d eps / d x_bar) d sigma_bar`,
+    where the integral runs along the ODE from x_0 to x_T. It is computed by the trapezoidal rule over tau, and is exact
+    in the limit of a fine tau. `-log p(x_0) / (d log 2)` is in bits per dimension.
 
-    key: none for the exact trace, which takes d derivatives a step; with one key, or (B,) keys, Hutchinson's estimate,
-    `v^T J v` with v ~ N(0, I), drawn anew in each step. x_0: (B, ...).
+    model, noise_schedule, tau: as for `samplers.invert`.
+    x_0: (B, ...), d values each.
+    key: None for the exact trace, which needs d derivatives per step. One key, or (B,) keys, for Hutchinson's estimate
+        `v^T J v` with v ~ N(0, I), drawn in each step.
     """
     transitions, x_0 = tau_lib.ascend(noise_schedule, tau), checks.batch("x_0", x_0)
-    x_T, grown = samplers.run(_Likelihood(exact=key is None), model, transitions, x_0, key)
+    x_T, integral = samplers.run(_Likelihood(exact=key is None), model, transitions, x_0, key)
     density = -(x_T**2) / 2 - np.log(2 * np.pi) / 2 + np.log(transitions.alpha_bar_s[-1]) / 2
-    return jnp.sum(density.reshape(len(x_T), -1), axis=1) + grown
+    return jnp.sum(density.reshape(len(x_T), -1), axis=1) + integral
 
 
 @register_static
 @dataclasses.dataclass(frozen=True)
 class _Likelihood:
-    """Heun's steps upwards; the state is the integral of the trace so far, (B,)."""
+    """Heun's method for encoding. The state is the integral of the trace so far, (B,)."""
 
     exact: bool
+
+    order = 2
+    calls_per_step = 2
+    min_steps = 1
 
     @property
     def stochastic(self) -> bool:
@@ -97,18 +113,22 @@ class _Likelihood:
     def step(self, x_t, state, transition, denoise, noise):
         begin, end = sigma_bars(transition)
         eps, trace = _with_trace(denoise, x_t, transition.level_t, noise)
-        ahead = advanced(x_t, transition, (end - begin) * eps)
-        eps_ahead, trace_ahead = _with_trace(denoise, ahead, transition.level_s, noise)
-        x_s = advanced(x_t, transition, (end - begin) * (eps + eps_ahead) / 2)
-        traces = jnp.sqrt(transition.alpha_bar_t) * trace + jnp.sqrt(transition.alpha_bar_s) * trace_ahead
+        euler = advanced(x_t, transition, (end - begin) * eps)
+        eps_s, trace_s = _with_trace(denoise, euler, transition.level_s, noise)
+        x_s = advanced(x_t, transition, (end - begin) * (eps + eps_s) / 2)
+        traces = jnp.sqrt(transition.alpha_bar_t) * trace + jnp.sqrt(transition.alpha_bar_s) * trace_s
         return x_s, state + (end - begin) * traces / 2
 
 
 def _with_trace(denoise: Denoise, x: Array, level: Level, noise: Array | None) -> tuple[Array, Array]:
-    """eps (B, ...) and the trace of d eps / d x, (B,): exact, or by noise. Backwards: that is what networks can do."""
-    eps, pull = jax.vjp(lambda x: denoise(x, level).eps, x)
-    along = lambda direction: jnp.sum((direction * pull(direction)[0]).reshape(len(x), -1), axis=1)
+    """eps (B, ...), and the trace of d eps / d x, (B,).
+
+    The trace is exact if noise is None, else Hutchinson's estimate. It uses reverse mode, because some networks define
+    no forward derivative.
+    """
+    eps, vjp = jax.vjp(lambda x: denoise(x, level).eps, x)
+    quadratic_form = lambda v: jnp.sum((v * vjp(v)[0]).reshape(len(x), -1), axis=1)  # v^T J v
     if noise is not None:
-        return eps, along(noise)
+        return eps, quadratic_form(noise)
     basis = jnp.eye(x[0].size, dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
-    return eps, jax.vmap(lambda direction: along(jnp.broadcast_to(direction, x.shape)))(basis).sum(0)
+    return eps, jax.vmap(lambda v: quadratic_form(jnp.broadcast_to(v, x.shape)))(basis).sum(0)

@@ -1,11 +1,13 @@
-"""Sampling in parallel over time: many steps of a trajectory at once, each from a guess of where it begins, until all
-guesses hold.
+"""Parallel-in-time sampling (ParaDiGMS, Shih et al. 2023): Picard iteration over a window of steps.
 
-With `x_bar = x / sqrt(ab)` a trajectory is a sum: x_bar_j is x_bar_i plus what the steps between add. Picard's
-iteration takes the steps of a window at once, at the points as they are guessed, and sums them up to better guesses
-(Shih et al. 2023). After a round the first step of the window is exact, and with it every further one that began at a
-point which did not move; the window goes on behind them. There are never more rounds than steps. For an accelerator
-that a few images leave idle this is less time for more work: as many network calls as the window has steps, in one.
+With `x_bar = x / sqrt(ab)` a trajectory is a sum: x_bar_j is x_bar_i plus the increments of the steps between them. A
+Picard iteration computes the increments of all steps of a window in one batch, at the current guesses of their points
+x_t, and sums them up to better guesses. After an iteration the first step of the window is exact. So is every further
+step before which no point moved by more than the tolerance. The window then advances to the first step that is not
+exact. There are at most as many iterations as steps.
+
+The method reduces the time on an accelerator that a small batch does not use fully. It needs more computation in total:
+each iteration calls the network with a batch of window times B.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from ddim_jax.trajectory import Transition, Transitions, check_signal
 
 
 class Parallel(NamedTuple):
-    x: Array  # (B, ...): where the sequential run ends too, within the tolerance
-    rounds: Array  # () int32: how often the network was asked, one after the other
+    """The result of `integrate`."""
+
+    x: Array  # (B, ...): the last x_s, that of `samplers.integrate` within the tolerance
+    rounds: Array  # () int32: Picard iterations; for `ddim` the number of sequential network calls
 
 
 def integrate(
@@ -39,14 +43,18 @@ def integrate(
     tolerance: float = 1e-3,
     sharding: jax.sharding.Sharding | None = None,
 ) -> Parallel:
-    """`samplers.integrate` by Picard's iteration, for samplers without memory, such as `ddim` of any eta (the noise of
-    a level is the same for all guesses).
+    """`samplers.integrate` by Picard iteration, for samplers without state, such as `ddim` of any eta.
 
-    window: steps at once; 0 for all. Memory is that of so many network calls. tolerance: by how much, root mean square
-    of an image's x_t, a point may still move when it counts as found; at 0 the result is that of the steps one by one.
-    sharding: where the window's points (window, B, ...) live, to divide them over devices; default: as x is. ValueError
-    for a sampler that remembers, for a window or a tolerance below 0, for a level without signal, and as in
-    `samplers.integrate`, where the model is explained.
+    The noise of a timestep is the same in all iterations. model, transitions, x and key: see `samplers.integrate`.
+
+    sampler: its `init` must return a pytree without leaves. Multistep methods have a state.
+    window: steps per iteration; 0 for all steps. The memory is that of a network call with a batch of window times B.
+    tolerance: a point x_t has converged if it moves by at most this root mean square in an iteration. At 0 the result
+        is that of the sequential steps.
+    sharding: the sharding of the points (window, B, ...), to distribute the window over devices; default: that of x.
+
+    Raises ValueError for a sampler with a state, for a window or a tolerance below 0, for alpha_bar = 0, and as
+    `samplers.integrate`.
     """
     sampler, denoise, transitions, x, keys = samplers.checked(sampler, model, transitions, x, key)
     check_memory(sampler)
@@ -56,66 +64,71 @@ def integrate(
     checks.real("tolerance", tolerance, 0)
     if sharding is not None and not isinstance(sharding, jax.sharding.Sharding):
         raise ValueError(f"sharding must be a jax.sharding.Sharding, got {checks.shown(sharding)}")
-    # The window may stand beyond the last step; what it does there is not used.
+    # The window may extend beyond the last step. The results there are not used.
     padded = jax.tree.map(lambda leaf: np.concatenate([leaf, np.repeat(leaf[-1:], window, 0)]), transitions)
-    return _rounds(sampler, denoise, padded, x, keys, tolerance, window=window, steps=steps, sharding=sharding)
+    return _iterate(sampler, denoise, padded, x, keys, tolerance, window=window, steps=steps, sharding=sharding)
 
 
 def check_memory(sampler: Sampler) -> None:
-    """ValueError for a sampler that remembers its last steps."""
+    """Raises ValueError for a sampler with a state, such as a multistep method."""
     if jax.tree.leaves(jax.eval_shape(sampler.init, jax.ShapeDtypeStruct((1, 1), np.float32))):
-        raise ValueError(f"{type(sampler).__name__} remembers its last steps and cannot take them at once")
+        raise ValueError(
+            "sampler must have no state (it must not be a multistep method) for parallel-in-time sampling, "
+            f"got {type(sampler).__name__}"
+        )
 
 
 class _Window(NamedTuple):
-    begin: Array  # () the step that it begins with
-    x: Array  # (window + 1, B, ...): where its steps begin, and where the last one ends. The first point is exact
+    """The state of the iteration: the steps begin, ..., begin + window - 1."""
+
+    begin: Array  # () the index of the first step
+    x: Array  # (window + 1, B, ...): x_t of every step, and x_s of the last step. The first point is exact
     rounds: Array
 
 
 @jax.jit(static_argnames=("window", "steps", "sharding"))
-def _rounds(sampler, denoise, transitions, x, keys, tolerance, *, window, steps, sharding):
-    given, wide = x.dtype, precision(x.dtype)
-    transitions, x = samplers.rounded(transitions, wide), x.astype(wide)
+def _iterate(sampler, denoise, transitions, x, keys, tolerance, *, window, steps, sharding):
+    x_dtype, dtype = x.dtype, precision(x.dtype)
+    transitions, x = samplers.rounded(transitions, dtype), x.astype(dtype)
     scale = lambda alpha_bar: jnp.sqrt(alpha_bar).reshape(-1, *[1] * x.ndim)
-    noise_of = lambda t: None if keys is None else gaussian.noise(keys, t, x.shape[1:], wide)
+    noise_of = lambda t: None if keys is None else gaussian.noise(keys, t, x.shape[1:], dtype)
 
-    def take(x_t: Array, transition: Transition, denoise: Denoise) -> tuple[Array, Array]:
+    def step(x_t: Array, transition: Transition, denoise: Denoise) -> tuple[Array, Array]:
         """(x_s, eps at x_t)."""
         recorded, predictions = samplers.recording(denoise)
         x_s, _ = sampler.step(x_t, (), transition, recorded, noise_of(transition.t))
-        return x_s.astype(wide), predictions[0].eps
+        return x_s.astype(dtype), predictions[0].eps
 
-    def onwards(x_t: Array, eps: Array, ahead: Transitions) -> Array:
-        """(window, B, ...): the next points, if eps stayed the same."""
+    def extrapolate(x_t: Array, eps: Array, next_transitions: Transitions) -> Array:
+        """The next points, (window, B, ...), with a constant eps."""
 
         def body(x_t, transition):
-            x_s, _ = take(x_t, transition, lambda x, level: gaussian.from_eps_output(x, eps, level))
+            x_s, _ = step(x_t, transition, lambda x, level: gaussian.from_eps_output(x, eps, level))
             return x_s, x_s
 
-        return jax.lax.scan(body, x_t, ahead)[1]
+        return jax.lax.scan(body, x_t, next_transitions)[1]
 
-    def at(begin: Array) -> Transitions:
+    def transitions_at(begin: Array) -> Transitions:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, begin, window), transitions)
 
-    def round_(state: _Window) -> _Window:
-        now = at(state.begin)
-        starts = state.x[:-1] if sharding is None else jax.lax.with_sharding_constraint(state.x[:-1], sharding)
-        ends, said = jax.vmap(lambda x_t, transition: take(x_t, transition, denoise))(starts, now)
-        added = ends / scale(now.alpha_bar_s) - starts / scale(now.alpha_bar_t)
-        first = state.x[:1] / scale(now.alpha_bar_t[:1])
-        found = (first + jnp.cumsum(added, axis=0)) * scale(now.alpha_bar_s)
-        found = found.at[0].set(ends[0])  # exact: it began at an exact point
+    def iterate(state: _Window) -> _Window:
+        current = transitions_at(state.begin)
+        x_t = state.x[:-1] if sharding is None else jax.lax.with_sharding_constraint(state.x[:-1], sharding)
+        x_s, eps = jax.vmap(lambda x_t, transition: step(x_t, transition, denoise))(x_t, current)
+        increments = x_s / scale(current.alpha_bar_s) - x_t / scale(current.alpha_bar_t)
+        first = state.x[:1] / scale(current.alpha_bar_t[:1])
+        points = (first + jnp.cumsum(increments, axis=0)) * scale(current.alpha_bar_s)
+        points = points.at[0].set(x_s[0])  # exact, because the first point is exact
 
-        moved = jnp.sqrt(jnp.mean(jnp.square(found - state.x[1:]).reshape(*found.shape[:2], -1), axis=-1)).max(axis=1)
-        hold = jnp.cumprod((moved <= tolerance).astype(jnp.int32))  # a step is exact if the points before it hold
-        done = jnp.minimum(1 + hold[:-1].sum(dtype=jnp.int32), steps - state.begin)
-        ahead = onwards(found[-1], said[-1], at(jnp.minimum(state.begin + window, steps)))
-        points = jnp.concatenate([state.x[:1], found, ahead])
+        moved = jnp.sqrt(jnp.mean(jnp.square(points - state.x[1:]).reshape(*points.shape[:2], -1), axis=-1)).max(axis=1)
+        converged = jnp.cumprod((moved <= tolerance).astype(jnp.int32))  # a step is exact if all points before it are
+        done = jnp.minimum(1 + converged[:-1].sum(dtype=jnp.int32), steps - state.begin)
+        next_points = extrapolate(points[-1], eps[-1], transitions_at(jnp.minimum(state.begin + window, steps)))
+        points = jnp.concatenate([state.x[:1], points, next_points])
         return _Window(state.begin + done, jax.lax.dynamic_slice_in_dim(points, done, window + 1), state.rounds + 1)
 
     zero = jnp.zeros((), jnp.int32)
-    guesses = onwards(x, x, at(zero))  # x_T is nearly all eps
+    guesses = extrapolate(x, x, transitions_at(zero))  # x_T is nearly pure noise: eps is about x_T
     state = _Window(zero, jnp.concatenate([x[None], guesses]), zero)
-    state = jax.lax.while_loop(lambda state: state.begin < steps, round_, state)
-    return Parallel(state.x[0].astype(given), state.rounds)
+    state = jax.lax.while_loop(lambda state: state.begin < steps, iterate, state)
+    return Parallel(state.x[0].astype(x_dtype), state.rounds)

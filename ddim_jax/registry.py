@@ -1,5 +1,6 @@
-"""The names that configs use. A new schedule, tau or sampler is a function and an entry here; the property
-tests run over these.
+"""The tables of names that configs use.
+
+A new schedule, tau or sampler is a function and an entry of a table. The property tests run over all entries.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from ddim_jax import checks, gaussian, losses, multistep, samplers, schedule, trajectory
 from ddim_jax.checks import lookup as lookup
 
-SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule or ContinuousSchedule
+SCHEDULES = {  # (num_steps, other parameters) -> NoiseSchedule or ContinuousSchedule
     "linear": schedule.linear,
     "scaled_linear": schedule.scaled_linear,
     "cosine": schedule.cosine,
@@ -26,7 +27,7 @@ SCHEDULES = {  # (num_steps, and what the signature names) -> NoiseSchedule or C
     "from_betas": schedule.from_betas,
 }
 
-TAUS = {  # (T, S) -> tau, of ints
+TAUS = {  # (T, S) -> tau, ints
     "uniform": trajectory.uniform,
     "quadratic": trajectory.quadratic,
     "leading": trajectory.leading,
@@ -36,7 +37,7 @@ TAUS = {  # (T, S) -> tau, of ints
     "official_quadratic": trajectory.official_quadratic,
 }
 
-SPACINGS = {  # (schedule, S) -> tau, of reals
+SPACINGS = {  # (schedule, S) -> tau, reals
     "time": trajectory.time,
     "log_snr": trajectory.log_snr,
     "sigma": trajectory.sigma,
@@ -45,7 +46,7 @@ SPACINGS = {  # (schedule, S) -> tau, of reals
 
 NAMED_TAUS = TAUS | SPACINGS
 
-SAMPLERS = {  # (what the signature names) -> Sampler
+SAMPLERS = {  # (parameters) -> Sampler
     "ddim": samplers.ddim,
     "ddpm": samplers.ddpm,
     "ddpm_hat": samplers.ddpm_hat,
@@ -59,20 +60,21 @@ SAMPLERS = {  # (what the signature names) -> Sampler
 }
 
 PREDICTIONS = gaussian.PREDICTIONS
-WEIGHTS = losses.WEIGHTS  # (what the signature names) -> LossWeight, or a function level -> gamma_t
+WEIGHTS = losses.WEIGHTS  # (parameters) -> LossWeight, or a function level -> gamma_t
 
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def is_code(name: Any) -> bool:
-    """Whether a text names code of a user, "package.module:attribute", rather than an entry of a table."""
+    """Whether a name is the address of code, "package.module:attribute", rather than an entry of a table."""
     return isinstance(name, str) and NAME.fullmatch(name) is not None
 
 
 def check_name(table: Mapping[str, Any], name: str) -> None:
-    """ValueError, with the nearest name, unless it is an entry of the table, or of the form "package.module:attribute".
-    Imports nothing.
+    """Raises ValueError unless name is an entry of the table or has the form "package.module:attribute".
+
+    The error suggests the nearest entry. Nothing is imported.
     """
     if not isinstance(name, str) or ":" not in name:
         lookup(table, name)
@@ -81,54 +83,63 @@ def check_name(table: Mapping[str, Any], name: str) -> None:
 
 
 def resolve(table: Mapping[str, Any], name: str) -> Any:
-    """The entry called name of a table, or what "package.module:attribute" names: anything that can be called.
-    ValueError of one line if there is none, or if importing it fails.
+    """The entry `name` of a table, or the callable with the address "package.module:attribute".
+
+    Raises a ValueError of one line if it does not exist, cannot be imported or is not callable.
     """
     check_name(table, name)
     if not is_code(name):
         return table[name]
     module, _, attribute = name.partition(":")
     try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever the user's module raises
+        value = importlib.import_module(module)
+    except Exception as error:  # the module of the user may raise any exception
         raise ValueError(f"{name} cannot be imported: {type(error).__name__}: {str(error)[:200]}") from error
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), 1)
-            raise ValueError(f"{name}: {module} has no {part}{f' (did you mean {near[0]!r}?)' if near else ''}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise ValueError(f"{name} must be a function or a class, got {checks.shown(found)}")
-    return found
+        if not hasattr(value, part):
+            nearest = difflib.get_close_matches(part, dir(value), 1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise ValueError(f"{name}: {module} has no attribute {part}{hint}")
+        value = getattr(value, part)
+    if not callable(value):
+        raise ValueError(f"{name} must be a function or a class, got {checks.shown(value)}")
+    return value
 
 
 def accepts(factory: Callable) -> set[str]:
-    """The parameters that a factory names: the fields of its config section that it will be given."""
+    """The names of the parameters of a factory. These fields of its config section are passed to it."""
     return set(inspect.signature(factory).parameters)
 
 
 def build(factory: Callable, fields: Mapping[str, Any], options: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
-    """factory(**those of the fields that its signature names, **options). ValueError for an option that it does not
-    take, with the nearest name, and where it needs an argument that is not given.
+    """Calls factory(**arguments) with the fields that are parameters of the factory, and with the options.
+
+    fields: the fields of a config section. Those that the factory does not accept are not passed.
+    options: further arguments. Raises ValueError for an option that the factory does not accept, with the nearest name.
+
+    Raises ValueError if a required argument is missing.
     """
     parameters = inspect.signature(factory).parameters
-    free = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    accepts_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in options:
         if name in fields:
-            raise ValueError(f"options.{name} is a field of its own: leave it out of options")
-        if name not in parameters and not free:
-            near = difflib.get_close_matches(name, parameters, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else f"; it takes {', '.join(parameters) or 'none'}"
-            raise ValueError(f"options.{name} is no argument of {_name_of(factory)}{hint}")
-    given = {name: value for name, value in fields.items() if name in parameters} | dict(options)
+            raise ValueError(f"options.{name} is a config field: set the field and remove it from options")
+        if name not in parameters and not accepts_any:
+            nearest = difflib.get_close_matches(name, parameters, 1)
+            allowed = f"; its arguments are {', '.join(parameters)}" if parameters else "; it has no arguments"
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else allowed
+            raise ValueError(f"options.{name} is not an argument of {_name_of(factory)}{hint}")
+    arguments = {name: value for name, value in fields.items() if name in parameters} | dict(options)
     missing = [
         name
-        for name, one in parameters.items()
-        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY) and name not in given
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in arguments
     ]
     if missing:
-        raise ValueError(f"options.{missing[0]} is missing: {_name_of(factory)} needs it")
-    return factory(**given)
+        raise ValueError(f"options.{missing[0]} is missing: {_name_of(factory)} requires it")
+    return factory(**arguments)
 
 
 def _name_of(factory: Any) -> str:

@@ -1,8 +1,9 @@
-"""The generative processes of the paper and the one loop that runs them.
+"""The samplers of the paper, DDIM and DDPM, and the loop that runs a sampler over the transitions of a tau.
 
-A sampler knows a single step from level t to level s. `integrate` scans it over the transitions of a tau.
-Anything with the three methods of `Sampler` and registered as a pytree runs under the same loop; a NamedTuple
-is the short way to write one.
+A sampler defines one step from the timestep t to the timestep s. `integrate` scans the step over the transitions. Every
+pytree with the methods of `Sampler` runs in the same loop. The shortest way to write one is a NamedTuple.
+
+One file because the protocol is read together with the loop that calls it.
 """
 
 from __future__ import annotations
@@ -22,41 +23,78 @@ from ddim_jax.trajectory import Transition, Transitions
 
 
 class Sampler(Protocol):
-    """A pytree whose leaves are its hyper-parameters: they are traced, so a new value compiles nothing."""
+    """One step x_t -> x_s of a generative process. A pytree whose leaves are the hyper-parameters of the sampler.
+
+    The leaves are traced, so a new value does not trigger recompilation. A sampler defines `stochastic`, `check`,
+    `init` and `step`. `order`, `calls_per_step` and `min_steps` are optional facts: a sampler need not define them, and
+    `integrate` does not read them. They are read-only and not leaves.
+
+    The timestep t and its shape, () or (B,), are documented in `gaussian.Denoise`.
+    """
 
     @property
     def stochastic(self) -> bool:
-        """Whether `step` reads noise. Known on the host, before tracing."""
+        """Whether `step` uses noise. Known on the host, before tracing."""
+
+    @property
+    def order(self) -> int:
+        """Optional: the order of the method as an ODE solver. 1 for DDIM and for a stochastic sampler."""
+
+    @property
+    def calls_per_step(self) -> int:
+        """Optional: the network calls of one step. The first steps or the last step may need another number."""
+
+    @property
+    def min_steps(self) -> int:
+        """Optional: the smallest S, the number of transitions, that `check` accepts."""
 
     def check(self, transitions: Transitions) -> None:
-        """Raises ValueError where the hyper-parameters do not fit the transitions. On the host, before tracing."""
+        """Raises ValueError if the hyper-parameters do not fit the transitions. Runs on the host, before tracing."""
 
     def init(self, x: Array) -> Any:
-        """The state before the first step, a pytree. A multistep method makes its first step first order by it."""
+        """The state before the first step, a pytree. x: (B, ...).
+
+        The initial state of a multistep method makes its first step a step of order 1.
+        """
 
     def step(
         self, x_t: Array, state: Any, transition: Transition, denoise: Denoise, noise: Array | None
     ) -> tuple[Array, Any]:
-        """(x_s, state) from x_t (B, ...), with the network's prediction `denoise(x_t, transition.level_t)`. Pure; draws
-        nothing: noise ~ N(0, I) is an argument, None if not stochastic.
+        """One step. Returns (x_s, state). It is pure and draws no random numbers.
+
+        x_t: (B, ...).
+        state: the output of `init` or of the previous step.
+        transition: the step t -> s; its leaves are scalars.
+        denoise: (x, level) -> `Prediction`; the prediction at x_t is `denoise(x_t, transition.level_t)`.
+        noise: N(0, I), (B, ...), or None if the sampler is not stochastic.
         """
 
 
 class SamplingProcess(NamedTuple):
-    """A sampler over the steps of a tau: it draws, and over the same levels in ascending order it encodes."""
+    """A sampler and its tau.
+
+    `transitions` are the steps of sampling. Encoding uses the same timesteps in ascending order.
+    """
 
     sampler: Sampler
     tau: np.ndarray  # (S+1,), ascending, from `end` to T
-    transitions: Transitions  # leaves (S,)
+    transitions: Transitions  # the output of `trajectory.descend`, leaves (S,)
     schedule: Schedule
-    end: float = 0  # the level where sampling ends and encoding starts
+    end: float = 0  # the timestep at which sampling ends and encoding starts
     stride: int = 0  # see `trajectory.descend`
 
 
 class DDIM(NamedTuple):
-    """Eq. (12) with the sigma of Eq. (16)."""
+    """Eq. (12) with the sigma of Eq. (16).
+
+    eta: 0 is DDIM, 1 is DDPM, see `gaussian.max_eta` for its range.
+    """
 
     eta: Array | float = 0.0
+
+    order = 1
+    calls_per_step = 1
+    min_steps = 1
 
     @property
     def stochastic(self) -> bool:
@@ -70,17 +108,21 @@ class DDIM(NamedTuple):
 
     def step(self, x_t, state, transition, denoise, noise):
         x_0, eps = denoise(x_t, transition.level_t)  # (9)
-        kept = gaussian.direction_variance(transition, gaussian.sigma_squared(self.eta, transition))
-        x_s = jnp.sqrt(transition.alpha_bar_s) * x_0 + gaussian.root(kept) * eps  # (12)
+        variance = gaussian.direction_variance(transition, gaussian.sigma_squared(self.eta, transition))
+        x_s = jnp.sqrt(transition.alpha_bar_s) * x_0 + gaussian.root(variance) * eps  # (12)
         return x_s if noise is None else x_s + gaussian.sigma(self.eta, transition) * noise, state  # (16)
 
 
 class DDPMHat(NamedTuple):
-    """The sigma-hat of section 5: the mean keeps sigma(eta = 1), the noise is larger,
-    `sqrt(1 - alpha_bar_t / alpha_bar_s)`.
+    """The sigma-hat of section 5: the mean of eta = 1 with noise of the variance `1 - alpha_bar_t / alpha_bar_s`.
 
-    With s = t - 1 this is DDPM with the variance beta_t (Ho et al. 2020, section 3.2). No noise in the last step.
+    With s = t - 1 this is DDPM with the variance beta_t (Ho et al. 2020, section 3.2). The last step (s = 0) adds no
+    noise.
     """
+
+    order = 1
+    calls_per_step = 1
+    min_steps = 1
 
     @property
     def stochastic(self) -> bool:
@@ -88,7 +130,7 @@ class DDPMHat(NamedTuple):
 
     def check(self, transitions: Transitions) -> None:
         if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
-            raise ValueError("transitions must descend, ddpm_hat cannot ascend: encoding is deterministic")
+            raise ValueError("transitions must descend for ddpm_hat, because encoding is deterministic")
 
     def init(self, x: Array) -> tuple:
         return ()
@@ -100,15 +142,17 @@ class DDPMHat(NamedTuple):
 
 
 def ddim(eta: float = 0.0) -> DDIM:
-    """The family of Eq. (12) and (16): eta = 0 is deterministic DDIM, eta = 1 is DDPM. ValueError unless eta is a
-    finite number of at least 0, and, once it is run, of at most `max_eta`. A run can be differentiated and mapped over
-    a traced eta.
+    """The family of samplers of Eq. (12) and (16): eta = 0 is deterministic DDIM, eta = 1 is DDPM.
+
+    eta: finite, at least 0, and at most `max_eta` of the transitions. Raises ValueError otherwise: here if eta is below
+        0, and in `integrate` if it exceeds `max_eta`. `integrate` can be differentiated with respect to a traced eta,
+        and mapped over it.
     """
     return DDIM(checks.real("eta", eta, 0))
 
 
 def ddpm() -> DDIM:
-    """DDPM with the posterior variance: `ddim(eta=1)`."""
+    """DDPM with the posterior variance, `ddim(eta=1)`."""
     return DDIM(eta=1.0)
 
 
@@ -118,25 +162,31 @@ def ddpm_hat() -> DDPMHat:
 
 
 class Trajectory(NamedTuple):
-    """All that a run went through, for S steps."""
+    """All x_t and all predicted x_0 of S steps."""
 
-    x: Array  # (S+1, B, ...): x_T first, the final image last
-    x_0: Array  # (S, B, ...): the x_0 predicted in each step, Eq. (9)
+    x: Array  # (S+1, B, ...): from x_T to the last x_s
+    x_0: Array  # (S, B, ...): the predicted x_0 of each step, Eq. (9)
 
 
 def integrate(sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None = None) -> Array:
-    """Runs a sampler over all transitions and returns the last x: x_0 for `descend`, x_T for `ascend`.
+    """Runs a sampler over all transitions and returns the last x_s.
 
-    sampler: see `Sampler`. model: a function (x_t, t) -> eps of the shape of x_t, or a `gaussian.Denoise`. A plain
-    function is compiled once, with the arrays that it holds as constants: parameters that change belong into a
-    `jax.tree_util.Partial(function, parameters)`, which also compiles nothing again; in a plain function only an array
-    that was replaced is noticed, see `checks.function`. transitions: leaves (S,). x: (B, ...), of floating point: a
-    function is given its dtype, and what is around the network is computed in float32 at least. key: one key, from
-    which image i of the batch gets `fold_in(key, i)`, or (B,) keys, see `image_keys`. The noise of an image depends on
-    its own key and on the level
-    alone, and is the same bits in every batch; images are the same to rounding. Without a key nothing is drawn:
-    ValueError if the sampler is stochastic, and for every other argument that cannot be. Memory does not grow with S,
-    and a new S is the only thing that compiles again.
+    It is x_0 for the transitions of `trajectory.descend`, and x_T for those of `trajectory.ascend`.
+
+    sampler: see `Sampler`.
+    model: a function (x_t, t) -> eps of the shape of x_t, or a `gaussian.Denoise`, which documents t. A plain function
+        is compiled once, with the arrays that it holds as constants. Pass parameters that change as
+        `jax.tree_util.Partial(function, parameters)`: then new values do not trigger recompilation. In a plain function
+        only an array that was replaced is noticed, see `checks.function`.
+    transitions: leaves (S,).
+    x: (B, ...), floating point. The function gets x_t in the dtype of x. All other computations are in float32 or
+        wider.
+    key: one key, from which image i of the batch gets `fold_in(key, i)`, or (B,) keys, see `image_keys`. Not needed if
+        the sampler is deterministic.
+
+    The noise of an image depends on its key and on the timestep only: it is bitwise the same in every batch. The images
+    are the same up to rounding. Memory does not grow with S. Only a new S, or new shapes, trigger recompilation. Raises
+    ValueError for an invalid argument, and if a stochastic sampler gets no key.
     """
     return run(sampler, model, transitions, x, key)[0]
 
@@ -144,14 +194,17 @@ def integrate(sampler: Sampler, model: Model, transitions: Transitions, x: Array
 def run(
     sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None = None
 ) -> tuple[Array, Any]:
-    """`integrate` that also returns the sampler's last state: what it has to tell of the run."""
+    """Like `integrate`, but returns (x, state): the last x_s and the last state of the sampler."""
     return _run(sampler, model, transitions, x, key, keep=False)[0]
 
 
 def trajectory(
     sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None = None
 ) -> tuple[Array, Trajectory]:
-    """`integrate` that also returns every x_t and every predicted x_0. The same run; memory grows with S."""
+    """Like `integrate`, but returns (x, `Trajectory`): the last x_s, and all x_t and predicted x_0.
+
+    Memory grows with S.
+    """
     (last, _), (states, x_0) = _run(sampler, model, transitions, x, key, keep=True)
     return last, Trajectory(jnp.concatenate([jnp.asarray(x, last.dtype)[None], states]), x_0)
 
@@ -165,14 +218,19 @@ def invert(
     end: int = 0,
     stride: int = 0,
 ) -> Array:
-    """Encodes images into latents: Eq. (13) integrated from 0 to tau[S], the steps of tau upwards. Returns x_T
-    (B, ...).
+    """Encodes images into latents: integrates Eq. (13) from x_0 to x_T over the timesteps of tau in ascending order.
 
-    Deterministic, one network call a step; not the noising process (4). `integrate(ddim(0.), ...)` over `descend`
-    of the same tau decodes, with an error that falls like 1/S. evaluate_at: the timestep passed to the network in
-    the step t -> s, s > t: "current", t, the level that x is at (explicit Euler), or "next", s, as in diffusers'
-    inverse scheduler; x_0 and eps follow from the output at the level t that x is at. end, stride: as
-    of `trajectory.ascend`. model, and what is raised: as in `integrate`.
+    model: see `integrate`.
+    tau: (S+1,), see `trajectory.check`.
+    x_0: (B, ...), floating point.
+    evaluate_at: the timestep passed to the network in the step t -> s, s > t. "current" is t, the timestep of x
+        (explicit Euler). "next" is s, as in diffusers' inverse scheduler. In both cases x_0 and eps are computed from
+        the output with the alpha_bar of t.
+    end, stride: see `trajectory.ascend`.
+
+    Returns x_T (B, ...). Encoding is deterministic and calls the network once per step; it is not the forward process
+    (4). `integrate(ddim(0.), ...)` over `trajectory.descend` of the same tau decodes; the reconstruction error
+    decreases like 1/S. Raises ValueError as `integrate`.
     """
     transitions = tau_lib.ascend(noise_schedule, tau, end, stride)
     times = checks.lookup({"current": transitions.t, "next": transitions.s}, evaluate_at, "evaluate_at")
@@ -180,7 +238,11 @@ def invert(
 
 
 def image_keys(key: Array, index: Array) -> Array:
-    """One key per image: `fold_in(key, i)` for i in index (B,). Image i then depends on (seed, i) and nothing else."""
+    """One key per image: `fold_in(key, i)` for every i in index. Image i then depends only on the seed and i.
+
+    key: one key.
+    index: (B,) ints. Raises ValueError otherwise.
+    """
     index = jnp.asarray(index)
     if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
         raise ValueError(f"index must be integers (B,), got shape {index.shape} and dtype {index.dtype}")
@@ -188,7 +250,10 @@ def image_keys(key: Array, index: Array) -> Array:
 
 
 def initial_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """x_T ~ N(0, I), (B, *shape), from (B,) keys. It is the noise of level 0, a level that no step leaves."""
+    """x_T ~ N(0, I), (B, *shape). keys: (B,).
+
+    The noise is drawn with the key of t = 0. No sampling step starts at t = 0, so no step draws the same noise.
+    """
     return gaussian.noise(checks.keys("keys", keys, (None,)), 0, shape, dtype)
 
 
@@ -199,15 +264,17 @@ def _run(sampler, model, transitions, x, key, keep):
 def checked(
     sampler: Sampler, model: Model, transitions: Transitions, x: Array, key: Array | None
 ) -> tuple[Sampler, Denoise, Transitions, Array, Array | None]:
-    """The arguments of a loop over a sampler's steps, as it takes them: the model a `Denoise`, transitions and x
-    arrays, key (B,) keys or None. ValueError, naming the argument, for what they cannot be.
+    """Validates the arguments of a loop over the steps of a sampler, and converts them.
+
+    Returns (sampler, denoise, transitions, x, key): model becomes a `Denoise`, transitions and x become arrays, key
+    becomes (B,) keys or None. Raises a ValueError that names the invalid argument.
     """
     check_sampler(sampler)
     transitions = tau_lib.check_transitions(transitions)
     sampler.check(transitions)
     x = checks.batch("x", x)
     if key is None and sampler.stochastic:
-        raise ValueError(f"key must be given: {sampler} is stochastic and needs a key")
+        raise ValueError(f"key must be given: the stochastic sampler {sampler} needs a key")
     if key is not None:
         key = checks.keys("key", key, (), x.shape[:1])
         key = key if key.ndim else image_keys(key, jnp.arange(x.shape[0]))
@@ -217,6 +284,7 @@ def checked(
 
 
 def check_sampler(sampler: Sampler) -> None:
+    """Raises ValueError unless the sampler is a pytree with the methods check, init and step."""
     if isinstance(sampler, type) or not all(hasattr(sampler, name) for name in ("check", "init", "step")):
         raise ValueError(f"sampler must have the methods of samplers.Sampler, got {checks.shown(sampler)}")
     if jax.tree_util.all_leaves([sampler]):
@@ -224,14 +292,17 @@ def check_sampler(sampler: Sampler) -> None:
 
 
 def rounded(transitions: Transitions, dtype: jnp.dtype) -> Transitions:
-    """The transitions in a precision; levels that are ints stay so."""
+    """Casts transitions to a dtype. Integer timesteps are not cast."""
     return jax.tree.map(
         lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.astype(dtype), transitions
     )
 
 
 def recording(denoise: Denoise) -> tuple[Denoise, list[Prediction]]:
-    """The denoiser as a step of a sampler calls it, and its predictions so far in the step; the first is at x_t."""
+    """Returns (denoise, predictions): a denoiser that appends each of its predictions to the list.
+
+    In one step of a sampler predictions[0] is the prediction at x_t.
+    """
     predictions = []
 
     def recorded(x, level):
@@ -243,17 +314,17 @@ def recording(denoise: Denoise) -> tuple[Denoise, list[Prediction]]:
 
 @jax.jit(static_argnames="keep")
 def _scan(sampler, denoise, transitions, x, keys, *, keep):
-    wide = precision(x.dtype)
-    transitions = rounded(transitions, wide)
+    dtype = precision(x.dtype)
+    transitions = rounded(transitions, dtype)
 
     def body(carry, transition):
         x_t, state = carry
         recorded, predictions = recording(denoise)
-        noise = None if keys is None else gaussian.noise(keys, transition.t, x.shape[1:], wide)
+        noise = None if keys is None else gaussian.noise(keys, transition.t, x.shape[1:], dtype)
         x_s, state = sampler.step(x_t, state, transition, recorded, noise)
-        kept = (x_s.astype(x.dtype), predictions[0].x_0.astype(x.dtype)) if keep else None
-        return (x_s.astype(wide), state), kept
+        outputs = (x_s.astype(x.dtype), predictions[0].x_0.astype(x.dtype)) if keep else None
+        return (x_s.astype(dtype), state), outputs
 
-    start = x.astype(wide)
-    (last, state), kept = jax.lax.scan(body, (start, sampler.init(start)), transitions)
-    return (last.astype(x.dtype), state), kept
+    start = x.astype(dtype)
+    (last, state), outputs = jax.lax.scan(body, (start, sampler.init(start)), transitions)
+    return (last.astype(x.dtype), state), outputs

@@ -1,13 +1,14 @@
-"""Trains a noise predictor.
+"""Trains a diffusion model.
 
     python -m ddim_jax.train --config configs/digits.py --workdir DIR [--config.FIELD=VALUE ...]
 
-Writes into the workdir: `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/`, `grids/`, and
-`evaluations.jsonl` where config.train.evaluate_every asks for it. The same command resumes from the last checkpoint, to
-the same parameters as a run that was never interrupted.
+Writes `checkpoints/`, `config.json`, `metrics.jsonl`, `tensorboard/` and `grids/` to the workdir, and also
+`evaluations.jsonl` if config.train.evaluate_every is above 0. The same command resumes from the last checkpoint. The
+parameters are then equal to those of an uninterrupted run.
 
-SIGTERM saves a checkpoint and ends with exit code 75: run the same command again. Ctrl-C ends after the step, the
-second one at once. With --distributed it is one of several processes, each started with the same command.
+SIGTERM saves a checkpoint and ends the process with exit code 75; the same command resumes the run. The first Ctrl-C
+ends the process after the current step, the second one ends it immediately. With --distributed the run
+consists of several processes; start each of them with the same command.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ from ddim_jax.utils.errors import ConfigError, error_context
 GRID_IMAGES = 64
 
 OPTIONS = {
-    "workdir": (None, "Folder of the run: made if it is not there, resumed if it is."),
-    "skip_damaged": (False, "Where the last checkpoint is damaged, set it aside and resume from the one before."),
+    "workdir": (None, "Folder of the run. It is created if it does not exist; otherwise the run resumes."),
+    "skip_damaged": (
+        False,
+        "If the last checkpoint is damaged, move it to WORKDIR/damaged and resume from the one before.",
+    ),
 }
 
 
@@ -52,12 +56,12 @@ def main(options: types.SimpleNamespace) -> None:
     config = options.config
     if options.workdir is None:
         raise ConfigError("--workdir is missing: the folder that the run is written to")
-    recipe = config_lib.recipe(config)  # mistakes show before anything is read
+    recipe = config_lib.recipe(config)  # first, so that a config error appears before any data is read
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     with error_context("config.mesh"):
         mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     memory.check_training(recipe.network, recipe.optimizer, mesh, recipe.batch_size, recipe.accumulate)
-    source = load_data(config, mesh)
+    source = config_lib.training_data(config, mesh)
     evaluator = None
     if config.train.evaluate_every:
         shape = config_lib.image_shape(config.model)
@@ -80,8 +84,9 @@ def run(
     on_step: loop.OnStep = lambda writers, step, ema_params, resumed=False: None,
     skip_damaged: bool = False,
 ) -> Any:
-    """Trains as the recipe of a config says, from where the workdir is, and returns the moving average of the
-    parameters. on_step, skip_damaged: see `loop.run`.
+    """Runs the training loop of a config, from the last checkpoint of the workdir, and returns the EMA parameters.
+
+    recipe: of the config, see `config.recipe`. source: the training images. on_step, skip_damaged: see `loop.run`.
     """
     record = dataclasses.asdict(config)
 
@@ -91,8 +96,8 @@ def run(
     def initial_params(converted: bool) -> tuple[Any, str] | None:
         if not converted and not config.pretrained:
             return None
-        found = weights.find(config, str(workdir) if converted else None, mesh)
-        return found.params, found.source
+        pretrained = weights.find(config, str(workdir) if converted else None, mesh)
+        return pretrained.params, pretrained.source
 
     def open_writers(begin: int) -> MetricWriters:
         if begin < recipe.num_steps and sharding.is_main_process():
@@ -135,63 +140,42 @@ def show_samples(
     ema_params: Any,
     resumed: bool = False,
 ) -> None:
-    """Samples of the moving average, always from the same noise: a grid, and what the evaluator computes, at the steps
-    for either. resumed: only what is not there yet.
+    """Samples with the EMA parameters, always from the same initial noise. Writes a grid of samples every grid_every
+    steps and the metrics of the evaluator every evaluate_every steps, and both at the last step.
+
+    evaluator: None for no evaluation. resumed: True where training resumes at this step; then only results that do not
+    exist yet are computed.
     """
     train, last = config.train, step == config.train.num_steps
-    draws = last or _falls_on(step, train.grid_every)
-    evaluates = evaluator is not None and (last or _falls_on(step, train.evaluate_every))
-    if not draws and not evaluates:
+    draws_grid = last or _is_multiple(step, train.grid_every)
+    evaluates = evaluator is not None and (last or _is_multiple(step, train.evaluate_every))
+    if not draws_grid and not evaluates:
         return
     pipeline = config_lib.pipeline(config, ema_params, mesh, process)
     grid = workdir / "grids" / f"{step:08d}.png"
-    existing = resumed and sharding.broadcast_from_main(grid.exists())
-    if draws and not existing:
+    exists = resumed and sharding.broadcast_from_main(grid.exists())
+    if draws_grid and not exists:
         picture = images.grid(sampling.draw(pipeline, GRID_IMAGES))
         if sharding.is_main_process():
             images.write_png(cli.writable_folder(grid.parent) / grid.name, picture)
         writers.write_evaluation(step, samples=picture)
-    existing = resumed and sharding.broadcast_from_main(step in steps_in(workdir / "evaluations.jsonl"))
-    if evaluates and not existing:
-        drawn = data.ArraySource(sampling.draw(pipeline, train.evaluate_images))
-        numbers = evaluate_samples(evaluator, drawn, train.evaluate_images, "config.train.evaluate_images")
+    exists = resumed and sharding.broadcast_from_main(step in steps_in(workdir / "evaluations.jsonl"))
+    if evaluates and not exists:
+        samples = data.ArraySource(sampling.draw(pipeline, train.evaluate_images))
+        numbers = evaluate_samples(evaluator, samples, train.evaluate_images, "config.train.evaluate_images")
         writers.write_evaluation(step, numbers)
 
 
-def _falls_on(step: int, every: int) -> bool:
+def _is_multiple(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def load_data(config: Config, mesh: jax.sharding.Mesh) -> data.Source:
-    """The training images, which must be what the network takes."""
-    with error_context("config.data"):
-        source = data.load(config.data.name, config.data.path, "train")
-        source = data.in_memory(source) if config.data.in_memory else source
-    expected = config_lib.image_shape(config.model)
-    if source.image_shape != expected:
-        raise ConfigError(
-            f"config.model.image_size and image_channels: the network takes {'x'.join(map(str, expected))}, the images "
-            f"of data set {config.data.name!r} are {'x'.join(map(str, source.image_shape))}"
-        )
-    if config.model.num_classes and source.num_classes != config.model.num_classes:
-        raise ConfigError(
-            f"config.model.num_classes: is {config.model.num_classes}, data set {config.data.name!r} "
-            f"has {source.num_classes}"
-        )
-    if config.train.batch_size // config.train.accumulate % mesh.size:
-        parts = f" in each of {config.train.accumulate} parts" if config.train.accumulate > 1 else ""
-        raise ConfigError(
-            f"config.train.batch_size: must divide over the {mesh.size} devices{parts}, got {config.train.batch_size}"
-        )
-    return source
-
-
 def sampling_arguments(config: Config, workdir: pathlib.Path) -> list[str]:
-    """The options with which ddim_jax.sample samples the run. A network that began as config.pretrained is read, as it
-    was then, from the checkpoint's own files: the run is now that checkpoint.
+    """The options with which ddim_jax.sample samples this run. For a run that started from config.pretrained, they set
+    config.pretrained to the workdir: the network is then read from the run's checkpoint.
     """
-    given = [arg for arg in cli.config_arguments() if not arg.startswith("--config.pretrained=")]
-    return [*given, f"--config.pretrained={workdir}" if config.pretrained else f"--workdir={workdir}"]
+    arguments = [arg for arg in cli.config_arguments() if not arg.startswith("--config.pretrained=")]
+    return [*arguments, f"--config.pretrained={workdir}" if config.pretrained else f"--workdir={workdir}"]
 
 
 if __name__ == "__main__":

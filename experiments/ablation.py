@@ -1,16 +1,20 @@
-"""Quality over any fields of the config, with the mean and the standard error over seeds.
+"""An ablation over any fields of the config, with the mean and the standard error of every metric over seeds.
 
     python -m experiments.ablation --config configs/digits.py --axis sample.eta=0,0.5,1 --axis sample.steps=10,20 \\
         --axis sample.clip_x0=False,True --seeds 0,1,2 --out DIR
     python -m experiments.ablation ... --axis sample.tau=uniform,quadratic --axis pretrained=FILE,FOLDER --out DIR
 
-A cell is one value of each axis and one seed. It draws config.evaluate.num_images images, which are evaluated by
-config.evaluate.metrics. table.csv has a row for each cell; table.md the mean over n seeds and its standard error, the
-sample standard deviation / sqrt(n); table.json both; curves.png the metrics over the axis with the most numeric values,
-a curve for each combination of the others; table.png the first images of the smallest seed.
+A cell is one value of each axis and one seed. It draws config.evaluate.num_images images and evaluates them by
+config.evaluate.metrics. The output files are:
 
-What was interrupted resumes with the batch it was in; a later command with the same --out and axes adds its values and
-seeds. A cell's images are removed once they are evaluated, unless --keep_samples is given.
+- table.csv: one row for each cell.
+- table.md: the mean over n seeds and its standard error, the sample standard deviation / sqrt(n).
+- table.json: the rows and the means.
+- curves.png: the metrics over the axis with the most numeric values, one curve for each combination of the other axes.
+- table.png: the first images of the smallest seed.
+
+An interrupted command resumes with the batch that it was drawing. A later command with the same --out and the same axes
+adds its values and seeds. The images of a cell are deleted after the evaluation, unless --keep_samples is given.
 """
 
 from __future__ import annotations
@@ -47,23 +51,29 @@ from experiments import common, grid
 from experiments.common import Cell
 
 PICTURED = 8
-PANELS = 4  # of the plot, at most
+PANELS = 4  # the most panels of the plot
 MOST_TICKS = 8
-LONGEST = 30  # of a value in the plot
+LONGEST = 30  # the longest value in the plot, in characters
 SEED = "sample.seed"
-WITHOUT_EFFECT = ("sample.batch_size", "sample.refine", "model.dropout", "model.remat")  # on what is sampled
+WITHOUT_EFFECT = ("sample.batch_size", "sample.refine", "model.dropout", "model.remat")  # on the samples
 WRITTEN = (*common.FILES, "curves.png")
 
 EVALUATION = {
-    "accept": ("", "Fields in which statistics of real images may differ from what belongs to the samples."),
-    "floor": (False, "Also measure the real images of config.data's other split, at most as many."),
+    "accept": ("", "Fields in which statistics of the real images may differ from the config, for example split,crop."),
+    "floor": (
+        False,
+        "Also evaluate real images of the other split of config.data.",
+    ),
     "keep_samples": (False, "Keep the images of every cell."),
 }
 OPTIONS = (
     common.OPTIONS
     | {
-        "axis": ([], "FIELD=VALUE,VALUE: a field of the config and its values. Between values with commas stands a ;"),
-        "seeds": ("", "The values of sample.seed. Default: the config's alone."),
+        "axis": (
+            [],
+            "FIELD=VALUE,VALUE: a field of the config and its values; or FIELD=VALUE;VALUE.",
+        ),
+        "seeds": ("", "The values of sample.seed. Default: the one of the config."),
     }
     | EVALUATION
 )
@@ -74,7 +84,7 @@ def main(options: types.SimpleNamespace) -> None:
     seeds = seeds_of(options)
     settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     configs = [config_at(options, setting) for setting in settings]
-    places = [{**setting, SEED: seed} for seed in seeds for setting in settings]  # all settings are seen early
+    places = [{**setting, SEED: seed} for seed in seeds for setting in settings]  # seed by seed
     cells = [with_seed(config, seed) for seed in seeds for config in configs]
     done = fill(
         options,
@@ -92,8 +102,8 @@ def main(options: types.SimpleNamespace) -> None:
         done.out,
         rows,
         axes=list(axes),
-        metrics=done.measured.metrics,
-        features=done.measured.network.name,
+        metrics=done.evaluator.metrics,
+        features=done.evaluator.network.name,
         real=done.real,
         means=summary,
     )
@@ -109,16 +119,16 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def axes_of(options: types.SimpleNamespace) -> dict[str, list[Any]]:
-    """field -> its values, of what --axis says. ConfigError for a field that is none or changes no images, and for a
-    value that it cannot have.
+    """Field -> its values, from --axis. ConfigError for an unknown field, for a field that does not change the samples,
+    and for a value that the field cannot have.
     """
     axes: dict[str, list[Any]] = {}
     for given in options.axis:
         field, texts = grid.field_and_values("axis", given)
-        with named(f"--axis {field}"):
+        with prefixed(f"--axis {field}"):
             check_field(field, options.values)
             if field in axes:
-                raise ConfigError("it is given twice; all of its values belong into one --axis")
+                raise ConfigError("it is given twice; give all of its values in one --axis")
             axes[field] = list(dict.fromkeys(value_of(options.values, field, text.strip()) for text in texts))
     if not axes:
         raise ConfigError("--axis is missing: the fields to vary, for example --axis sample.eta=0,0.5,1")
@@ -126,10 +136,10 @@ def axes_of(options: types.SimpleNamespace) -> dict[str, list[Any]]:
 
 
 def check_field(field: str, values: Mapping[str, Any]) -> None:
-    """ConfigError unless the field (dotted) can be an axis."""
+    """ConfigError unless the field, with its section as in sample.eta, can be an axis."""
     known = [*config_lib.field_names()]
-    found = field in known or config_lib.is_open(field)
-    if not found and field not in {name.split(".")[0] for name in known}:
+    exists = field in known or config_lib.is_open(field)
+    if not exists and field not in {name.split(".")[0] for name in known}:
         possible = [name for name in known if not why_no_axis(name)]
         names = {part: name for name in possible for part in (grid.short(name), name)}
         near = difflib.get_close_matches(field[:100], names, 1, cutoff=0.6)
@@ -141,7 +151,7 @@ def check_field(field: str, values: Mapping[str, Any]) -> None:
 
 
 def why_no_axis(field: str) -> str:
-    """Why a field of the config (dotted) cannot be an axis; empty if it can."""
+    """The reason why a field of the config (dotted) cannot be an axis; empty if it can."""
     if field == SEED:
         return "is given by --seeds"
     if field in WITHOUT_EFFECT or field.startswith("mesh."):
@@ -150,7 +160,7 @@ def why_no_axis(field: str) -> str:
 
 
 def value_of(values: Mapping[str, Any], field: str, text: str) -> Any:
-    """What the text says, as the type of the field. ConfigError if the field cannot be that in any config."""
+    """The value of a text, in the type of the field. ConfigError if the field cannot have it in any config."""
     if not text:
         raise ConfigError("a value is empty")
     changed = config_lib.with_text(values, field, text)
@@ -168,11 +178,11 @@ def seeds_of(options: types.SimpleNamespace) -> list[int]:
 
 
 def config_at(options: types.SimpleNamespace, setting: Mapping[str, Any]) -> Config:
-    """The config with these fields. ConfigError if they do not fit together."""
+    """The config with these values of the fields. ConfigError if they are not compatible with each other."""
     values = options.values
     for field, value in setting.items():
         values = config_lib.with_text(values, field, str(value))
-    with named(f"--axis, where {grid.words(setting, setting)}"):
+    with prefixed(f"--axis, where {grid.words(setting, setting)}"):
         if values["pretrained"]:
             values = weights.completed(values)
         sampled = {**values["sample"], "num_images": options.config.evaluate.num_images}
@@ -186,8 +196,8 @@ def with_seed(config: Config, seed: int) -> Config:
 
 
 @contextlib.contextmanager
-def named(where: str) -> Iterator[None]:
-    """Mistakes begin with the option that they are in."""
+def prefixed(where: str) -> Iterator[None]:
+    """Puts the name of the option in front of the message of an error."""
     try:
         yield
     except (ConfigError, CheckpointError) as error:
@@ -198,11 +208,11 @@ def named(where: str) -> Iterator[None]:
 
 
 class Filled(NamedTuple):
-    """What is in the output folder once all cells are evaluated."""
+    """The content of the output folder after all cells are evaluated."""
 
     out: output_folder.Folder
-    rows: list[dict[str, Any]]  # of all cells there, also of earlier commands: their axes and numbers
-    measured: Evaluator
+    rows: list[dict[str, Any]]  # axes and numbers of all cells in the folder, including those of earlier commands
+    evaluator: Evaluator
     real: dict[str, Any] | None  # the numbers of real images, with --floor
 
 
@@ -217,13 +227,13 @@ def fill(
 ) -> Filled:
     """Draws and evaluates all cells that are not in --out yet.
 
-    places: the axes of each cell, which name it. written: all that the experiment may write. sample: the fields of
-    config.sample that all cells share; shared: what else all have in common that is compared before anything in --out
-    is used again.
+    places: the axes of each cell, which name it. cells: the config of each cell. written: the names of all files that
+    the experiment may write. sample: the fields of config.sample that all cells have in common; shared: everything else
+    that they have in common. Results in --out are used only if both are equal to those that are recorded there.
     """
     config, axes = options.config, list(places[0])
-    seedless = [with_seed(cell, 0) for cell in cells]  # what follows is the same for all seeds
-    processes = {cell: grid.process_of(cell) for cell in dict.fromkeys(seedless)}  # mistakes show before any is drawn
+    seedless = [with_seed(cell, 0) for cell in cells]  # the process does not depend on the seed
+    processes = {cell: grid.process_of(cell) for cell in dict.fromkeys(seedless)}  # raises before anything is drawn
     check_images(places, cells, config)
     networks = [grid.network_of(cell, config) for cell in cells]
     source = other_split(config) if options.floor else None
@@ -247,9 +257,9 @@ def fill(
     )
     accepted = evaluation.accepted_fields(options.accept)
     stored = out.find("reference.npz")
-    measured = evaluation.evaluator(config, features, mesh, config_lib.image_shape(cells[0].model), accepted, stored)
-    common.keep_reference(out, stored, measured.reference)
-    reference = digest(measured.reference.features.moments._replace(factor=None))  # a file of them has none
+    evaluator = evaluation.evaluator(config, features, mesh, config_lib.image_shape(cells[0].model), accepted, stored)
+    common.keep_reference(out, stored, evaluator.reference)
+    reference = digest(evaluator.reference.features.moments._replace(factor=None))  # a stored file has no factor
     depends = {cell: grid.depends_on(cell, process) for cell, process in processes.items()}
 
     def measure(
@@ -262,11 +272,11 @@ def fill(
         )
         drawn = data.load("npz", str(npz))
         images.write_png(folder / "first.png", images.grid(drawn.images[:PICTURED], PICTURED))
-        numbers = evaluate_samples(measured, drawn, cell.evaluate.num_images, "the samples")
+        numbers = evaluate_samples(evaluator, drawn, cell.evaluate.num_images, "the samples")
         return {**numbers, "images": len(drawn), "steps": len(process.tau) - 1}
 
     temporary = () if options.keep_samples else ("samples.npz", "samples.parts")
-    by_network = [i for network in digests for i in range(len(cells)) if networks[i] == network]  # each is read once
+    by_network = [i for network in digests for i in range(len(cells)) if networks[i] == network]  # reads each once
     rows = common.run(
         out,
         [
@@ -280,11 +290,11 @@ def fill(
             for i in by_network
         ],
     )
-    return Filled(out, rows, measured, None if source is None else floor(config, measured, source))
+    return Filled(out, rows, evaluator, None if source is None else floor(config, evaluator, source))
 
 
 def check_images(places: Sequence[dict[str, Any]], cells: Sequence[Config], config: Config) -> None:
-    """ConfigError where the images of some cells cannot be evaluated with the metrics, or with those of the others."""
+    """ConfigError if the metrics cannot evaluate the images of a cell, or if the cells differ in the image size."""
     shape = config_lib.image_shape(cells[0].model)
     labelled = [name for name in evaluation.metric_names(config) if "labels" in metrics_lib.METRICS[name].samples]
     for place, cell in zip(places, cells, strict=True):
@@ -299,19 +309,19 @@ def check_images(places: Sequence[dict[str, Any]], cells: Sequence[Config], conf
 
 
 def other_split(config: Config) -> Source:
-    """The real images that are not the reference."""
+    """The real images of the split that is not the reference."""
     with error_context("--floor"):
-        return data.load(config.data.name, config.data.path, _other(config))
+        return data.load(config.data.name, config.data.path, _other(config), config.data.options)
 
 
 def _other(config: Config) -> str:
     return next(split for split in data.SPLITS if split != config.evaluate.split)
 
 
-def floor(config: Config, measured: Evaluator, source: Source) -> dict[str, Any]:
-    """The numbers of real images that are not the reference: those of the other split."""
+def floor(config: Config, evaluator: Evaluator, source: Source) -> dict[str, Any]:
+    """The numbers of real images of the split that is not the reference."""
     count = min(len(source), config.evaluate.num_images)
-    numbers = evaluate_samples(measured, source, count, "--floor")
+    numbers = evaluate_samples(evaluator, source, count, "--floor")
     return {"split": _other(config), "images": count, **numbers}
 
 
@@ -319,7 +329,7 @@ def floor(config: Config, measured: Evaluator, source: Source) -> dict[str, Any]
 
 
 def metrics_in(row: Mapping[str, Any], axes: Sequence[str]) -> list[str]:
-    """The names of the metrics in a row: not its axes, counts, or spreads within one set of samples."""
+    """The names of the metrics in a row: without the axes, the counts, and the standard deviations `*_std`."""
     return [
         name
         for name, value in row.items()
@@ -328,68 +338,68 @@ def metrics_in(row: Mapping[str, Any], axes: Sequence[str]) -> list[str]:
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """For each setting of the axes its seeds, and the mean and the standard error of every metric over them."""
+    """For each setting of the axes: its seeds, and the mean and the standard error of every metric over them."""
     settings: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         settings.setdefault(tuple(row[name] for name in axes), []).append(row)
-    found = []
-    for setting, some in settings.items():
-        values = {name: [row[name] for row in some] for name in metrics_in(some[0], axes)}
-        found.append(
+    summary = []
+    for setting, cells in settings.items():
+        values = {name: [row[name] for row in cells] for name in metrics_in(cells[0], axes)}
+        summary.append(
             {
                 "axes": dict(zip(axes, setting, strict=True)),
-                "seeds": [row[SEED] for row in some],
+                "seeds": [row[SEED] for row in cells],
                 "mean": {name: float(np.mean(of_seeds)) for name, of_seeds in values.items()},
                 "standard_error": {name: standard_error(of_seeds) for name, of_seeds in values.items()},
             }
         )
-    return found
+    return summary
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of n values: their sample standard deviation / sqrt(n). None for one value."""
+    """The standard error of the mean of n values: their sample standard deviation / sqrt(n). None for one value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def text(
     summary: Sequence[Mapping[str, Any]], numbers: Sequence[str], count: int, real: Mapping[str, Any] | None
 ) -> str:
-    """The table of means, and what they are of."""
+    """The Markdown table of the means, with a line that describes it."""
     axes = list(summary[0]["axes"])
-    several = any(len(cell["seeds"]) > 1 for cell in summary)
+    has_errors = any(len(cell["seeds"]) > 1 for cell in summary)
     head = f"{count} images each"
-    if several:
+    if has_errors:
         head = f"Mean ± standard error over n seeds (the sample standard deviation / sqrt(n)), {head}"
     body = [
         [
             *map(grid.number, cell["axes"].values()),
-            *([len(cell["seeds"])] if several else []),
+            *([len(cell["seeds"])] if has_errors else []),
             *(mean_and_error(cell["mean"][name], cell["standard_error"][name]) for name in numbers),
         ]
         for cell in summary
     ]
-    table = common.markdown([*map(grid.short, axes), *(["n"] if several else []), *numbers], body)
-    beside = "" if real is None else "\n" + of_reals(real, numbers)
-    return f"{head}.\n\n{table}{beside}"
+    table = common.markdown([*map(grid.short, axes), *(["n"] if has_errors else []), *numbers], body)
+    last = "" if real is None else "\n" + line_of_real_images(real, numbers)
+    return f"{head}.\n\n{table}{last}"
 
 
 def mean_and_error(mean: float, error: float | None) -> str:
     return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {float(f'{error:.2g}'):g}"  # 120, not 1.2e+02
 
 
-def of_reals(real: Mapping[str, Any], numbers: Sequence[str]) -> str:
-    """A line with the numbers of real images."""
-    shown = ", ".join(f"{name} {real[name]:.4g}" for name in numbers)
-    return f"{real['images']} real images of the {real['split']} split: {shown}\n"
+def line_of_real_images(real: Mapping[str, Any], numbers: Sequence[str]) -> str:
+    """A line with the numbers of the real images."""
+    values = ", ".join(f"{name} {real[name]:.4g}" for name in numbers)
+    return f"{real['images']} real images of the {real['split']} split: {values}\n"
 
 
 # --- the plot ---
 
 
 def x_axis(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The axis with the most values, of those with numbers where there are such; the first of several."""
+    """The axis with the most values, among the numeric axes if there are any; the first of equal ones."""
     values = {name: {cell["axes"][name] for cell in summary} for name in summary[0]["axes"]}
-    numeric = [name for name, found in values.items() if all(map(is_number, found))]
+    numeric = [name for name, of_axis in values.items() if all(map(is_number, of_axis))]
     return max(numeric or values, key=lambda name: len(values[name]))
 
 
@@ -398,7 +408,7 @@ def is_number(value: Any) -> bool:
 
 
 def curves_of(summary: Sequence[Mapping[str, Any]], across: str) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """The cells of each combination of the other axes, with its words, in order of the axis across."""
+    """The label of each combination of the other axes, and its cells, sorted along the axis `across`."""
     curves: dict[tuple, list[Mapping[str, Any]]] = {}
     for cell in sorted(summary, key=lambda cell: common.order_of(cell["axes"][across])):
         others = {name: value for name, value in cell["axes"].items() if name != across}
@@ -408,37 +418,37 @@ def curves_of(summary: Sequence[Mapping[str, Any]], across: str) -> list[tuple[s
 
 
 def shown(value: Any) -> str:
-    """In a plot: not too long, and without what Matplotlib takes for mathematics."""
-    words = grid.number(value)
-    words = words if len(words) <= LONGEST else f"...{words[3 - LONGEST :]}"
-    return words.replace("$", r"\$")
+    """A value as text in a plot: at most LONGEST characters, and without "$", which Matplotlib reads as mathematics."""
+    label = grid.number(value)
+    label = label if len(label) <= LONGEST else f"...{label[3 - LONGEST :]}"
+    return label.replace("$", r"\$")
 
 
 def spread(values: Sequence[float]) -> bool:
-    """Whether a logarithmic axis shows them better."""
+    """Whether the values need a logarithmic axis."""
     return min(values) > 0 and max(values) >= 10 * min(values)
 
 
 def size_of_plot(summary: Sequence[Mapping[str, Any]], panels: int) -> tuple[float, float]:
-    """In inches: room for the panels, and for the legend below them."""
+    """(width, height) in inches of the panels and of the legend below them."""
     rows, columns = shape_of_panels(panels)
     width = max(4.5 * columns, 6)
-    words = [words for words, _ in curves_of(summary, x_axis(summary))]
-    return width, 3.5 * rows + 0.2 * math.ceil(len(words) / columns_of_legend(words, width)) + 0.2
+    labels = [label for label, _ in curves_of(summary, x_axis(summary))]
+    return width, 3.5 * rows + 0.2 * math.ceil(len(labels) / columns_of_legend(labels, width)) + 0.2
 
 
 def shape_of_panels(panels: int) -> tuple[int, int]:
     return (2, 2) if panels == 4 else (1, panels)
 
 
-def columns_of_legend(words: Sequence[str], width: float) -> int:
-    """How many curves are named side by side; a letter takes about 1/14 inch, and the line before it as much as 6."""
-    return max(1, int(14 * width / (max(map(len, words)) + 6)))
+def columns_of_legend(labels: Sequence[str], width: float) -> int:
+    """The number of columns of the legend. A letter is about 1/14 inch wide, the line in front of a label 6 letters."""
+    return max(1, int(14 * width / (max(map(len, labels)) + 6)))
 
 
 def draw(summary: Sequence[Mapping[str, Any]], numbers: Sequence[str], figure: Any) -> None:
-    """A panel for each metric: its mean over the x axis with the standard error, a curve for each combination of the
-    others.
+    """Draws one panel for each metric: its mean with the standard error over the x axis, one curve for each combination
+    of the other axes.
     """
     from matplotlib import colormaps, ticker
 
@@ -446,27 +456,27 @@ def draw(summary: Sequence[Mapping[str, Any]], numbers: Sequence[str], figure: A
     curves = curves_of(summary, across)
     ticks = sorted({cell["axes"][across] for cell in summary}, key=common.order_of)
     numeric = all(map(is_number, ticks))
-    place = (lambda value: value) if numeric else ticks.index
+    position = (lambda value: value) if numeric else ticks.index
     palette = colormaps["tab10"].colors if len(curves) <= 10 else colormaps["turbo"](np.linspace(0, 1, len(curves)))
     panels = figure.subplots(*shape_of_panels(len(numbers)), squeeze=False).ravel()
     for panel, name in zip(panels, numbers, strict=True):
-        for (words, cells), colour in zip(curves, palette, strict=False):
+        for (label, cells), colour in zip(curves, palette, strict=False):
             errors = [cell["standard_error"][name] for cell in cells]
             panel.errorbar(
-                [place(cell["axes"][across]) for cell in cells],
+                [position(cell["axes"][across]) for cell in cells],
                 [cell["mean"][name] for cell in cells],
                 [np.nan if error is None else error for error in errors],
                 fmt=".-" if numeric else "o",
                 color=colour,
                 capsize=3,
-                label=words,
+                label=label,
             )
         panel.set(xlabel=grid.short(across), ylabel=name)
         if numeric and spread(ticks):
             panel.set_xscale("log")
         if not numeric or len(ticks) <= MOST_TICKS:
             panel.set_xticks([], minor=True)
-            panel.set_xticks([place(tick) for tick in ticks], [shown(tick) for tick in ticks])
+            panel.set_xticks([position(tick) for tick in ticks], [shown(tick) for tick in ticks])
         if spread([cell["mean"][name] - (cell["standard_error"][name] or 0) for cell in summary]):
             panel.set_yscale("log")
             panel.yaxis.set_major_formatter(ticker.LogFormatter())  # 20, not 2 x 10^1
@@ -474,7 +484,7 @@ def draw(summary: Sequence[Mapping[str, Any]], numbers: Sequence[str], figure: A
         panel.grid(alpha=0.3, which="both")
     if len(curves) > 1:
         handles = panels[0].get_legend_handles_labels()
-        columns = columns_of_legend([words for words, _ in curves], figure.get_figwidth())
+        columns = columns_of_legend([label for label, _ in curves], figure.get_figwidth())
         figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
 
 

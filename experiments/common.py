@@ -1,4 +1,4 @@
-"""What the experiments share: cells that are measured once, the tables and pictures made of them, options."""
+"""Helpers of the experiments: cells that are computed once and stored, tables, pictures, options."""
 
 from __future__ import annotations
 
@@ -23,31 +23,29 @@ from ddim_jax.utils import files, output_folder
 from ddim_jax.utils.errors import ConfigError
 
 OPTIONS = {
-    "workdir": (None, "Use the latest checkpoint of this run, not config.pretrained or the weights that ship."),
-    "out": (None, "Folder of the results."),
+    "workdir": (None, "A training run: use its latest checkpoint instead of config.pretrained or the shipped weights."),
+    "out": (None, "The output folder."),
 }
 FILES = ("table.csv", "table.json", "table.md", "table.png")
 WRITTEN = ("cells", *FILES)
 RESULT = "result.json"
 ARRAYS = ("samples", "latents", "reconstructions")
 WRITTEN_BY_CELLS = (RESULT, "first.png", *(f"{name}.{kind}" for name in ARRAYS for kind in ("npz", "parts")))
-NAME_BYTES = 200  # of a folder; file systems take 255
+NAME_BYTES = 200  # the longest folder name; file systems allow 255
 
 
 class Cell(NamedTuple):
-    """One place of a table."""
+    """One cell of a table."""
 
     axes: dict[str, Any]  # column -> value, a number or a string
-    depends: dict[str, Any]  # what its numbers depend on beside what all cells share
-    cost: float  # how much longer than the others it takes, for the estimate
-    measure: Callable[
-        [output_folder.Folder], dict[str, Any]
-    ]  # (a folder of its own) -> its numbers, JSON can hold them
-    temporary: tuple[str, ...] = ()  # files in the folder that go once the numbers are there
+    depends: dict[str, Any]  # what its numbers depend on, in addition to what all cells have in common
+    cost: float  # run time relative to the other cells, for the estimate of the remaining time
+    measure: Callable[[output_folder.Folder], dict[str, Any]]  # (the cell's folder) -> its numbers, JSON-serializable
+    temporary: tuple[str, ...] = ()  # files in the cell's folder that are deleted once the numbers are stored
 
 
 def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, tuple[Any, str]], **kinds: Any) -> None:
-    """`cli.start` for a command that fills --out: that it can be written to is known before any work."""
+    """`cli.start` for a command that writes to --out. Checks before any computation that --out is writable."""
 
     def checked(given: types.SimpleNamespace) -> None:
         if not given.out:
@@ -59,14 +57,14 @@ def start(main: Callable[[types.SimpleNamespace], None], options: Mapping[str, t
 
 
 def folder_of(axes: dict[str, Any]) -> pathlib.Path:
-    """Of a cell, below the output folder. Whatever the values are, it is one name, and no two cells have the same."""
-    name = "_".join(f"{_in_a_file_name(axis)}={_in_a_file_name(str(value))}" for axis, value in axes.items())
+    """The folder of a cell, relative to the output folder. Its name is valid for any values and unique to the axes."""
+    name = "_".join(f"{_as_file_name(axis)}={_as_file_name(str(value))}" for axis, value in axes.items())
     if len(name.encode()) > NAME_BYTES:
         name = f"{name.encode()[:NAME_BYTES].decode(errors='ignore')}-{_short_digest(name)}"
     return pathlib.Path("cells", name)
 
 
-def _in_a_file_name(text: str) -> str:
+def _as_file_name(text: str) -> str:
     plain = re.sub(r"[^\w.-]", "-", text)
     return plain if plain == text else f"{plain}-{_short_digest(text)}"
 
@@ -76,72 +74,73 @@ def _short_digest(text: str) -> str:
 
 
 def begin(options: types.SimpleNamespace, written: Sequence[str] = WRITTEN, **depends: Any) -> output_folder.Folder:
-    """The output folder, which becomes this experiment's own when it is first written to.
+    """Opens the output folder, which belongs to this experiment from the first write on.
 
-    depends: all that the results depend on; ConfigError if those in the folder depend on something else.
+    written: the names of all files and folders that the experiment may write. depends: all that the results depend on.
+    ConfigError if the results in the folder depend on something else.
     """
     return output_folder.open_folder(options.out, depends, written)
 
 
 def run(out: output_folder.Folder, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Measures the cells that are not measured yet, and returns all that are in the folder, those of earlier commands
-    too: their axes and numbers, in order of the axes from the last to the first.
+    """Computes the cells that are not in the output folder yet. Returns one row of axes and numbers for each cell in
+    the folder, including the cells of earlier commands, sorted by the last axis first.
 
-    A cell's numbers are in its folder, `result.json`, once they are complete: what was interrupted resumes with the
-    cell that it was in. ConfigError if a file of a cell is not what was recorded of it.
+    A cell's numbers are written to `result.json` in its folder when they are complete. An interrupted command therefore
+    resumes with the cell that it was computing. ConfigError if a file of a cell differs from its record.
     """
     todo = []
     for cell in cells:
-        home = output_folder.open_folder(out / folder_of(cell.axes), cell.depends, WRITTEN_BY_CELLS, inside=out)
-        if home.find(RESULT) is not None and home.find_all():
-            home.forget(*cell.temporary)
+        folder = output_folder.open_folder(out / folder_of(cell.axes), cell.depends, WRITTEN_BY_CELLS, inside=out)
+        if folder.find(RESULT) is not None and folder.find_all():
+            folder.forget(*cell.temporary)
         else:
-            todo.append((cell, home))
-    done, begun = 0.0, time.monotonic()
-    for i, (cell, home) in enumerate(todo):
-        home.claim()
-        numbers = cell.measure(home)
-        pictures = sorted(path.name for path in home.path.glob("[!.]*.png"))
-        with home.writing(RESULT, also=pictures) as file:
+            todo.append((cell, folder))
+    cost_done, begin_time = 0.0, time.monotonic()
+    for i, (cell, folder) in enumerate(todo):
+        folder.claim()
+        numbers = cell.measure(folder)
+        pictures = sorted(path.name for path in folder.path.glob("[!.]*.png"))
+        with folder.writing(RESULT, also=pictures) as file:
             file.write(_json({"axes": cell.axes, "numbers": numbers}))
-        home.forget(*cell.temporary)
-        done += cell.cost
-        left = sum(later.cost for later, _ in todo[i + 1 :]) / done * (time.monotonic() - begun)
-        place = ", ".join(f"{axis} {value}" for axis, value in cell.axes.items())
-        first = next((f"{name} {_shown(value)}" for name, value in numbers.items()), "")
-        cli.say(f"{place}: {first} ({i + 1} of {len(todo)}; {duration(left)} left)")
+        folder.forget(*cell.temporary)
+        cost_done += cell.cost
+        remaining = sum(later.cost for later, _ in todo[i + 1 :]) / cost_done * (time.monotonic() - begin_time)
+        label = ", ".join(f"{axis} {value}" for axis, value in cell.axes.items())
+        first = next((f"{name} {_formatted(value)}" for name, value in numbers.items()), "")
+        cli.say(f"{label}: {first} ({i + 1} of {len(todo)}; {duration(remaining)} left)")
     rows = [row for path in (out / "cells").glob(f"*/{RESULT}") if (row := _row(out, path.parent)) is not None]
     rows.sort(key=lambda row: [order_of(value) for value in reversed(row["axes"].values())])
     return [{**row["axes"], **row["numbers"]} for row in rows]
 
 
 def _row(out: output_folder.Folder, path: pathlib.Path) -> dict[str, Any] | None:
-    """What is in the folder of a cell, also of an earlier command; None if it is not measured yet."""
-    home = output_folder.open_folder(path, None, WRITTEN_BY_CELLS, inside=out)
-    if home.find(RESULT) is None:
+    """The row stored in the folder of a cell, possibly by an earlier command; None if the cell is not complete."""
+    folder = output_folder.open_folder(path, None, WRITTEN_BY_CELLS, inside=out)
+    if folder.find(RESULT) is None:
         return None
-    home.find_all()
-    row = files.read_json(home / RESULT)
+    folder.find_all()
+    row = files.read_json(folder / RESULT)
     if not isinstance(row, dict) or not all(isinstance(row.get(name), dict) for name in ("axes", "numbers")):
-        raise ConfigError(f"{home / RESULT} holds no numbers of a cell; remove {path}")
+        raise ConfigError(f"{folder / RESULT}: expected the axes and the numbers of a cell; remove {path}")
     if out / folder_of(row["axes"]) != path:
-        raise ConfigError(f"{home / RESULT} is of another cell, {folder_of(row['axes']).name}; remove {path}")
+        raise ConfigError(f"{folder / RESULT} belongs to another cell, {folder_of(row['axes']).name}; remove {path}")
     return row
 
 
 def keep_reference(out: output_folder.Folder, stored: pathlib.Path | None, found: reference.Reference) -> None:
-    """Keeps the statistics of the real images for the next command, if they are not `stored` yet and it is known what
-    they are of.
+    """Stores the statistics of the real images for the next command, unless they are in the file `stored` already or
+    their origin is unknown.
     """
     if stored is None and found.about is not None:
         with tempfile.TemporaryDirectory() as folder, out.writing("reference.npz") as file:
-            fresh = pathlib.Path(folder, "reference.npz")
-            reference.save(fresh, found)
-            file.write(fresh.read_bytes())
+            temporary = pathlib.Path(folder, "reference.npz")
+            reference.save(temporary, found)
+            file.write(temporary.read_bytes())
 
 
 def order_of(value: Any) -> tuple[float, str]:
-    """Numbers by their size, also those in words, then the rest by the alphabet."""
+    """A sort key: numbers, and strings that hold one, by value; then the other strings alphabetically."""
     try:
         return float(value), ""
     except ValueError:
@@ -172,30 +171,30 @@ def write_text(path: pathlib.Path, text: str) -> None:
         file.write(text.encode())
 
 
-def write_table(out: output_folder.Folder, rows: list[dict[str, Any]], **beside: Any) -> None:
-    """table.csv, and table.json with what else there is to say."""
+def write_table(out: output_folder.Folder, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Writes the rows to table.csv, and the rows and the entries `more` to table.json."""
     text = io.StringIO()
     columns = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows({name: _shown(value) for name, value in row.items()} for row in rows)
+    writer.writerows({name: _formatted(value) for name, value in row.items()} for row in rows)
     write_text(out / "table.csv", text.getvalue())
-    write_json(out / "table.json", {**beside, "rows": rows})
+    write_json(out / "table.json", {**more, "rows": rows})
 
 
-def _shown(value: Any) -> Any:
+def _formatted(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def markdown(head: Sequence[Any], body: Sequence[Sequence[Any]]) -> str:
-    """A table; floats with three digits."""
+    """A Markdown table; floats with three significant digits."""
     text = lambda value: f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
     line = lambda cells: "| " + " | ".join(map(text, cells)) + " |"
     return "\n".join([line(head), "|" + "---|" * len(head), *map(line, body)]) + "\n"
 
 
 def finish(out: output_folder.Folder, text: str, written: Sequence[str] = FILES) -> None:
-    """Writes the text as table.md, records the files written, and prints the table and where all is."""
+    """Writes `text` to table.md, records the files `written`, and prints the text and the paths of the files."""
     write_text(out / "table.md", text)
     out.record(*written)
     cli.say("\n" + text)
@@ -204,7 +203,7 @@ def finish(out: output_folder.Folder, text: str, written: Sequence[str] = FILES)
 
 
 def ints(option: str, text: str, least: int = 1) -> list[int]:
-    """Whole numbers from a list with commas."""
+    """The integers of a comma-separated list, each once. ConfigError for anything else, and below `least`."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
@@ -214,11 +213,11 @@ def ints(option: str, text: str, least: int = 1) -> list[int]:
     return list(dict.fromkeys(values))
 
 
-LABEL = 14  # height of letters in pictures
+LABEL = 14  # font size of the labels in pictures
 
 
 def labelled(cells: Sequence[Sequence[np.ndarray | None]], rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
-    """Pictures (h, w, C) in rows and columns, with a word for each row and for each column. None stays white."""
+    """Pictures (h, w, C) in rows and columns, with a label for each row and each column. None gives a white cell."""
     height, width, _ = np.max([cell.shape for line in cells for cell in line if cell is not None], axis=0)
     font = ImageFont.load_default(LABEL)
     left = max((int(font.getlength(row)) for row in rows), default=0) + 10 if any(rows) else 0
@@ -237,7 +236,7 @@ def labelled(cells: Sequence[Sequence[np.ndarray | None]], rows: Sequence[str], 
 
 
 def read_png(path: pathlib.Path) -> np.ndarray | None:
-    """(H, W, C), None if there is no such file."""
+    """Pixels (H, W, C) of a PNG file; None if the file does not exist."""
     if not path.exists():
         return None
     pixels = np.asarray(Image.open(path))
@@ -245,15 +244,15 @@ def read_png(path: pathlib.Path) -> np.ndarray | None:
 
 
 def root_mean_square(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distances (...) between images (..., H, W, C): root of the mean square over pixels in [0, 1]. uint8, or in
-    [-1, 1].
+    """Root mean square distances (...) between images (..., H, W, C), over pixels in [0, 1]. The images are uint8, or
+    floats in [-1, 1].
     """
     scale = 255 if a.dtype == np.uint8 else 2
     return np.sqrt(np.square((a.astype(np.float64) - b.astype(np.float64)) / scale).mean((-3, -2, -1)))
 
 
 def plot(path: pathlib.Path, draw: Callable[[Any], None], size: tuple[float, float] = (6, 4)) -> None:
-    """A figure of Matplotlib's as PNG. draw: (figure) -> None."""
+    """Saves a Matplotlib figure as PNG. draw: (figure) -> None. size: in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(size, dpi=120, layout="constrained")

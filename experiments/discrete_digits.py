@@ -1,11 +1,12 @@
-"""Appendix A on real data: the digits as what they are, 17 grey levels a pixel, over sigma and S.
+"""Appendix A on real data: the digits as categorical data with 17 grey levels per pixel, over sigma and S.
 
     python -m experiments.discrete_digits --config configs/digits.py --out DIR [--config.train.num_steps=3000]
 
-Trains the config's network with a channel for each grey level, by the classification loss, in DIR/training (which goes
-on where it was when the command is given again), and then fills a table: rows are sigma as a share of its limit (1 is
-the discrete DDIM), columns S. Samples are judged like those of table 1; `bits_per_dim` is J_sigma of held-out digits
-over d log 2, which no Gaussian process can be compared with: it is the probability of the grey levels themselves.
+First, the config's network with one channel per grey level is trained by the classification loss, in DIR/training. If
+the command is repeated, training resumes there. Then a table is filled. Its rows are sigma as a fraction of its limit
+(1 is the discrete DDIM), its columns S. Samples are evaluated like those of table 1. `bits_per_dim` is J_sigma of
+held-out digits over d log 2. It bounds the probability of the grey levels, so it is not comparable with a Gaussian
+process.
 """
 
 from __future__ import annotations
@@ -46,24 +47,25 @@ PICTURED = 8
 
 OPTIONS = {
     "out": common.OPTIONS["out"],
-    "shares": ("0,0.5,1", "The rows: sigma as a share of its limit."),
+    "fractions": ("0,0.5,1", "The rows: sigma as a fraction of its limit."),
     "steps": ("5,10,20,50,100,1000", "The columns: values of S."),
-    "count": ("100", "How many held-out digits bits_per_dim is of."),
+    "count": ("100", "The number of held-out digits for bits_per_dim."),
     "held_out": (None, "The earlier name of --count."),
 }
 
 
 def main(options: types.SimpleNamespace) -> None:
     config = options.config
-    shares, steps = shares_of(options.shares), common.ints("steps", options.steps)
+    fractions, steps = fractions_of(options.fractions), common.ints("steps", options.steps)
     transitions_of = {S: transitions(config, S) for S in steps}
     (held_out,) = common.ints("count", options.held_out or options.count)
     network = dataclasses.replace(config, model=dataclasses.replace(config.model, image_channels=LEVELS))
     mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     with error_context("config.data"):
-        source, test = (data.load(config.data.name, config.data.path, split) for split in ("train", "test"))
+        name, path, options = config.data.name, config.data.path, config.data.options
+        source, test = (data.load(name, path, split, options) for split in ("train", "test"))
     if source.image_shape[-1] != 1:
-        raise ConfigError("config.data: the images must be grey, with one channel")
+        raise ConfigError("config.data: must have grey images, with one channel")
 
     features = evaluation.open_network(config)
     trained_with = {name: value for name, value in dataclasses.asdict(network).items() if name in TRAINED_WITH}
@@ -78,8 +80,8 @@ def main(options: types.SimpleNamespace) -> None:
         **trained_with,
     )
     stored = out.find("reference.npz")
-    measured = evaluation.evaluator(config, features, mesh, source.image_shape, [], stored)
-    common.keep_reference(out, stored, measured.reference)
+    evaluator = evaluation.evaluator(config, features, mesh, source.image_shape, [], stored)
+    common.keep_reference(out, stored, evaluator.reference)
     out.claim()
     params = train.run(
         network, config_lib.recipe(network, objective), source, cli.writable_folder(out / "training"), mesh
@@ -87,18 +89,18 @@ def main(options: types.SimpleNamespace) -> None:
     params = sharding.put_replicated(mesh, jax.device_get(params))
     predict = log_probs_fn(config_lib.network(network.model), params)
 
-    def measure(share: float, S: int, folder: Any) -> dict[str, Any]:
-        drawn = draw(config, predict, share, transitions_of[S], mesh)
+    def measure(fraction: float, S: int, folder: Any) -> dict[str, Any]:
+        drawn = draw(config, predict, fraction, transitions_of[S], mesh)
         images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
-        numbers = evaluate_samples(measured, data.ArraySource(drawn), config.evaluate.num_images, "the samples")
+        numbers = evaluate_samples(evaluator, data.ArraySource(drawn), config.evaluate.num_images, "the samples")
         x_0 = to_one_hot(LEVELS, test[np.arange(min(held_out, len(test)))].images)
         keys = samplers.image_keys(jax.random.key(config.sample.seed), jnp.arange(len(x_0)))
-        nats = discrete.j_sigma(predict, transitions_of[S], x_0, keys, share)
+        nats = discrete.j_sigma(predict, transitions_of[S], x_0, keys, fraction)
         bits = float(nats.mean()) / (np.log(2) * np.prod(source.image_shape))
         return {**numbers, "bits_per_dim": bits, "images": len(drawn)}
 
     weights = digest(params)
-    places = [{"sigma": f"{share:g}", "S": S} for S in steps for share in shares]
+    places = [{"sigma": f"{fraction:g}", "S": S} for S in steps for fraction in fractions]
     rows = common.run(
         out,
         [
@@ -111,35 +113,37 @@ def main(options: types.SimpleNamespace) -> None:
     images.write_png(out / "table.png", grid.picture(rows, axes, out))
     lines, columns, cells = grid.laid_out(rows, axes)
     tables = []
-    for number in (measured.metrics[0], "bits_per_dim"):
-        shown = [
-            [line, *(None if row is None else f"{row[number]:.4g}" for row in body)]
-            for line, body in zip(lines, cells, strict=True)
+    for number in (evaluator.metrics[0], "bits_per_dim"):
+        body = [
+            [line, *(None if row is None else f"{row[number]:.4g}" for row in of_line)]
+            for line, of_line in zip(lines, cells, strict=True)
         ]
-        tables.append(common.markdown([number, *(f"S = {column}" for column in columns)], shown))
+        tables.append(common.markdown([number, *(f"S = {column}" for column in columns)], body))
     common.finish(out, "\n".join(tables))
 
 
 TRAINED_WITH = ("model", "schedule", "data", "train")
 
 
-def shares_of(text: str) -> list[float]:
+def fractions_of(text: str) -> list[float]:
+    """The values of --fractions. ConfigError for one outside [0, 1]."""
     try:
-        shares = [float(part) for part in text.split(",")]
+        fractions = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--shares: must be numbers, got {text!r}") from None
-    for share in shares:
-        if not 0 <= share <= 1:
-            raise ConfigError(f"--shares: sigma must be in [0, 1] times its limit, got {share:g}")
-    return shares
+        raise ConfigError(f"--fractions: must be numbers, got {text!r}") from None
+    for fraction in fractions:
+        if not 0 <= fraction <= 1:
+            raise ConfigError(f"--fractions: must be in [0, 1], got {fraction:g}")
+    return fractions
 
 
 def transitions(config: Config, S: int) -> Transitions:
-    """S steps over the config's kind of tau."""
+    """S steps with the tau of the config."""
     return grid.process_of(dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S))).transitions
 
 
 def objective(config: Config) -> Objective:
+    """The classification loss over LEVELS classes."""
     noise_schedule = config_lib.noise_schedule(config.schedule)
     return objectives.classification(config_lib.network(config.model), noise_schedule, LEVELS)
 
@@ -147,11 +151,11 @@ def objective(config: Config) -> Objective:
 _initial = jax.jit(discrete.initial, static_argnums=1)
 
 
-def draw(config: Config, log_probs_fn: LogProbsFn, share: float, steps: Transitions, mesh: Mesh) -> np.ndarray:
-    """config.evaluate.num_images digits, uint8 (N, H, W, 1); image i depends on (config.sample.seed, i) alone."""
+def draw(config: Config, log_probs_fn: LogProbsFn, fraction: float, steps: Transitions, mesh: Mesh) -> np.ndarray:
+    """Draws config.evaluate.num_images digits, uint8 (N, H, W, 1). Image i depends only on (config.sample.seed, i)."""
     total, drawn = config.evaluate.num_images, []
     shape = (config.model.image_size, config.model.image_size, LEVELS)
-    sampler = discrete.discrete_ddim(share)
+    sampler = discrete.discrete_ddim(fraction)
     for index in sampling.batch_indices(config.sample.batch_size, mesh, 0, total):
         keys = samplers.image_keys(jax.random.key(config.sample.seed), sharding.split_batch(mesh, index))
         x_0 = samplers.integrate(sampler, discrete.from_log_probs(log_probs_fn), steps, _initial(keys, shape), keys)

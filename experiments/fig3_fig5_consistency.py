@@ -1,10 +1,10 @@
-"""Figures 3 and 5: images from one x_T over eta and S, and how much of the image x_T decides.
+"""Figures 3 and 5: sample consistency, that is how far x_T determines the image, over eta and S.
 
     python -m experiments.fig3_fig5_consistency --config configs/digits.py --out DIR
 
-For each eta, images of S steps are compared with those of the most steps from the same x_T: their distance, against the
-distance between images from different x_T, and the share of images that are nearer to their own twin than to any
-other. Distances are root mean squares over pixels in [0, 1].
+For each eta, an image of S steps is compared with its twin: the image that the largest S gives from the same x_T. The
+table has the distance to the twin, the distance to the images from other x_T, and the fraction of images whose nearest
+neighbour is their twin. Distances are root mean squares over pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PICTURED = 8
 
 OPTIONS = common.OPTIONS | {
     "etas": ("0,0.5,1", grid.OPTIONS["etas"][1]),
-    "steps": (",".join(map(str, paper.STEPS)), "The columns: values of S. All are compared with the largest."),
-    "count": ("100", "How many x_T."),
+    "steps": (",".join(map(str, paper.STEPS)), "The columns: values of S. All are compared with the largest one."),
+    "count": ("100", "The number of x_T."),
 }
 
 
@@ -42,17 +42,17 @@ def main(options: types.SimpleNamespace) -> None:
     config, (count,) = options.config, common.ints("count", options.count, least=2)
     places = grid.places(options.etas, options.steps)
     if not options.etas or len({place["S"] for place in places}) < 2:
-        raise ConfigError("--etas needs a value, and --steps two: the images of fewer steps are compared with the most")
+        raise ConfigError("--etas must have a value, and --steps two values, the largest of which is the reference")
     cells = [grid.at(options, place, count) for place in places]
     processes = [grid.process_of(cell) for cell in cells]
     mesh = sharding.data_mesh()
-    found = weights.find(config, options.workdir, mesh)
+    trained = weights.find(config, options.workdir, mesh)
     out = common.begin(
-        options, experiment="fig3_fig5", weights=found.digest, count=count, sample=grid.fixed(config, ("eta", "S"))
+        options, experiment="fig3_fig5", weights=trained.digest, count=count, sample=grid.fixed(config, ("eta", "S"))
     )
 
     def measure(cell: Config, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
-        pipeline = config_lib.pipeline(cell, found.params, mesh, process)
+        pipeline = config_lib.pipeline(cell, trained.params, mesh, process)
         drawn = images.open_npz(sample.draw_all(folder, pipeline, cell.sample.num_images))["arr_0"]
         images.write_png(folder / "first.png", images.grid(drawn[:PICTURED], PICTURED))
         return {"images": count}
@@ -70,16 +70,16 @@ def main(options: types.SimpleNamespace) -> None:
         ],
     )
     drawn = lambda eta, S: images.open_npz(out / common.folder_of({"eta": eta, "S": S}) / "samples.npz")["arr_0"]
-    most = {row["eta"]: row["S"] for row in rows}  # rows ascend in S
+    most = {row["eta"]: row["S"] for row in rows}  # rows are sorted by S
     rows = [
         {**row, **consistency(drawn(row["eta"], row["S"]), drawn(row["eta"], most[row["eta"]]))}
         for row in rows
         if row["S"] != most[row["eta"]]
     ]
-    common.write_table(out, rows, compared_with=most, source=found.source)
-    shown = [*rows, *({"eta": eta, "S": S} for eta, S in most.items())]
-    shown.sort(key=lambda row: list(most).index(row["eta"]))
-    images.write_png(out / "table.png", grid.picture(shown, ["eta", "S"], out))
+    common.write_table(out, rows, compared_with=most, source=trained.source)
+    pictured = [*rows, *({"eta": eta, "S": S} for eta, S in most.items())]
+    pictured.sort(key=lambda row: list(most).index(row["eta"]))
+    images.write_png(out / "table.png", grid.picture(pictured, ["eta", "S"], out))
     head = ["eta", "S", "to its twin", "to others", "quotient", "twin is nearest"]
     lines = [[row[name] for name in ("eta", "S", "twin", "others", "quotient", "recognised")] for row in rows]
     lines.sort(key=lambda line: list(most).index(line[0]))
@@ -87,10 +87,10 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def consistency(few: np.ndarray, many: np.ndarray) -> dict[str, float]:
-    """How images (N, H, W, C) of few steps agree with those of many steps from the same N latents, N at least 2.
+    """Compares images (N, H, W, C) of few steps with those of many steps from the same N latents, N at least 2.
 
-    twin: mean distance of an image to the one of many steps from the same x_T; others: to those from the others;
-    quotient: of the two; recognised: share of images to which their twin is the nearest.
+    twin: mean distance between two images from the same x_T. others: mean distance between two images from different
+    x_T. quotient: twin / others. recognised: fraction of images whose nearest image of many steps is their twin.
     """
     distances = np.stack([common.root_mean_square(image, many) for image in few])  # (N, N)
     twin = np.diag(distances)

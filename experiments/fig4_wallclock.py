@@ -1,9 +1,10 @@
-"""Figure 4: the time of an image over S, which is a straight line through nearly nothing.
+"""Figure 4: wall-clock time per image over S, which is linear with a small constant.
 
     python -m experiments.fig4_wallclock --config configs/digits.py --out DIR
 
-A batch of config.sample.batch_size images is drawn again and again; compilation is timed apart. The line is fitted to
-the medians by least squares; R^2 says how straight it is. Nothing else should run on the machine.
+A batch of config.sample.batch_size images is drawn several times. The first run includes the compilation, whose time is
+reported separately. A line is fitted to the medians by least squares; R^2 measures how well it fits. No other program
+should run on the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from experiments.common import Cell
 
 OPTIONS = common.OPTIONS | {
     "steps": ("10,20,50,100,200,500,1000", "The values of S."),
-    "repeats": ("3", "How often each is timed, after the first, which compiles."),
+    "repeats": ("3", "The number of timed runs, after a first run that compiles."),
 }
 
 
@@ -47,7 +48,7 @@ def main(options: types.SimpleNamespace) -> None:
     ]
     processes = [grid.process_of(cell) for cell in cells]
     mesh = sharding.data_mesh()
-    found = weights.find(config, options.workdir, mesh)
+    trained = weights.find(config, options.workdir, mesh)
     device = f"{mesh.size} x {jax.devices()[0].device_kind} ({platform.machine()})"
     out = common.begin(
         options,
@@ -66,7 +67,7 @@ def main(options: types.SimpleNamespace) -> None:
         times = []
         for _ in range(1 + repeats):
             begin = time.perf_counter()
-            (_,) = sampling.batches(config_lib.pipeline(cell, found.params, mesh, process), cell.sample.num_images)
+            (_,) = sampling.batches(config_lib.pipeline(cell, trained.params, mesh, process), cell.sample.num_images)
             times.append(time.perf_counter() - begin)
         median = statistics.median(times[1:])
         return {
@@ -96,18 +97,18 @@ def main(options: types.SimpleNamespace) -> None:
     ]
     common.write_table(out, rows, device=device, jax=jax.__version__, batch=batch, line=line)
     common.plot(out / "table.png", functools.partial(draw, rows, line))
-    head = ["S", "seconds an image", "compilation, s", f"faster than S = {most['S']}", "hours for 50,000"]
+    head = ["S", "seconds per image", "compilation, s", f"speed-up over S = {most['S']}", "hours for 50,000"]
     names = ("S", "seconds_per_image", "compile_seconds", "speed_up", "hours_for_50000")
-    said = (
-        f"\n{device}, jax {jax.__version__}, batch {batch}, median of {repeats}: {line['per_step']:.4g} s a step and "
-        f"image, {line['constant']:.2g} s beside, R^2 = {line['r_squared']:.6f}, largest residual "
+    summary = (
+        f"\n{device}, jax {jax.__version__}, batch {batch}, median of {repeats}: {line['per_step']:.4g} s per step "
+        f"and image plus {line['constant']:.2g} s, R^2 = {line['r_squared']:.6f}, largest residual "
         f"{line['largest_residual']:.2g} s\n"
     )
-    common.finish(out, common.markdown(head, [[row[name] for name in names] for row in rows]) + said)
+    common.finish(out, common.markdown(head, [[row[name] for name in names] for row in rows]) + summary)
 
 
 def fit(steps: list[int], seconds: list[float]) -> dict[str, float]:
-    """The straight line through (steps, seconds) by least squares; R^2 is 1 where there are fewer than three."""
+    """The least-squares line through the points (steps, seconds). R^2 is 1 for fewer than three points."""
     slope, constant = np.polyfit(steps, seconds, 1) if len(steps) > 1 else (seconds[0] / steps[0], 0.0)
     residuals = np.asarray(seconds) - (slope * np.asarray(steps) + constant)
     spread = np.sum((np.asarray(seconds) - np.mean(seconds)) ** 2)
@@ -120,7 +121,7 @@ def fit(steps: list[int], seconds: list[float]) -> dict[str, float]:
 
 
 def draw(rows: list[dict[str, Any]], line: dict[str, float], figure: Any) -> None:
-    axes = figure.add_subplot(xlabel="S", ylabel="seconds an image", xscale="log", yscale="log")
+    axes = figure.add_subplot(xlabel="S", ylabel="seconds per image", xscale="log", yscale="log")
     S = [row["steps"] for row in rows]
     axes.plot(S, [row["seconds_per_image"] for row in rows], "o", label="measured")
     dense = np.geomspace(min(S), max(S), 100)

@@ -1,11 +1,12 @@
-"""Figures 6 and 11 to 13: what lies between two latents, and between four.
+"""Figures 6 and 11 to 13: interpolation between two latents, and between four.
 
     python -m experiments.fig6_interpolation --config configs/digits.py --out DIR
 
-Lines and a grid by slerp, between random latents (random_lines.png, random_grid.png) and between those that real test
-images are encoded into (encoded_lines.png, encoded_grid.png). `largest_jump` is the largest distance between neighbours
-of a line, `ends` the mean distance of its ends, both root mean squares over pixels in [0, 1]: where it is far below
-`ends` the way is smooth. For encoded latents `reconstruction` is the distance of the corners from the real images.
+Lines and a grid by slerp, between random latents (random_lines.png, random_grid.png) and between the latents of real
+test images (encoded_lines.png, encoded_grid.png). `largest_jump` is the largest distance between neighbouring images of
+a line, `ends` the mean distance between the two ends of a line. An interpolation is smooth if `largest_jump` is much
+smaller than `ends`. For encoded latents, `reconstruction` is the distance between the corners of the grid and the real
+images. All distances are root mean squares over pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ PICTURES = ("random_lines.png", "random_grid.png", "encoded_lines.png", "encoded
 
 OPTIONS = common.OPTIONS | {
     "images": encode.OPTIONS["images"],
-    "lines": ("6", "How many lines."),
-    "points": ("11", "Images of a line, its ends included."),
-    "side": ("8", "The grid has so many rows and columns."),
+    "lines": ("6", "The number of lines."),
+    "points": ("11", "The number of images of a line, including its ends."),
+    "side": ("8", "The number of rows, and of columns, of the grid."),
 }
 
 
@@ -49,15 +50,15 @@ def main(options: types.SimpleNamespace) -> None:
     ends = 2 * lines + CORNERS
     source, total = encode.load_images(options.images, str(ends), config)
     mesh = sharding.data_mesh()
-    found = weights.find(config, options.workdir, mesh)
-    pipeline, refine = config_lib.pipeline(config, found.params, mesh, process), config.sample.refine
-    depends = encode.fingerprint(config, process, found, source, total)
+    trained = weights.find(config, options.workdir, mesh)
+    pipeline, refine = config_lib.pipeline(config, trained.params, mesh, process), config.sample.refine
+    depends = encode.fingerprint(config, process, trained, source, total)
     written = [*common.WRITTEN, *PICTURES]
     sizes = [lines, points, side]
     out = common.begin(options, written, experiment="fig6", **depends, seed=config.sample.seed, sizes=sizes)
 
     def in_batches(make: Callable[[np.ndarray, np.ndarray | None], np.ndarray], count: int) -> np.ndarray:
-        """make(indices, labels) for all of 0 .. count - 1. A network with classes has one for all."""
+        """make(indices, labels) for 0 .. count - 1, batch by batch. All images have the same class, if any."""
         return np.concatenate(
             [
                 make(np.minimum(index, count - 1), sampling.labels_of(pipeline, np.zeros_like(index)))[
@@ -77,11 +78,11 @@ def main(options: types.SimpleNamespace) -> None:
 
     def measure(latents: Callable[[], np.ndarray], folder: output_folder.Folder) -> dict[str, Any]:
         x_T = latents()
-        along = [latent.line(*x_T[2 * i : 2 * i + 2], points) for i in range(lines)]
-        square = latent.grid(x_T[2 * lines :], side, side).reshape(-1, *x_T.shape[1:])
-        between = np.concatenate([*along, square])
-        decode = lambda index, labels: sampling.decode(pipeline, between[index], labels)
-        drawn = to_uint8(in_batches(decode, len(between)))
+        on_lines = [latent.line(*x_T[2 * i : 2 * i + 2], points) for i in range(lines)]
+        on_grid = latent.grid(x_T[2 * lines :], side, side).reshape(-1, *x_T.shape[1:])
+        interpolated = np.concatenate([*on_lines, on_grid])
+        decode = lambda index, labels: sampling.decode(pipeline, interpolated[index], labels)
+        drawn = to_uint8(in_batches(decode, len(interpolated)))
         drawn_lines, drawn_grid = np.split(drawn, [lines * points])
         images.write_png(folder / "lines.png", images.grid(drawn_lines, points))
         images.write_png(folder / "grid.png", images.grid(drawn_grid, side))
@@ -100,7 +101,7 @@ def main(options: types.SimpleNamespace) -> None:
     rows = common.run(
         out, [Cell({"latents": kind.__name__}, {}, 1, functools.partial(measure, kind)) for kind in kinds]
     )
-    common.write_table(out, rows, S=len(process.tau) - 1, source=found.source)
+    common.write_table(out, rows, S=len(process.tau) - 1, source=trained.source)
     for name in PICTURES:
         kind, _, file = name.partition("_")
         with files.replacing(out / name) as copy:

@@ -1,6 +1,6 @@
-"""Fits a judge: a classifier of real images, in whose features distances are measured.
+"""Trains a classifier on real images. Its features are used to compute distances between sets of images.
 
-python -m experiments.fit_classifier --data digits --out FILE.safetensors     # the one that ships with the package
+python -m experiments.fit_classifier --data digits --out FILE.safetensors     # the shipped one
 python -m experiments.fit_classifier --data cifar10 --out FILE.safetensors
 python -m ddim_jax.evaluate --config ... --config.evaluate.weights=FILE.safetensors --samples ...
 """
@@ -21,27 +21,27 @@ from ddim_jax.registry import lookup
 from ddim_jax.utils.errors import ConfigError, error_context
 from experiments import cifar10_classifier, common
 
-JUDGES = {"digits": (digits_classifier, False), "cifar10": (cifar10_classifier, True)}  # (module, mirrored too)
+CLASSIFIERS = {"digits": (digits_classifier, False), "cifar10": (cifar10_classifier, True)}  # (module, random flips)
 OPTIONS = {
     "data": ("digits", "digits or cifar10."),
-    "steps": ("", "How many updates. Default: as many as the judge says."),
-    "out": (None, "The file to write."),
+    "steps": ("", "The number of updates. Default: STEPS of the classifier's module."),
+    "out": (None, "The file to write, .safetensors."),
 }
 
 
 def main(options: types.SimpleNamespace) -> None:
     with error_context("--data"):
-        module, flip = lookup(JUDGES, options.data)
+        module, flip = lookup(CLASSIFIERS, options.data)
     (steps,) = common.ints("steps", options.steps or str(module.STEPS))
     if not options.out or pathlib.Path(options.out).exists():
-        raise ConfigError(f"--out must name a file that is not there yet, got {options.out}")
+        raise ConfigError(f"--out: must be a file that does not exist yet, got {options.out}")
     with error_context("--data"):
         train, held_out = (data.in_memory(data.load(options.data, split=split)) for split in data.SPLITS)
     model = module.Classifier()
     params = classifier.fit(model, train, steps, flip=flip)
     classifier.write(pathlib.Path(options.out), params)
-    right = classifier.accuracy(model, params, held_out)
-    print(f"{right:.3f} of {len(held_out)} held-out images right\n{options.out}")
+    accuracy = classifier.accuracy(model, params, held_out)
+    print(f"accuracy {accuracy:.3f} on {len(held_out)} held-out images\n{options.out}")
 
 
 if __name__ == "__main__":

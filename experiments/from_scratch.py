@@ -1,11 +1,13 @@
-"""From nothing to numbers by one command: trains a config for a given time, shows what it learned, and fills table 1.
+"""Training and evaluation by one command: trains a config for a given time, draws samples, and fills table 1.
 
     python -m experiments.from_scratch --config configs/cifar10.py --config.model.dtype=bfloat16 --minutes 600 --out DIR
 
-In DIR: speed.json, what training takes on this machine; run, the workdir; loss.png; and in step-N, N being the step
-that was reached, samples and a table over eta and S. Where Inception would judge CIFAR-10, a classifier that is fitted
-first does: no weights from elsewhere are needed. All of it resumes when it is interrupted; given again
-with --minutes=0 it trains no further, otherwise for as long again.
+The output folder DIR contains speed.json, the time of an update on this machine; run, the workdir; loss.png; and
+step-N, N being the last training step, with samples and a table over eta and S. For CIFAR-10 the features are those of
+a classifier that is trained first, instead of those of Inception, so that no downloaded weights are needed.
+
+An interrupted command resumes when it is repeated. A repeated command trains for another --minutes; with --minutes=0 it
+does not train.
 """
 
 from __future__ import annotations
@@ -35,11 +37,11 @@ from ddim_jax.utils.errors import ConfigError
 from experiments import common, fit_classifier
 
 OPTIONS = {
-    "minutes": ("60", "How long this command trains, at most."),
+    "minutes": ("60", "The longest training time of this command."),
     "etas": ("0,0.2,0.5,1,hat", "The rows of the table."),
-    "steps": ("10,20,50,100", "Its columns, the values of S."),
-    "classifier_steps": ("", "How many updates the classifier gets. Default: as many as it says."),
-    "out": (None, "Folder of all results."),
+    "steps": ("10,20,50,100", "The columns of the table: values of S."),
+    "classifier_steps": ("", "The number of updates of the classifier. Default: STEPS of its module."),
+    "out": (None, "The output folder."),
 }
 
 
@@ -49,7 +51,7 @@ def main(options: types.SimpleNamespace) -> None:
     out = cli.writable_folder(options.out)
     given = cli.config_arguments()
     run = out / "run"
-    judge = judge_of(config, out, options.classifier_steps)
+    evaluator = evaluator_options(config, out, options.classifier_steps)
     if not (out / "speed.json").exists():
         call("benchmarks.training", *given, f"--out={out / 'speed.json'}")
     speed = read_speed(out / "speed.json")
@@ -66,7 +68,7 @@ def main(options: types.SimpleNamespace) -> None:
     call(
         "experiments.table1_fid",
         *of_run,
-        *judge,
+        *evaluator,
         f"--etas={options.etas}",
         f"--steps={options.steps}",
         f"--out={table}",
@@ -77,15 +79,19 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def call(module: str, *args: str) -> None:
-    """Runs a command, whose exit code ends this one too if it is not 0; it has printed its error itself."""
+    """Runs a command. If its exit code is not 0, this process exits with the same code; the command has printed its
+    error.
+    """
     print(f"\npython -m {module} {' '.join(args)}", flush=True)
     if code := run_child(module, *args):
         sys.exit(code)
 
 
 def run_child(module: str, *args: str, seconds: float = math.inf) -> int:
-    """The exit code of a command. It gets SIGTERM when this process gets a signal, and after so many seconds: it saves
-    its work, and then this process ends as the signal asks.
+    """Runs a command and returns its exit code.
+
+    The command receives SIGTERM after so many seconds, or when this process receives a signal. It then saves its state,
+    and this process exits with the code of the signal.
     """
     deadline = time.monotonic() + seconds
     with interrupts.postponed() as signalled:
@@ -100,20 +106,22 @@ def run_child(module: str, *args: str, seconds: float = math.inf) -> int:
 
 
 def read_speed(path: pathlib.Path) -> dict:
-    """What benchmarks.training wrote. ConfigError for a file that is something else."""
+    """The content of a file that benchmarks.training wrote. ConfigError for any other content."""
     try:
         speed = files.read_json(path)
         report(speed, [{"loss": 0.0}], 0, "")
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}); remove it and the speed is measured again") from error
+        raise ConfigError(f"{path} is damaged ({error}); remove it to measure the speed again") from error
     return speed
 
 
-def judge_of(config: Config, out: pathlib.Path, steps: str) -> list[str]:
-    """The options that name who judges: what config.evaluate says, or the classifier of the data."""
-    if config.evaluate.features != "inception" or config.data.name not in fit_classifier.JUDGES:
+def evaluator_options(config: Config, out: pathlib.Path, steps: str) -> list[str]:
+    """The options for config.evaluate: none if it names a feature network; instead of Inception, the data set's own
+    classifier if there is one, which is trained first.
+    """
+    if config.evaluate.features != "inception" or config.data.name not in fit_classifier.CLASSIFIERS:
         return []
-    module, _ = fit_classifier.JUDGES[config.data.name]
+    module, _ = fit_classifier.CLASSIFIERS[config.data.name]
     weights = out / "classifier.safetensors"
     if not weights.exists():
         more = [f"--steps={steps}"] if steps else []
@@ -126,23 +134,23 @@ def judge_of(config: Config, out: pathlib.Path, steps: str) -> list[str]:
 
 
 def train(given: list[str], run: pathlib.Path, seconds: float) -> None:
-    """Trains for so long, or until it is done; the step that it was at is saved."""
+    """Trains for at most so many seconds. The last step is saved."""
     code = run_child("ddim_jax.train", *given, f"--workdir={run}", seconds=seconds)
     if code not in (0, os.EX_TEMPFAIL):
         sys.exit(code)
 
 
 def lines_of(path: pathlib.Path) -> list[dict]:
-    """The values in a file of JSON lines, without those that a full disk or a kill has damaged."""
-    found = []
+    """The records in a file of JSON lines, without the lines that a full disk or a killed process has damaged."""
+    records = []
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
-            found.append(json.loads(line))
-    return [values for values in found if isinstance(values, dict) and {"step", "loss"} <= values.keys()]
+            records.append(json.loads(line))
+    return [values for values in records if isinstance(values, dict) and {"step", "loss"} <= values.keys()]
 
 
 def curves(figure, losses: list[dict]) -> None:
-    """The loss over the steps, of all t and of each quarter."""
+    """Plots the loss over the steps, for all t and for each quarter of the range of t."""
     axes = figure.subplots()
     for name in [name for name in losses[0] if name.startswith("loss")]:
         points = [(line["step"], line[name]) for line in losses if line.get(name) is not None]
@@ -154,16 +162,17 @@ def curves(figure, losses: list[dict]) -> None:
 
 
 def report(speed: dict, losses: list[dict], step: int, table: str) -> str:
-    steady = [line["images_per_second"] for line in losses if line.get("images_per_second")]
+    """The text of report.md: the measured speed, the progress of training, and the table."""
+    rates = [line["images_per_second"] for line in losses if line.get("images_per_second")]
     size = speed["config"]["train"]["batch_size"]
     return (
         f"{speed['config']['name']}, {speed['config']['model']['dtype']}, {speed['devices']} x {speed['device']}, jax "
         f"{speed['jax']}\n\n"
         f"- one update of {size} images: {1e3 * speed['seconds_per_step']:.1f} ms, "
         f"{size / speed['seconds_per_step']:.0f} images/s, {speed['tflops']:.2f} TFLOP/s of the model, "
-        f"{speed['tflops'] / speed['ceiling_tflops']:.1%} of one matrix product's {speed['ceiling_tflops']:.2f}\n"
-        f"- in training: {np.median(steady or [np.nan]):.0f} images/s (median over the lines of metrics.jsonl)\n"
-        f"- trained for {step:,} steps, {step * size:,} images; the last loss {losses[-1]['loss']:.4f}\n\n"
+        f"{speed['tflops'] / speed['ceiling_tflops']:.1%} of the {speed['ceiling_tflops']:.2f} of one matrix product\n"
+        f"- in training: {np.median(rates or [np.nan]):.0f} images/s (median over the lines of metrics.jsonl)\n"
+        f"- trained for {step:,} steps, {step * size:,} images; last loss {losses[-1]['loss']:.4f}\n\n"
         f"{table}"
     )
 

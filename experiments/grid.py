@@ -1,4 +1,4 @@
-"""Cells over eta, S, and any further field of the config."""
+"""Cells over eta, S, and any further field of the config, and the tables and pictures of them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ddim_jax.utils.errors import ConfigError
 from experiments import common, paper
 
 OPTIONS = common.OPTIONS | {
-    "etas": ("0,0.2,0.5,1,hat", "The rows: values of eta, and hat for sigma-hat. Empty: the config's sampler alone."),
+    "etas": ("0,0.2,0.5,1,hat", "The rows: values of eta, or hat for sigma-hat. Empty: the sampler of the config."),
     "steps": (",".join(map(str, paper.STEPS)), "The columns: values of S."),
-    "sweep": ([], "A further axis, FIELD=VALUE,VALUE: any field of the config. Values with commas: separate by ;"),
+    "sweep": ([], "FIELD=VALUE,VALUE or FIELD=VALUE;VALUE: a further axis, any field of the config."),
 }
 MAY_BE_EMPTY = ("etas",)
-VARIED = ("sampler", "eta", "steps", "num_images", "batch_size", "refine")  # by the axes, or without effect
+VARIED = ("sampler", "eta", "steps", "num_images", "batch_size", "refine")  # given by the axes, or without effect
 
 
 def places(etas: str, steps: str, sweeps: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """The axes of every cell, of what --etas, --steps and --sweep say: eta, S, and the fields swept; the last vary
+    """The axes of every cell, from --etas, --steps and --sweep: eta, S, and the swept fields. The last axis varies
     slowest.
     """
     axes: dict[str, list[Any]] = {}
@@ -47,7 +47,7 @@ def places(etas: str, steps: str, sweeps: Iterable[str] = ()) -> list[dict[str, 
 
 
 def field_and_values(option: str, text: str) -> tuple[str, list[str]]:
-    """The field (dotted) and the values of FIELD=VALUE,VALUE, which the option holds."""
+    """The field (dotted) and the values in the text FIELD=VALUE,VALUE of an option."""
     field, equals, values = text.partition("=")
     if not equals or not values:
         raise ConfigError(f"--{option} must be FIELD=VALUE,VALUE, got {text!r}")
@@ -55,7 +55,7 @@ def field_and_values(option: str, text: str) -> tuple[str, list[str]]:
 
 
 def why_no_axis(field: str) -> str:
-    """Why a field of the config (dotted) cannot be an axis; empty if it can."""
+    """The reason why a field of the config (dotted) cannot be an axis; empty if it can."""
     if field.startswith(("train.", "evaluate.", "data.")) or field in ("name", "sample.num_images"):
         return "does not change what is sampled"
     section, _, name = field.partition(".")
@@ -74,7 +74,7 @@ def _eta(text: str) -> str:
 
 
 def at(options: types.SimpleNamespace, axes: Mapping[str, Any], count: int) -> Config:
-    """The config of the cell with these axes, of `count` images."""
+    """The config of the cell with these axes, which draws `count` images."""
     values = options.values if "pretrained" in axes else dataclasses.asdict(options.config)
     for field in axes.keys() - {"eta", "S"}:
         values = config_lib.with_text(values, field, axes[field])
@@ -87,23 +87,23 @@ def at(options: types.SimpleNamespace, axes: Mapping[str, Any], count: int) -> C
     elif "eta" in axes:
         name = values["sample"]["sampler"]
         factory = registry.resolve(registry.SAMPLERS, name)
-        keeps = ":" in name or "eta" in registry.accepts(factory) or not registry.build(factory, {}).stochastic
-        values["sample"].update(eta=float(axes["eta"]), **({} if keeps else {"sampler": "ddim"}))
+        supported = ":" in name or "eta" in registry.accepts(factory) or not registry.build(factory, {}).stochastic
+        values["sample"].update(eta=float(axes["eta"]), **({} if supported else {"sampler": "ddim"}))
     return config_lib.parse(values)
 
 
 def network_of(cell: Config, base: Config) -> Config:
-    """What the weights of a cell depend on: its config with the process of `base`. Cells of one network agree in it."""
+    """The config of a cell with the process of `base`: equal for two cells if they have the same weights."""
     return dataclasses.replace(cell, sample=dataclasses.replace(base.sample, ema=cell.sample.ema))
 
 
 def process_of(config: Config) -> SamplingProcess:
-    """Its generative process; ConfigError if it is not legal."""
+    """The generative process of the config. ConfigError if it is invalid."""
     return config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
 
 
 def depends_on(cell: Config, process: SamplingProcess) -> dict[str, Any]:
-    """What the images of a cell depend on, beside the weights and the fields that all cells share."""
+    """What the images of a cell depend on, in addition to the weights and the fields that all cells have in common."""
     shape = config_lib.image_shape(cell.model)
     return {
         "process": fingerprint.of_process(process.sampler, process.transitions, shape),
@@ -112,19 +112,19 @@ def depends_on(cell: Config, process: SamplingProcess) -> dict[str, Any]:
 
 
 def fixed(config: Config, swept: Iterable[str], varied: Iterable[str] = VARIED) -> dict[str, Any]:
-    """The fields of config.sample that all cells share: those that are neither swept nor in `varied`, nor added later
-    and not set.
+    """The fields of config.sample that all cells have in common: those that are neither swept nor in `varied`. A field
+    that was added after the first version is included only if it is set.
     """
     fields = dataclasses.asdict(config.sample)
-    free = {*varied, *(field.removeprefix("sample.") for field in swept)}
-    free |= {name for name in fingerprint.ADDED_LATER if not fields[name]}
-    return {name: value for name, value in fields.items() if name not in free}
+    excluded = {*varied, *(field.removeprefix("sample.") for field in swept)}
+    excluded |= {name for name in fingerprint.ADDED_LATER if not fields[name]}
+    return {name: value for name, value in fields.items() if name not in excluded}
 
 
 def laid_out(
     rows: list[dict[str, Any]], axes: list[str], across: str = "S"
 ) -> tuple[list[str], list[Any], list[list[dict | None]]]:
-    """The rows of the table (all axes but `across`, as words), its columns (values of `across`), what is in them."""
+    """The labels of the table's rows (all axes but `across`), its columns (the values of `across`), and its cells."""
     lines = list(dict.fromkeys(words(row, reversed(axes), across) for row in rows))
     columns = sorted({row[across] for row in rows})
     cells = {(words(row, reversed(axes), across), row[across]): row for row in rows}
@@ -132,21 +132,21 @@ def laid_out(
 
 
 def words(row: Mapping[str, Any], axes: Iterable[str], across: str | None = None) -> str:
-    """Where a row is on these axes but `across`."""
-    return ", ".join(_word(name, row[name]) for name in axes if name != across)
+    """The label of a row: its values on these axes, without `across`."""
+    return ", ".join(_label(name, row[name]) for name in axes if name != across)
 
 
-def _word(axis: str, value: Any) -> str:
+def _label(axis: str, value: Any) -> str:
     return "sigma-hat" if (axis, value) == ("eta", "hat") else f"{short(axis)} {number(value)}"
 
 
 def short(axis: str) -> str:
-    """A field without its section."""
+    """The name of a field without its section."""
     return axis.split(".")[-1]
 
 
 def number(value: Any) -> str:
-    """A value in words, with all its digits: no two are the same in words. Whole floats as integers."""
+    """A value as text with all its digits, so that different values have different texts. 1.0 is written as 1."""
     return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
@@ -157,7 +157,7 @@ def picture(
     across: str = "S",
     unnamed: Collection[str] = (),
 ) -> np.ndarray:
-    """The first images of every cell; the same noise in all of them. unnamed: axes that are not in their words."""
+    """The first images of every cell; cells with the same seed have the same noise. unnamed: axes without a label."""
     lines, columns, cells = laid_out(rows, [name for name in axes if name not in unnamed], across)
     folder = lambda row: out / common.folder_of({name: row[name] for name in axes})
     pictures = [[None if row is None else common.read_png(folder(row) / "first.png") for row in line] for line in cells]

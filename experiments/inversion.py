@@ -1,10 +1,10 @@
-"""What it costs to encode so that decoding returns the image: error against network calls, for the paper's explicit
-steps and for solved ones.
+"""The cost of exact DDIM inversion: reconstruction error over network calls, for explicit and for implicit steps.
 
     python -m experiments.inversion --config configs/digits.py --out DIR --count 100
 
-The error is that of table 2, the mean square over pixels in [0, 1] after encoding and decoding; the calls are those of
-encoding alone: S for explicit steps, S (1 + refine) for solved ones.
+Explicit steps are the paper's, Eq. (13). Implicit steps are solved by a fixed-point iteration (`ddim_jax.inversion`).
+The error is that of table 2: the mean square over pixels in [0, 1] after encoding and decoding. Only the network calls
+of encoding are counted: S for explicit steps, S (1 + refine) for implicit steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import functools
 import types
 from typing import Any
 
-from ddim_jax import encode
+from ddim_jax import config as config_lib
+from ddim_jax import encode, encoding
 from ddim_jax.config import Config, weights
 from ddim_jax.utils import output_folder, sharding
 from experiments import common, grid
@@ -28,9 +29,9 @@ from experiments.common import Cell
 OPTIONS = common.OPTIONS | {
     "images": encode.OPTIONS["images"],
     "count": encode.OPTIONS["count"],
-    "explicit": ("10,20,50,100,200,500", "The values of S of explicit steps."),
-    "solved": ("10,20,50", "The values of S of solved steps."),
-    "refine": ("3,5,10,15,20", "Their numbers of iterations."),
+    "explicit": ("10,20,50,100,200,500", "The values of S for explicit steps."),
+    "solved": ("10,20,50", "The values of S for implicit steps."),
+    "refine": ("3,5,10,15,20", "The numbers of iterations of an implicit step."),
 }
 
 
@@ -42,14 +43,14 @@ def main(options: types.SimpleNamespace) -> None:
     processes = [grid.process_of(cell) for cell in cells]
     source, total = encode.load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
-    found = weights.find(config, options.workdir, mesh)
-    depends = encode.fingerprint(with_fields(config, refine=0), processes[0], found, source, total)
-    del depends["tau"], depends["process"]  # of the cells
+    trained = weights.find(config, options.workdir, mesh)
+    depends = encode.fingerprint(with_fields(config, refine=0), processes[0], trained, source, total)
+    del depends["tau"], depends["process"]  # they depend on the cell
     out = common.begin(options, experiment="inversion", tau=config.sample.tau, **depends)
 
     def measure(cell: Config, process: Any, folder: output_folder.Folder) -> dict[str, Any]:
-        files = encode.round_trip(folder, cell, process, found.params, mesh, source, total)
-        report, steps = encode.make_report(*files, len(process.tau) - 1), len(process.tau) - 1
+        pipeline, steps = config_lib.pipeline(cell, trained.params, mesh, process), len(process.tau) - 1
+        report = encoding.make_report(*encoding.round_trip(folder, pipeline, source, total, cell.sample.refine), steps)
         return {
             "error": report["error_mean"],
             "largest": report["error_max"],
@@ -70,7 +71,7 @@ def main(options: types.SimpleNamespace) -> None:
             for place, cell, process in zip(places, cells, processes, strict=True)
         ],
     )
-    common.write_table(out, rows, source=found.source)
+    common.write_table(out, rows, source=trained.source)
     common.plot(out / "table.png", functools.partial(draw, rows))
     head = ["S", "iterations a step", "calls", "error", "largest"]
     columns = ("S", "refine", "calls", "error", "largest")
@@ -85,7 +86,7 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
     axes = figure.subplots()
     curves = {"explicit": [row for row in rows if not row["refine"]]}
     for S in sorted({row["S"] for row in rows if row["refine"]}):
-        curves[f"solved, S = {S}"] = [row for row in rows if row["refine"] and row["S"] == S]
+        curves[f"implicit, S = {S}"] = [row for row in rows if row["refine"] and row["S"] == S]
     for label, line in curves.items():
         points = sorted((row["calls"], row["error"]) for row in line)
         axes.plot(*zip(*points, strict=True), "o-", label=label)

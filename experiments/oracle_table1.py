@@ -1,17 +1,17 @@
-"""Table 1 without a network: the optimal eps in closed form, so that what is seen is the sampler's error alone.
+"""Table 1 without a network: the optimal eps in closed form, so that the only error is that of the sampler.
 
     python -m experiments.oracle_table1 --config configs/digits.py --config.sample.tau=quadratic --out DIR
 
-Three distributions whose optimal eps is known, each with its own distance between samples and data:
+There are three data distributions whose optimal eps is known, each with a distance between samples and data:
 
-- `gaussian`: N(0.3, 0.5^2). The samples are Gaussian too; the Wasserstein-2 distance of the two is computed exactly.
-- `ring`: eight narrow Gaussians in the plane. The sliced Wasserstein-2 distance of --points samples and as many points
-  of the data.
-- `digits`: narrow Gaussians around 100 real digits. The Fréchet distance, in the digits classifier's features, of
-  --count samples and as many images of the data.
+- `gaussian`: N(0.3, 0.5^2). The samples are Gaussian too, and the Wasserstein-2 distance is computed exactly.
+- `ring`: eight narrow Gaussians in the plane. The distance is the sliced Wasserstein-2 distance between --points
+  samples and as many points of the data.
+- `digits`: narrow Gaussians around 100 real digits. The distance is the Fréchet distance, in the features of the digits
+  classifier, between --count samples and as many images of the data.
 
-`floor` is the distance between two sets of the data. Of the config it takes the schedule, the tau and the seed. The
-paper used quadratic tau for CIFAR-10.
+`floor` is the distance between two independent sets of the data. The schedule, the tau and the seed are those of the
+config. The paper uses quadratic tau for CIFAR-10.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from experiments.common import Cell
 
 DIRECTIONS = 32
 BATCH = 10_000
-SHOWN = 4000
+PICTURED = 4000
 GAUSSIAN = (0.3, 0.5)  # mean, std
 
 OPTIONS = {
@@ -54,14 +54,14 @@ OPTIONS = {
     "etas": grid.OPTIONS["etas"],
     "steps": ("10,20,50,100", "The columns: values of S."),
     "data": ("gaussian,ring,digits", "The distributions."),
-    "points": ("100000", "Samples of the ring."),
-    "count": ("20000", "Samples of the digits."),
+    "points": ("100000", "The number of samples of the ring."),
+    "count": ("20000", "The number of samples of the digits."),
     "images": (None, "The earlier name of --count."),
 }
 
 
 class Mixture(NamedTuple):
-    """Gaussians N(means[k], std^2 I), each equally likely."""
+    """A mixture of Gaussians N(means[k], std^2 I) with equal weights."""
 
     means: np.ndarray  # (K, ...) float32
     std: float
@@ -97,7 +97,7 @@ def main(options: types.SimpleNamespace) -> None:
         for name in names:
             lookup({"gaussian": None, **MIXTURES}, name)
     if not options.etas:
-        raise ConfigError("--etas: needs a value")
+        raise ConfigError("--etas: must have at least one value")
     noise_schedule = config_lib.noise_schedule(config.schedule)
     places = grid.places(options.etas, options.steps)
     processes = [grid.process_of(grid.at(options, place, 1)) for place in places]
@@ -113,11 +113,11 @@ def main(options: types.SimpleNamespace) -> None:
     key = jax.random.key(config.sample.seed)
 
     @functools.cache
-    def real(name: str) -> tuple[Any, float]:
-        """What samples are compared with, and the distance of the data from itself."""
+    def reference(name: str) -> tuple[Any, float]:
+        """The statistics of the data, and the distance between two independent sets of the data."""
         sets = [MIXTURES[name]().draw(np.random.default_rng(seed), counts[name]) for seed in (1, 2)]
-        told, again = map(DISTANCES[name].read, sets)
-        return told, DISTANCES[name].between(told, again)
+        first, second = map(DISTANCES[name].statistics, sets)
+        return first, DISTANCES[name].between(first, second)
 
     def measure(name: str, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
         if name == "gaussian":
@@ -126,9 +126,9 @@ def main(options: types.SimpleNamespace) -> None:
         mixture = MIXTURES[name]()
         drawn = draw(process, mixture.eps_fn(noise_schedule), key, mixture.means.shape[1:], counts[name])
         with folder.writing("first.npz") as file:
-            np.savez(file, x=drawn[:SHOWN])
-        told, floor = real(name)
-        return {"distance": DISTANCES[name].between(told, DISTANCES[name].read(drawn)), "floor": floor}
+            np.savez(file, x=drawn[:PICTURED])
+        of_data, floor = reference(name)
+        return {"distance": DISTANCES[name].between(of_data, DISTANCES[name].statistics(drawn)), "floor": floor}
 
     rows = common.run(
         out,
@@ -147,16 +147,16 @@ def main(options: types.SimpleNamespace) -> None:
     common.plot(out / "distances.png", functools.partial(draw_distances, rows), (12, 4))
     common.plot(out / "table.png", functools.partial(draw_samples, rows, out), (8, 8))
     lines, columns, table = grid.laid_out(rows, ["eta", "S", "data"])
-    shown = [[line, *(row and row["distance"] for row in cells)] for line, cells in zip(lines, table, strict=True)]
+    body = [[line, *(row and row["distance"] for row in cells)] for line, cells in zip(lines, table, strict=True)]
     floors = {row["data"]: row["floor"] for row in rows if row["floor"]}
-    said = "".join(f"\nTwo sets of the data ({name}): {floor:.3g}\n" for name, floor in floors.items())
-    text = common.markdown(["distance", *(f"S = {S}" for S in columns)], shown)
-    common.finish(out, text + said, [*common.FILES, "distances.png"])
+    last = "".join(f"\nTwo sets of the data ({name}): {floor:.3g}\n" for name, floor in floors.items())
+    text = common.markdown(["distance", *(f"S = {S}" for S in columns)], body)
+    common.finish(out, text + last, [*common.FILES, "distances.png"])
 
 
 def law(process: SamplingProcess, eps_fn: Any) -> tuple[float, float]:
-    """Mean and standard deviation of the last x, exactly, for an eps that is affine in x: so is each step then,
-    `x_s = a x_t + b + c z`, and a, b, c are read off it.
+    """The exact mean and standard deviation of the last x, for an eps that is affine in x. Each step is then
+    `x_s = a x_t + b + c z`; the coefficients a, b, c follow from its values at three points.
     """
     probe = jnp.array([[0.0], [1.0], [0.0]])
     noise = jnp.array([[0.0], [0.0], [1.0]]) if process.sampler.stochastic else None
@@ -171,7 +171,7 @@ def law(process: SamplingProcess, eps_fn: Any) -> tuple[float, float]:
 
 
 def draw(process: SamplingProcess, eps_fn: Any, key: Any, shape: tuple[int, ...], count: int) -> np.ndarray:
-    """Samples (count, ...) of a process, batch by batch; sample i by (key, i) alone."""
+    """Draws samples (count, ...) of a process in batches. Sample i depends only on (key, i)."""
     parts = []
     for begin in range(0, count, BATCH):
         keys = samplers.image_keys(key, np.arange(begin, min(begin + BATCH, count)))
@@ -184,60 +184,64 @@ def draw(process: SamplingProcess, eps_fn: Any, key: Any, shape: tuple[int, ...]
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray) -> float:
-    """`sqrt(E_u W_2(u.a, u.b)^2)` over unit vectors u, for two sets (N, ...) of as many points: in one dimension the
-    optimal transport pairs them by size.
+    """The sliced Wasserstein-2 distance `sqrt(E_u W_2(u.a, u.b)^2)` over unit vectors u. a, b: (N, ...), of the same
+    size N. In one dimension, the optimal transport pairs the sorted points.
     """
     a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     directions = np.random.default_rng(0).normal(size=(a.shape[1], DIRECTIONS)).astype(np.float32)
     directions /= np.linalg.norm(directions, axis=0)
-    apart = np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)
-    return float(np.sqrt(np.square(apart, dtype=np.float64).mean()))
+    difference = np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)
+    return float(np.sqrt(np.square(difference, dtype=np.float64).mean()))
 
 
 class Distance(NamedTuple):
-    read: Callable[[np.ndarray], Any]  # what is needed of a set (N, ...)
-    between: Callable[[Any, Any], float]
+    """A distance between two sets of points or images."""
+
+    statistics: Callable[[np.ndarray], Any]  # of a set (N, ...)
+    between: Callable[[Any, Any], float]  # two statistics -> their distance
 
 
 @functools.cache
-def judge() -> Any:
+def classifier_fn() -> Any:
     return digits_classifier.open_network().feature_fn
 
 
-def judged(x: np.ndarray) -> frechet.Moments:
-    """Moments of the classifier's features of images (N, 8, 8, 1) in [-1, 1]."""
-    parts = [judge()(to_uint8(x[i : i + BATCH])).features for i in range(0, len(x), BATCH)]
+def classifier_moments(x: np.ndarray) -> frechet.Moments:
+    """The moments of the classifier's features of images (N, 8, 8, 1) in [-1, 1]."""
+    parts = [classifier_fn()(to_uint8(x[i : i + BATCH])).features for i in range(0, len(x), BATCH)]
     return frechet.moments(np.concatenate(parts))
 
 
 DISTANCES = {
     "ring": Distance(lambda x: x, sliced_wasserstein),
-    "digits": Distance(judged, frechet.distance),
+    "digits": Distance(classifier_moments, frechet.distance),
 }
 
 
 def draw_distances(rows: list[dict[str, Any]], figure: Any) -> None:
+    """Plots the distance over S: one panel for each distribution, one curve for each eta."""
     names = list(dict.fromkeys(row["data"] for row in rows))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        own = [row for row in rows if row["data"] == name]
-        for eta in dict.fromkeys(row["eta"] for row in own):
-            line = [(row["S"], row["distance"]) for row in own if row["eta"] == eta]
+        of_data = [row for row in rows if row["data"] == name]
+        for eta in dict.fromkeys(row["eta"] for row in of_data):
+            line = [(row["S"], row["distance"]) for row in of_data if row["eta"] == eta]
             axes.plot(*zip(*line, strict=True), "o-", label="sigma-hat" if eta == "hat" else f"eta {eta}")
-        if own[0]["floor"]:
-            axes.axhline(own[0]["floor"], color="grey", linestyle=":", label="two sets of data")
+        if of_data[0]["floor"]:
+            axes.axhline(of_data[0]["floor"], color="grey", linestyle=":", label="two sets of data")
         axes.set(title=name, xlabel="S", ylabel="distance", xscale="log", yscale="log")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
 
 
 def draw_samples(rows: list[dict[str, Any]], out: output_folder.Folder, figure: Any) -> None:
-    """Samples of the ring, or else of the digits: rows of eta and columns of S."""
+    """Plots samples of the ring, or of the digits if there is no ring: rows of eta and columns of S."""
     name = next((name for name in MIXTURES if any(row["data"] == name for row in rows)), None)
     lines, columns, cells = grid.laid_out([row for row in rows if row["data"] == name], ["eta", "S"])
-    for line, own, word in zip(figure.subplots(len(lines), len(columns), squeeze=False), cells, lines, strict=True):
-        for axes, row, S in zip(line, own, columns, strict=True):
+    panels = figure.subplots(len(lines), len(columns), squeeze=False)
+    for panels_of_line, rows_of_line, label in zip(panels, cells, lines, strict=True):
+        for axes, row, S in zip(panels_of_line, rows_of_line, columns, strict=True):
             axes.set(aspect="equal", xticks=[], yticks=[])
-            axes.set_title(f"{word}, S = {S}", fontsize=8)
+            axes.set_title(f"{label}, S = {S}", fontsize=8)
             if row is not None:
                 folder = out / common.folder_of({axis: row[axis] for axis in ("eta", "S", "data")})
                 x = images.open_npz(folder / "first.npz")["x"]

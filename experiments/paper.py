@@ -1,7 +1,7 @@
-"""The numbers that the paper reports (Song, Meng, Ermon 2020), to stand beside ours."""
+"""The numbers that the paper reports (Song, Meng, Ermon 2020), for comparison."""
 
 STEPS = (10, 20, 50, 100, 1000)
-IMAGES = 50_000  # that each FID is of
+IMAGES = 50_000  # samples for each FID
 
 
 def _rows(steps, rows):
@@ -33,10 +33,10 @@ FID = {  # data set -> (eta, S) -> FID of tables 1 and 3
     "church": _rows(STEPS[:4], {"0": (19.45, 12.47, 10.84, 10.58), "1": (51.56, 23.37, 11.16, 8.27)}),
 }
 
-# S -> mean square error per dimension after encoding and decoding the test images of CIFAR-10, in [0, 1]: table 2
+# Table 2: S -> mean square error per dimension, in [0, 1], after encoding and decoding the test images of CIFAR-10.
 RECONSTRUCTION = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 
 
 def fid_of(name: str) -> dict[tuple[str, int], float]:
-    """The table of the data set whose name is part of a config's name, empty if the paper has none."""
+    """The FIDs of the data set whose name is part of the config's name; empty if the paper has no such data set."""
     return next((table for data, table in FID.items() if data in name), {})

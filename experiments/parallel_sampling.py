@@ -1,10 +1,11 @@
-"""Sampling in parallel over time: how many rounds of network calls the same images take, and how near they are.
+"""Parallel-in-time sampling (ParaDiGMS): the number of sequential rounds, and the error against sequential sampling.
 
     python -m experiments.parallel_sampling --config configs/digits.py --out DIR
 
-`rounds` is what remains sequential, `calls` what is computed in all, `distance` the largest root mean square of an
-image, over pixels in [0, 1], to that of the steps one by one. Seconds are medians of three, after the compilation; less
-than the sequential ones where a device has room for `window` times the batch.
+`rounds` is the number of sequential network evaluations, `calls` the total number of network calls. `distance` is the
+largest root mean square distance, over pixels in [0, 1], between an image and its counterpart from sequential sampling.
+`seconds` is the median of three runs after the compilation. It is below `seconds_sequential` only if the device can
+evaluate `window` times the batch in parallel.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ RUNS = 3
 
 OPTIONS = common.OPTIONS | {
     "steps": ("50,100,200,1000", "The values of S."),
-    "windows": ("16,64", "How many steps are taken at once."),
-    "tolerances": ("0.1,0.01,0.001", "By how much a point may still move, root mean square."),
-    "count": ("16", "How many images."),
+    "windows": ("16,64", "The numbers of steps that are computed in parallel."),
+    "tolerances": ("0.1,0.01,0.001", "The largest change of a converged point, root mean square."),
+    "count": ("16", "The number of images."),
 }
 
 
@@ -53,22 +54,22 @@ def main(options: types.SimpleNamespace) -> None:
     with error_context("config.sample.sampler"):
         parallel.check_memory(processes[steps[0]].sampler)
     mesh = sharding.data_mesh()
-    found = weights.find(config, options.workdir, mesh)
+    trained = weights.find(config, options.workdir, mesh)
     out = common.begin(
         options,
         experiment="parallel_sampling",
-        weights=found.digest,
+        weights=trained.digest,
         sample=grid.fixed(config, []) | {"sampler": config.sample.sampler, "eta": config.sample.eta},
         count=count,
     )
     index = np.arange(count)
-    pipeline = config_lib.pipeline(config, found.params, mesh)
+    pipeline = config_lib.pipeline(config, trained.params, mesh)
     keys, x_T = sampling.start(pipeline, jnp.asarray(index))
     labels = sampling.labels_of(pipeline, index)
     denoiser = sampling.conditioned(pipeline, None if labels is None else jnp.asarray(labels))
 
     @functools.cache
-    def one_by_one(S: int) -> tuple[np.ndarray, float]:
+    def sequential(S: int) -> tuple[np.ndarray, float]:
         process = processes[S]
         return timed(lambda: samplers.integrate(process.sampler, denoiser, process.transitions, x_T, keys_of(process)))
 
@@ -88,13 +89,13 @@ def main(options: types.SimpleNamespace) -> None:
                 tolerance=tolerance,
             )
         )
-        expected, sequential = one_by_one(S)
+        expected, sequential_seconds = sequential(S)
         return {
             "rounds": int(rounds),
             "calls": int(rounds) * min(window, S),
             "distance": float(common.root_mean_square(np.asarray(x_0), np.asarray(expected)).max()),
             "seconds": seconds,
-            "seconds_sequential": sequential,
+            "seconds_sequential": sequential_seconds,
         }
 
     rows = common.run(
@@ -111,7 +112,7 @@ def main(options: types.SimpleNamespace) -> None:
             for tolerance in tolerances
         ],
     )
-    common.write_table(out, rows, source=found.source, device=jax.devices()[0].device_kind)
+    common.write_table(out, rows, source=trained.source, device=jax.devices()[0].device_kind)
     common.plot(out / "table.png", functools.partial(draw, rows))
     columns = ["S", "window", "tolerance", "rounds", "calls", "distance", "seconds", "seconds_sequential"]
     common.finish(out, common.markdown(columns, [[row[name] for name in columns] for row in rows]))
@@ -128,12 +129,12 @@ def tolerances_of(text: str) -> list[float]:
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    """The result, and the median of the seconds of some runs after the first."""
+    """The result, and the median time in seconds of RUNS runs after a first one."""
     result, seconds = jax.block_until_ready(run()), []
     for _ in range(RUNS):
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - begin)
     return result, float(np.median(seconds))
 
 
@@ -146,7 +147,7 @@ def draw(rows: list[dict[str, Any]], figure: Any) -> None:
             )
             axes.plot(*zip(*line, strict=True), "o-", label=f"window {window}, tolerance {tolerance}")
     steps = sorted({row["S"] for row in rows})
-    axes.plot(steps, steps, "k:", label="one by one")
+    axes.plot(steps, steps, "k:", label="sequential")
     axes.set(xlabel="S", ylabel="rounds", xscale="log", yscale="log")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

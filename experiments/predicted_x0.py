@@ -1,15 +1,15 @@
-"""Why not take all the noise away at once? The x_0 that is predicted on the way, beside the image at the end.
+"""The predicted x_0 at every step, compared with the final image: why one step does not remove all of the noise.
 
     python -m experiments.predicted_x0 --config configs/digits.py --out DIR
 
-table.png shows the predicted x_0, Eq. (9), from t = T on the left to the image on the right, distances.png how far it
-is from that image: root mean square over pixels in [0, 1]. In the table `one_shot` is that distance at t = T and
-`half_way` in the middle; `..._between` are the distances between the predictions for different x_T, and between the
-images at the end.
+table.png shows the predicted x_0, Eq. (9), from t = T on the left to the final image on the right. distances.png plots
+the root mean square distance from the predicted x_0 to the final image, over pixels in [0, 1]. In the table, `one_shot`
+is this distance at t = T, and `half_way` the one after half of the steps. The columns `..._between` are mean distances
+between predictions, and between final images, of different x_T.
 
-With the optimal eps the first prediction would be the mean of all images, the same for every x_T, and the predictions
-after it a blurred image that becomes sharp. A trained network's eps has an error, which Eq. (9) multiplies by
-`magnified`, sqrt((1 - alpha_bar_T) / alpha_bar_T): its first prediction is that error.
+With the optimal eps, the first prediction is the mean of all images, the same for every x_T, and the later predictions
+are a blurred image that becomes sharp. The eps of a trained network has an error, which Eq. (9) multiplies by
+`magnified`, sqrt((1 - alpha_bar_T) / alpha_bar_T). This error dominates the first prediction.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = 11
 
 OPTIONS = common.OPTIONS | {
     "steps": ("50", "The values of S."),
-    "count": ("100", "How many x_T."),
+    "count": ("100", "The number of x_T."),
 }
 
 
@@ -52,29 +52,29 @@ def main(options: types.SimpleNamespace) -> None:
     cells = [dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=S)) for S in steps]
     processes = [grid.process_of(cell) for cell in cells]
     mesh = sharding.data_mesh()
-    found = weights.find(config, options.workdir, mesh)
+    trained = weights.find(config, options.workdir, mesh)
     out = common.begin(
         options,
         [*common.WRITTEN, "distances.png"],
         experiment="predicted_x0",
-        weights=found.digest,
+        weights=trained.digest,
         sample=grid.fixed(config, ("steps",)) | {"sampler": config.sample.sampler, "eta": config.sample.eta},
         count=count,
     )
 
     def measure(cell: Config, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
-        """The whole way of a few images at a time is in memory, never that of all."""
+        """Only the trajectory of one batch at a time is in memory."""
         distances, first, middle, last = [], [], [], []
-        pipeline = config_lib.pipeline(cell, found.params, mesh, process)
+        pipeline = config_lib.pipeline(cell, trained.params, mesh, process)
         for index in sampling.batch_indices(pipeline.batch_size, mesh, 0, count):
             x, predicted = path_of(pipeline, index)
-            kept = slice(count - index[0])
-            distances.append(common.root_mean_square(predicted[:, kept], x[None, kept]))
-            first.append(predicted[0, kept])
-            middle.append(predicted[len(predicted) // 2, kept])
-            last.append(x[kept])
+            valid = slice(count - index[0])
+            distances.append(common.root_mean_square(predicted[:, valid], x[None, valid]))
+            first.append(predicted[0, valid])
+            middle.append(predicted[len(predicted) // 2, valid])
+            last.append(x[valid])
             if index[0] == 0:
-                images.write_png(folder / "first.png", strip(predicted[:, kept], x[kept]))
+                images.write_png(folder / "first.png", strip(predicted[:, valid], x[valid]))
         distances = np.concatenate(distances, axis=1).mean(axis=1)  # (S,)
         with folder.writing("distances.npz") as file:
             np.savez(file, t=process.transitions.t, distance=distances)
@@ -95,7 +95,7 @@ def main(options: types.SimpleNamespace) -> None:
             for S, cell, process in zip(steps, cells, processes, strict=True)
         ],
     )
-    common.write_table(out, rows, source=found.source)
+    common.write_table(out, rows, source=trained.source)
     folders = {row["S"]: out / common.folder_of({"S": row["S"]}) for row in rows}
     pictures = {S: common.read_png(folder / "first.png") for S, folder in folders.items()}
     images.write_png(
@@ -109,7 +109,7 @@ def main(options: types.SimpleNamespace) -> None:
 
 
 def path_of(pipeline: Pipeline, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The images index (B,), (B, H, W, C), and the x_0 predicted at every step before, (S, B, H, W, C); uint8."""
+    """The images (B, H, W, C) of the indices (B,), and the predicted x_0 at every step, (S, B, H, W, C); both uint8."""
     keys, x_T = sampling.start(pipeline, sharding.split_batch(pipeline.mesh, index))
     labels = sampling.labels_of(pipeline, index)
     labels = None if labels is None else sharding.split_batch(pipeline.mesh, labels)
@@ -120,15 +120,15 @@ def path_of(pipeline: Pipeline, index: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def between(batch: np.ndarray) -> float:
-    """Mean distance between different images (N, H, W, C)."""
+    """The mean distance between two different images of a batch (N, H, W, C)."""
     distances = np.stack([common.root_mean_square(image, batch) for image in batch])
     return float(distances.sum() / (len(batch) * (len(batch) - 1)))
 
 
 def strip(predicted: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """From left to right the predictions at even distances, the image last; a row for each x_T."""
-    way = np.concatenate([predicted, x[None]])[:, :PICTURED]
-    chosen = way[np.unique(np.linspace(0, len(way) - 1, COLUMNS).round().astype(int))]
+    """One row for each x_T: predictions at evenly spaced steps from left to right, and the final image."""
+    path = np.concatenate([predicted, x[None]])[:, :PICTURED]
+    chosen = path[np.unique(np.linspace(0, len(path) - 1, COLUMNS).round().astype(int))]
     return images.grid(chosen.swapaxes(0, 1).reshape(-1, *x.shape[1:]), len(chosen))
 
 

@@ -1,10 +1,10 @@
-"""Error against network calls for every deterministic sampler, and its order: what is claimed, and what is fitted.
+"""The error over the number of network calls for every deterministic sampler, and its claimed and its fitted order.
 
     python -m experiments.solvers --out DIR
 
-The data are a mixture of three Gaussians in the plane, whose optimal eps is known, so there is no error but the
-solver's. Levels evenly spaced in lambda from sigma_bar = 80 down to 0.05, float64, against 20,000 steps of third order;
-the error is the root of the mean square over 256 points. The order is the slope from 160 to 640 steps.
+The data are a mixture of three Gaussians in the plane. Their optimal eps is known, so the only error is that of the
+solver. The levels are evenly spaced in lambda from sigma_bar = 80 to 0.05. The error is the root mean square difference
+to 20,000 steps of third order, over 256 points, in float64. The fitted order is the slope from 160 to 640 steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ddim_jax.utils import output_folder
 from experiments import common
 from experiments.common import Cell
 
-CLAIMED = {  # UniPC's corrector adds one to the order 2 of its predictor
+CLAIMED = {  # the corrector of UniPC raises the order 2 of its predictor by one
     "ddim": 1,
     "heun": 2,
     "ab2": 2,
@@ -47,8 +47,8 @@ FITTED = (160, 320, 640)
 REFERENCE = ("dpm_solver_pp_3m", 20_000)
 
 OPTIONS = {
-    "calls": ("5,6,8,10,15,20,30,50,70,100", "Numbers of network calls."),
-    "out": (None, "Folder of the results."),
+    "calls": ("5,6,8,10,15,20,30,50,70,100", "The numbers of network calls."),
+    "out": (None, "The output folder."),
 }
 
 
@@ -88,7 +88,7 @@ def main(options: types.SimpleNamespace) -> None:
     common.finish(out, common.markdown(head, body))
 
 
-TWICE = {"ab2": 1, "ab4": 3, "plms": 1}  # how many first steps ask the network twice
+TWICE = {"ab2": 1, "ab4": 3, "plms": 1}  # the number of first steps that call the network twice
 
 
 def calls_of(name: str, steps: int) -> int:
@@ -96,12 +96,12 @@ def calls_of(name: str, steps: int) -> int:
 
 
 def steps_of(name: str, calls: int) -> int:
-    """The most steps with so many calls."""
+    """The largest number of steps with so many calls."""
     return calls // 2 if name == "heun" else calls - TWICE.get(name, 0)
 
 
 def legal(name: str, calls: int) -> bool:
-    """Whether the solver can do with so few."""
+    """Whether the solver can run with so few calls."""
     try:
         sampler(name).check(levels(max(steps_of(name, calls), 1))[1])
     except ValueError:
@@ -114,13 +114,14 @@ def sampler(name: str) -> samplers.Sampler:
 
 
 def levels(steps: int) -> tuple[NoiseSchedule, Transitions]:
+    """A schedule of steps + 1 levels, evenly spaced in lambda, and the transitions over all of them."""
     noise = np.exp(np.linspace(np.log(SMALLEST), np.log(LARGEST), steps + 1))
     noise_schedule = NoiseSchedule(np.concatenate([[1.0], 1 / (1 + noise**2)]))
     return noise_schedule, trajectory.descend(noise_schedule, np.arange(1, steps + 2), end=1)
 
 
 def run(name: str, steps: int) -> np.ndarray:
-    """Where the points end, (POINTS, 2)."""
+    """The samples (POINTS, 2) of a solver after so many steps."""
     noise_schedule, transitions = levels(steps)
     x = jax.random.normal(jax.random.key(0), (POINTS, 2), jnp.float64)
     return np.asarray(samplers.integrate(sampler(name), oracle.mixture(noise_schedule, MEANS, STDS), transitions, x))
@@ -131,7 +132,7 @@ def error_of(rows: list[dict[str, Any]], name: str, steps: int) -> float:
 
 
 def fitted(rows: list[dict[str, Any]], name: str) -> float:
-    """The slope of log error over log steps, turned round."""
+    """The fitted order: minus the slope of log error over log steps."""
     errors = [error_of(rows, name, steps) for steps in FITTED]
     return float(-np.polyfit(np.log(FITTED), np.log(errors), 1)[0])
 

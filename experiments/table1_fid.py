@@ -1,14 +1,15 @@
-"""Table 1: quality over eta and S, and any other field beside them. A preset of `ablation`.
+"""Table 1: sample quality over eta and S, and over any further field of the config. A preset of `ablation`.
 
     python -m experiments.table1_fid --config configs/digits.py --out DIR --steps 10,20,50,100
     python -m experiments.table1_fid --config configs/cifar10.py --config.pretrained=google/ddpm-cifar10-32 --out DIR
     python -m experiments.table1_fid ... --etas 0,0.5 --sweep sample.tau=uniform,quadratic --sweep sample.seed=0,1
 
-Every cell draws config.evaluate.num_images images and measures config.evaluate.metrics; the first metric fills the
-table that is printed, table.csv has them all. Where the paper has a FID, it and the difference stand beside ours.
+Every cell draws config.evaluate.num_images images and computes config.evaluate.metrics. The first metric fills the
+printed table; table.csv has all metrics. Where the paper reports a FID, the table also has the paper's value and the
+difference.
 
-What was interrupted resumes with the batch it was in; a later command with the same --out adds its cells. A cell's
-images are removed once they are measured, unless --keep_samples is given; its first ones stay in table.png.
+An interrupted command resumes with the batch that it was drawing. A later command with the same --out adds its cells.
+The images of a cell are deleted after the evaluation, unless --keep_samples is given. table.png keeps the first ones.
 """
 
 from __future__ import annotations
@@ -43,38 +44,39 @@ def main(options: types.SimpleNamespace) -> None:
     table = paper.fid_of(config.name) if config.evaluate.features == "inception" else {}
     rows = [beside_the_paper(row, table) for row in done.rows]
     common.write_table(
-        done.out, rows, metrics=done.measured.metrics, real=done.real, features=done.measured.network.name
+        done.out, rows, metrics=done.evaluator.metrics, real=done.real, features=done.evaluator.network.name
     )
     images.write_png(done.out / "table.png", grid.picture(rows, axes, done.out))
     common.finish(done.out, text(rows, axes, done.real))
 
 
 def beside_the_paper(row: dict[str, Any], table: Mapping[tuple[str, int], float]) -> dict[str, Any]:
+    """The row, with the paper's FID and the difference to it if the paper has one."""
     value = table.get((row.get("eta"), row["S"]))
     return row if value is None or "fid" not in row else {**row, "paper": value, "difference": row["fid"] - value}
 
 
 def text(rows: list[dict[str, Any]], axes: list[str], real: dict[str, Any] | None) -> str:
-    """The first metric over the table, the paper's value and the difference in brackets."""
+    """The Markdown table of the first metric, with the paper's value and the difference in brackets."""
     main_number = next(name for name in rows[0] if name not in axes)
     lines, columns, cells = grid.laid_out(rows, axes)
 
-    told = main_number == "fid" and any("paper" in row for row in rows)
+    has_paper = main_number == "fid" and any("paper" in row for row in rows)
 
-    def shown(row):
+    def formatted(row):
         if row is None:
             return None
-        beside = f" ({row['paper']:g}, {row['difference']:+.2f})" if told and "paper" in row else ""
-        return f"{row[main_number]:.4g}{beside}"
+        comparison = f" ({row['paper']:g}, {row['difference']:+.2f})" if has_paper and "paper" in row else ""
+        return f"{row[main_number]:.4g}{comparison}"
 
     table = common.markdown(
-        [main_number + " (the paper's, difference)" * told, *(f"S = {column}" for column in columns)],
-        [[line, *map(shown, row)] for line, row in zip(lines, cells, strict=True)],
+        [main_number + " (the paper's, difference)" * has_paper, *(f"S = {column}" for column in columns)],
+        [[line, *map(formatted, row)] for line, row in zip(lines, cells, strict=True)],
     )
-    if told and rows[0]["images"] < paper.IMAGES:
-        table += f"\nOf {rows[0]['images']} images each; the paper has {paper.IMAGES}, and fewer make FID larger.\n"
+    if has_paper and rows[0]["images"] < paper.IMAGES:
+        table += f"\nOf {rows[0]['images']} images each; the paper has {paper.IMAGES}. Fewer images increase FID.\n"
     if real is not None:
-        table += "\n" + ablation.of_reals(real, [main_number])
+        table += "\n" + ablation.line_of_real_images(real, [main_number])
     return table
 
 

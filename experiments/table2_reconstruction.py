@@ -1,11 +1,11 @@
-"""Table 2: real test images into latents and back, in S steps each way.
+"""Table 2: reconstruction error of real test images that are encoded and decoded, each in S steps.
 
     python -m experiments.table2_reconstruction --config configs/digits.py --out DIR
     python -m experiments.table2_reconstruction --config configs/cifar10.py \\
         --config.pretrained=google/ddpm-cifar10-32 --out DIR
 
-The error is the mean square over pixels in [0, 1], beside the paper's for CIFAR-10. table.png has the first images
-above what became of them, errors.png the error over S.
+The error is the mean square over pixels in [0, 1]. For CIFAR-10 the table also has the paper's values. table.png shows
+the first images and their reconstructions, errors.png the error over S.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def main(options: types.SimpleNamespace) -> None:
     processes = [grid.process_of(cell) for cell in cells]
     source, total = encode.load_images(options.images, options.count, config)
     mesh = sharding.data_mesh()
-    found = weights.find(config, options.workdir, mesh)
-    depends = encode.fingerprint(config, processes[0], found, source, total)
-    del depends["tau"], depends["process"]  # of the cells
+    trained = weights.find(config, options.workdir, mesh)
+    depends = encode.fingerprint(config, processes[0], trained, source, total)
+    del depends["tau"], depends["process"]  # they depend on the cell
     out = common.begin(options, [*common.WRITTEN, "errors.png"], experiment="table2", tau=config.sample.tau, **depends)
 
     def measure(cell: Config, process: SamplingProcess, folder: output_folder.Folder) -> dict[str, Any]:
-        pipeline = config_lib.pipeline(cell, found.params, mesh, process)
+        pipeline = config_lib.pipeline(cell, trained.params, mesh, process)
         latents, decoded = encoding.round_trip(folder, pipeline, source, total, cell.sample.refine)
         images.write_png(folder / "first.png", images.grid(images.open_npz(decoded)["arr_0"][:PICTURED], PICTURED))
         report = encoding.make_report(latents, decoded, len(process.tau) - 1)
@@ -73,7 +73,7 @@ def main(options: types.SimpleNamespace) -> None:
     )
     table = paper.RECONSTRUCTION if "cifar10" in config.name else {}
     rows = [row | ({"paper": table[row["S"]]} if row["S"] in table else {}) for row in rows]
-    common.write_table(out, rows, source=found.source)
+    common.write_table(out, rows, source=trained.source)
     real = images.grid(source[np.arange(min(PICTURED, total))].images, PICTURED)
     pictures = [[real], *([common.read_png(out / common.folder_of({"S": row["S"]}) / "first.png")] for row in rows)]
     images.write_png(out / "table.png", common.labelled(pictures, ["real", *(f"S = {row['S']}" for row in rows)], [""]))
@@ -88,10 +88,10 @@ def main(options: types.SimpleNamespace) -> None:
 
 def draw(rows: list[dict[str, Any]], figure: Any) -> None:
     axes = figure.add_subplot(xlabel="S", ylabel="mean square error, pixels in [0, 1]", xscale="log", yscale="log")
-    axes.plot([row["S"] for row in rows], [row["error_mean"] for row in rows], "o-", label="here")
+    axes.plot([row["S"] for row in rows], [row["error_mean"] for row in rows], "o-", label="ddim_jax")
     if any("paper" in row for row in rows):
-        told = [(row["S"], row["paper"]) for row in rows if "paper" in row]
-        axes.plot(*zip(*told, strict=True), "s--", label="the paper, CIFAR-10")
+        reported = [(row["S"], row["paper"]) for row in rows if "paper" in row]
+        axes.plot(*zip(*reported, strict=True), "s--", label="the paper, CIFAR-10")
         axes.legend()
     axes.grid(alpha=0.3)
 

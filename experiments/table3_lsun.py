@@ -1,4 +1,4 @@
-"""Table 3: table 1 for LSUN bedroom and church at 256x256, with the paper's rows and columns.
+"""Table 3: table 1 for LSUN bedroom and church at 256x256, with the rows and columns of the paper.
 
     python -m experiments.table3_lsun --config configs/lsun_bedroom256.py --config.pretrained=google/ddpm-bedroom-256 \\
         --config.evaluate.reference=bedroom_train.npz --out DIR

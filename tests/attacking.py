@@ -1,5 +1,5 @@
-"""What an attack may end in: a refusal in one clear line, or the right result. Every check counts as a try of its area,
-the test's file; `python -m benchmarks.attacks` prints the counts.
+"""The two right outcomes of a robustness test: an error of one clear line, or the right result. Every check counts as a
+try of its test file; `python -m benchmarks.attacks` prints the counts.
 """
 
 import collections
@@ -7,19 +7,19 @@ import collections
 import jax
 import numpy as np
 
-TRIES = collections.Counter()  # of the test that runs
+TRIES = collections.Counter()  # of the test that is running
 
 
 class Silent(AssertionError):
-    """Wrong input was taken: exit code 0, or a value."""
+    """Wrong input was accepted: exit code 0, or a value."""
 
 
 class Loud(AssertionError):
-    """It was refused, but not in one clear line, or not by the promised exception."""
+    """Wrong input raised an error, but not in one clear line, or not of the documented class."""
 
 
 def refused(process, *words, code=2):
-    """The line with which a command refused, which must hold these words. process: a CompletedProcess."""
+    """The error line of a command, which must contain these words. process: a CompletedProcess."""
     TRIES["tries"] += 1
     if process.returncode == 0:
         raise Silent(f"exit code 0: {process.args}\n{process.stdout[-2000:]}")
@@ -33,7 +33,7 @@ def refused(process, *words, code=2):
 
 
 def refuses(call, *words, errors=(ValueError,)):
-    """The message with which call() refused, one line that must hold these words."""
+    """The message of the error that call() raises, one line that must contain these words."""
     TRIES["tries"] += 1
     try:
         value = jax.block_until_ready(call())
@@ -42,7 +42,7 @@ def refuses(call, *words, errors=(ValueError,)):
     except Exception as error:
         raise Loud(f"{type(error).__name__}: {error}") from error
     else:
-        raise Silent(f"taken: {value!r:.300}")
+        raise Silent(f"accepted: {value!r:.300}")
     if "\n" in message.strip():
         raise Loud(f"more than one line: {message}")
     for word in words:
@@ -52,7 +52,7 @@ def refuses(call, *words, errors=(ValueError,)):
 
 
 def holds(condition, message=""):
-    """That a result is right."""
+    """Counts a try, which fails unless the condition is true everywhere."""
     TRIES["tries"] += 1
     if not np.all(condition):
         raise Silent(message)

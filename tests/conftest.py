@@ -1,5 +1,5 @@
-"""Eight virtual CPU devices, strict rank promotion, and one compilation cache for all that the tests start. XLA
-optimises less than it does for users: the tests mostly wait for it to compile.
+"""Eight virtual CPU devices, strict rank promotion, and one compilation cache for the tests and their processes. XLA
+optimises less than by default, because the tests spend most of their time in compilation.
 """
 
 import fcntl
@@ -25,6 +25,13 @@ hypothesis.settings.register_profile("untimed", deadline=None)  # the first exam
 hypothesis.settings.load_profile("untimed")
 
 
+COMPILATIONS = []  # one entry for each program that XLA has compiled or loaded from the compilation cache
+COMPILED = "/jax/core/compile/backend_compile_duration"
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **kwargs: COMPILATIONS.append(duration) if event == COMPILED else None
+)
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
@@ -33,12 +40,12 @@ def x64():
 
 @pytest.fixture
 def mesh():
-    """One device, whatever the machine has."""
+    """A mesh of one device."""
     return meshes()[0]
 
 
 def meshes():
-    """One device, and eight."""
+    """A mesh of one device, and a mesh of eight."""
     return [
         jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:n])
         for n in (1, 8)
@@ -46,7 +53,7 @@ def meshes():
 
 
 def once(tmp_path_factory, name, make):
-    """A folder of that name that make(folder) has filled, by the first of the processes that run the tests."""
+    """A folder that make(folder) has filled. The workers of pytest-xdist share it: the first one fills it."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"once-{name}"
     with open(f"{folder}.lock", "w") as lock:

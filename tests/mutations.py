@@ -1,19 +1,18 @@
-"""Ways to change real files, as strategies of hypothesis, and what may come of it."""
+"""Damaged files as hypothesis strategies, and checks of what reading them gives."""
 
 import attacking
 import hypothesis.strategies as st
 import jax
 import numpy as np
 import safetensors.numpy
+from tiny import smoke_values
 
-from configs import smoke
 from ddim_jax import checkpoints
-from ddim_jax import config as config_lib
 from ddim_jax.config import weights
 from ddim_jax.utils.errors import CheckpointError, DamagedError
 
 DEEP = "[" * 100_000 + "]" * 100_000
-# What no field of a config or a header may be: of another type, too large, or not finite.
+# Values that no field of a config or a header can have: of another type, too large, or not finite.
 WRONG = [
     None, True, -1, 0, 10**9, 10**30, 10**400, 0.5, 1e308, float("nan"), float("inf"), -float("inf"), "", "x",
     "\x1b[2J", "a\nb", [], [[]], [10**9], [[1]] * 3, {}, {"a": 1},
@@ -22,7 +21,7 @@ WRONG = [
 
 @st.composite
 def damaged(draw, content):
-    """Some bytes with a bit flipped, the end or a piece cut off, a piece zeroed, or two exchanged: never the same."""
+    """The content with a bit flipped, a piece removed or zeroed, or two pieces exchanged. Never the same content."""
     at = lambda: draw(st.integers(0, len(content) - 1))
     kind = draw(st.sampled_from(["flip", "flip", "flip", "cut", "zero", "lost", "swap"]))
     a, b = sorted((at(), at()))
@@ -43,7 +42,7 @@ def damaged(draw, content):
 
 
 def refuses_or(call, right=lambda value: True, errors=(CheckpointError,)):
-    """call() refuses in one line, or gives what is right. Returns the message, None if there is none."""
+    """call() raises an error of one line, or its value is right. Returns the message, None without an error."""
     attacking.TRIES["tries"] += 1
     try:
         value = call()
@@ -54,7 +53,7 @@ def refuses_or(call, right=lambda value: True, errors=(CheckpointError,)):
     except Exception as error:
         raise attacking.Loud(f"{type(error).__name__}: {str(error)[:300]}") from error
     if not right(value):
-        raise attacking.Silent("taken, and it is not what it was")
+        raise attacking.Silent("accepted, and the value is wrong")
     return None
 
 
@@ -64,13 +63,13 @@ def damage_is_seen(call):
 
 
 def equal(tree, other):
-    """Whether two trees hold the same bits."""
+    """Whether two trees have equal structure, dtypes and bits."""
     same = lambda a, b: np.asarray(a).dtype == np.asarray(b).dtype and np.array_equal(np.asarray(a), np.asarray(b))
     return jax.tree.structure(tree) == jax.tree.structure(other) and jax.tree.all(jax.tree.map(same, tree, other))
 
 
 def same_network(read, other):
-    """Whether two results of `load` are the same network with the same bits."""
+    """Whether two results of `load` are the same network with equal parameters."""
     return read[0] == other[0] and equal(read[1], other[1])
 
 
@@ -78,40 +77,32 @@ _likes = {}
 
 
 def load(where):
-    """(what a checkpoint says of its network, parameters)"""
-    published = weights.read_info(str(where))
-    if published.model not in _likes:
+    """(the fields of a checkpoint, its parameters)"""
+    info = weights.read_info(str(where))
+    if info.model not in _likes:
         mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
-        _likes[published.model] = weights.params_like(published.model, mesh)
-    said = (published.name, published.model, published.schedule, dict(published.sample), published.step)
-    return said, published.read(_likes[published.model], True)
-
-
-def smoke_values():
-    """The config of the smoke network, decided, as a run saves it."""
-    values = smoke.get_config().to_dict()
-    config = config_lib.parse(values)
-    values["sample"] |= {"tau": config.sample.tau, "clip_x0": config.sample.clip_x0}
-    return values
+        _likes[info.model] = weights.params_like(info.model, mesh)
+    fields = (info.name, info.model, info.schedule, dict(info.sample), info.step)
+    return fields, info.read(_likes[info.model], True)
 
 
 def write_old_safetensors(path, arrays, metadata):
-    """As it was written before there were checksums."""
+    """A file as versions without checksums wrote it."""
     path.write_bytes(safetensors.numpy.save({name: np.asarray(array) for name, array in arrays.items()}, metadata))
 
 
 def write_smoke(path, params, **changes):
-    """A .safetensors file of ours. changes: sections and fields of its config, and what they are instead."""
+    """A .safetensors file of the smoke network. changes: other values of sections or fields of its config."""
     checkpoints.save(path, params, smoke_values() | changes, 5)
 
 
 def flat(params):
-    """The leaves of nested dicts by their paths, tuples of names."""
+    """{path: leaf} of nested dicts, the path a tuple of names."""
     return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
 def altered(data, content, ways, most):
-    """A bytearray with one to `most` changes, each one of the ways, at places that hypothesis draws."""
+    """A bytearray with one to `most` changes. Hypothesis draws the kind and the place of each."""
     for _ in range(data.draw(st.integers(1, most))):
         at = data.draw(st.integers(0, len(content) - 1))
         match data.draw(st.sampled_from(ways)):

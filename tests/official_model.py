@@ -1,6 +1,4 @@
-"""The network of the official DDIM code, for tests, from its published description: the U-Net of DDPM in PyTorch,
-with the module names under which its checkpoints are published.
-"""
+"""The U-Net of DDPM in PyTorch, with the module names of the official DDIM checkpoints."""
 
 import math
 

@@ -1,5 +1,5 @@
-"""The commands, each in a process of its own. Those that are waited for are forked from one that has the libraries
-already: loading them is most of what a mistake takes to be told.
+"""The commands, each in its own process. `run` forks it from a server that has imported the libraries, because the
+imports take most of the time of a command that ends in an error.
 """
 
 import atexit
@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 
+import messages
+
 ROOT = pathlib.Path(__file__).parents[1]
 GIVEN = os.environ.get("XLA_FLAGS", "")
 LIMIT = 300  # seconds
@@ -25,12 +27,12 @@ _forking.set_forkserver_preload(LIBRARIES)
 
 
 def xla_flags(devices):
-    """The last word counts: a process that pytest-xdist starts is given these already."""
+    """The last flag of a name wins: pytest-xdist passes these flags to its workers."""
     return f"{GIVEN} --xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
 
 
 def run(module, *args, devices=1, cwd=ROOT, file_bytes=resource.RLIM_INFINITY):
-    """`python -m module args`, from the root of the repository. file_bytes: no file can be longer."""
+    """`python -m module args`, in the root of the repository. file_bytes: the largest size of a file."""
     env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     with tempfile.TemporaryDirectory() as folder:
         out, err = pathlib.Path(folder, "out"), pathlib.Path(folder, "err")
@@ -57,12 +59,12 @@ def _command(module, args, env, cwd, out, err, file_bytes):
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
-        atexit._run_exitfuncs()  # multiprocessing's processes do not
+        atexit._run_exitfuncs()  # a process of multiprocessing does not call them
         sys.stdout.flush()
 
 
 def start(module, *args, devices=1):
-    """The same, not waited for, and all by itself: it is there to be killed, and heeds Ctrl-C."""
+    """The same as a Popen, without the server: it can be killed, and handles Ctrl-C."""
     env = {**os.environ, "XLA_FLAGS": xla_flags(devices)}
     return subprocess.Popen(
         [sys.executable, "-m", module, *map(str, args)],
@@ -76,7 +78,7 @@ def start(module, *args, devices=1):
 
 
 def wait_for_first_line(process):
-    """Until the process catches SIGTERM: from its first line on it does, Python itself does not."""
+    """Waits until the process handles SIGTERM. A command does so from its first line; Python alone does not."""
     status = pathlib.Path(f"/proc/{process.pid}/status")
     deadline = time.monotonic() + LIMIT
     while process.poll() is None and time.monotonic() < deadline:
@@ -88,7 +90,7 @@ def wait_for_first_line(process):
 
 
 def signalled(process, number):
-    """What became of it, from the signal on."""
+    """The CompletedProcess after this signal."""
     process.send_signal(number)
     out, err = process.communicate(timeout=LIMIT)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -99,9 +101,12 @@ def ok(process):
     return process
 
 
-def error_line(process):
-    """The one line that a mistake may print, beside a progress bar."""
+def error_line(process, *words):
+    """The line with which a command failed: exit code 2, and one line on stderr beside a progress bar. It must contain
+    every word as a whole word.
+    """
     lines = [line for line in process.stderr.splitlines() if line.strip() and "%|" not in line]
     assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+    messages.assert_names(lines[0], *words)
     return lines[0]

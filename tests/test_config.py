@@ -1,10 +1,11 @@
-"""What a config must not say, and what is said then."""
+"""Invalid values of a config, and the fields that their errors name."""
 
 import copy
 import dataclasses
 import json
 
 import pytest
+from messages import raises
 
 from configs import default, digits
 from ddim_jax import config as config_lib
@@ -28,84 +29,75 @@ def build(values):
 
 
 @pytest.mark.parametrize(
-    "field, value, said",
+    "field, value, words",
     [
-        ("data.name", "cifar11", "config.data.name: 'cifar11' is not one of digits, folder, npz"),
-        ("data.name", "digit", "did you mean 'digits'"),
-        (
-            "sample.sampler",
-            "dimm",
-            "config.sample.sampler: 'dimm' is not one of ddim, ddpm, ddpm_hat, heun, ab2, ab4, plms, dpm_solver_pp_2m, "
-            "dpm_solver_pp_3m, unipc (did you mean 'ddim'?)",
-        ),
-        ("schedule.name", "linaer", "config.schedule.name: 'linaer' .* (did you mean 'linear'?)"),
-        ("sample.tau", "quadratc", "config.sample.tau: 'quadratc' .* (did you mean 'quadratic'?)"),
-        ("model.prediction", "noise", "config.model.prediction: 'noise' is not one of eps, x0, v"),
-        ("model.dtype", "float16", "config.model.dtype: 'float16' is not one of float32, bfloat16"),
-        ("train.gamma", "snr", "config.train has no field 'gamma'"),
-        ("sample.steps", 0, "config.sample.steps: must be at least 1, got 0"),
-        ("sample.steps", 1001, "config.sample.steps: num_steps must be in 1..1000, got 1001"),
-        ("sample.tau", "1,50,20", "config.sample.tau: tau must ascend strictly, got 50 and then 20"),
-        ("sample.tau", "1,50,2000", "config.sample.tau: tau must stay within 1..1000, got 2000"),
-        ("sample.tau", "-5,50", "config.sample.tau: tau must ascend strictly, got 0 and then -5"),
-        ("sample.tau", "", "config.sample.tau: '' is not one of uniform"),
-        (
-            "sample.guidance",
-            2.0,
-            "config.sample.guidance: must be 1 for a network without classes, or trained without "
-            "config.model.label_dropout: it cannot tell what a class adds; got 2.0",
-        ),
-        ("model.label_dropout", 0.1, "config.model: label_dropout needs num_classes above 0, got 0.1"),
-        ("sample.tau_offset", 1, "config.sample.tau_offset and tau_end: tau must stay within 1..1000, got 1001"),
-        ("sample.tau_end", 1000, "config.sample.tau_offset and tau_end: tau needs at least one step"),
-        ("sample.clip_range", 0.0, "config.sample.clip_range: must be above 0, got 0.0"),
-        ("sample.clip_quantile", 1.0, "config.sample.clip_quantile: must be in [0, 1), got 1.0"),
-        (
-            "model.downsample_padding",
-            "ends",
-            "config.model.downsample_padding: 'ends' is not one of end, both (did you mean 'end'?)",
-        ),
-        ("sample.eta", -0.1, "config.sample.eta: must be at least 0, got -0.1"),
-        ("sample.eta", 3.0, "config.sample.eta: eta must be in [0, 1.* got 3.0"),
-        ("sample.eta", float("nan"), "config.sample.eta: must be finite, got nan"),
-        ("sample.eta", "0.5", "config.sample.eta: must be of type float, got '0.5'"),
-        ("sample.steps", 10.0, "config.sample.steps: must be of type int, got 10.0"),
-        ("sample.clip_x0", 1, "config.sample.clip_x0: must be of type bool, got 1"),
-        ("sample.label", 3, "config.sample.label: must be -1 .* has 0; got 3"),
-        ("model.channel_mult", (1, 2.5), "config.model.channel_mult: must be of type int, got 2.5"),
-        ("model.channel_mult", (), "config.model.channel_mult: must hold at least one number"),
-        ("model.channel_mult", "1,2", "config.model.channel_mult: must be a tuple, got '1,2'"),
-        ("model.image_size", 36, "config.model: image_size 36 cannot be halved 3 times"),
-        ("model.dropout", 1.0, "config.model.dropout: must be in [0, 1), got 1.0"),
-        ("train.learning_rate", 0.0, "config.train.learning_rate: must be above 0, got 0.0"),
-        ("train.checkpoint_every", 150, "config.train.checkpoint_every: must be a multiple of log_every (100)"),
-        ("schedule.beta_end", 1e-5, "config.schedule: beta_start and beta_end must satisfy"),
-        ("sample.stepz", 5, "config.sample has no field 'stepz' (did you mean 'steps'?)"),
+        ("data.name", "cifar11", ("'cifar11'", "digits", "folder", "npz")),
+        ("data.name", "digit", ("'digit'", "'digits'")),
+        ("sample.sampler", "dimm", ("'dimm'", "'ddim'", "ddpm_hat", "heun", "unipc")),
+        ("schedule.name", "linaer", ("'linaer'", "'linear'")),
+        ("sample.tau", "quadratc", ("'quadratc'", "'quadratic'")),
+        ("model.prediction", "noise", ("'noise'", "eps", "x0", "v")),
+        ("model.dtype", "float16", ("'float16'", "float32", "bfloat16")),
+        ("sample.steps", 0, ("got 0",)),
+        ("sample.steps", 1001, ("1..1000", "got 1001")),
+        ("sample.tau", "1,50,20", ("50", "20")),
+        ("sample.tau", "1,50,2000", ("1..1000", "got 2000")),
+        ("sample.tau", "-5,50", ("0", "-5")),
+        ("sample.tau", "", ("''", "uniform")),
+        ("sample.guidance", 2.0, ("config.model.label_dropout", "got 2.0")),
+        ("sample.clip_range", 0.0, ("got 0.0",)),
+        ("sample.clip_quantile", 1.0, ("got 1.0",)),
+        ("model.downsample_padding", "ends", ("'ends'", "end", "both", "'end'")),
+        ("sample.eta", -0.1, ("got -0.1",)),
+        ("sample.eta", 3.0, ("got 3.0",)),
+        ("sample.eta", float("nan"), ("got nan",)),
+        ("sample.eta", "0.5", ("float", "got '0.5'")),
+        ("sample.steps", 10.0, ("int", "got 10.0")),
+        ("sample.clip_x0", 1, ("bool", "got 1")),
+        ("sample.label", 3, ("-1", "0", "got 3")),
+        ("model.channel_mult", (1, 2.5), ("int", "got 2.5")),
+        ("model.channel_mult", (), ()),
+        ("model.channel_mult", "1,2", ("tuple", "got '1,2'")),
+        ("model.dropout", 1.0, ("got 1.0",)),
+        ("train.learning_rate", 0.0, ("got 0.0",)),
+        ("train.checkpoint_every", 150, ("log_every", "100", "150")),
     ],
 )
-def test_a_mistake_names_its_field(field, value, said):
-    with pytest.raises(ConfigError) as error:
+def test_an_error_names_its_field(field, value, words):
+    with raises(ConfigError, f"config.{field}", *words):
         build(changed(field, value))
-    message, position = str(error.value), 0
-    for part in said.split(".*"):
-        assert part.strip() in message[position:], message
-        position = message.index(part.strip()) + len(part.strip())
-    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("train.gamma", "snr", ("config.train", "gamma")),
+        ("sample.stepz", 5, ("config.sample", "stepz", "'steps'")),
+        ("model.label_dropout", 0.1, ("config.model", "label_dropout", "num_classes", "got 0.1")),
+        ("sample.tau_offset", 1, ("config.sample.tau_offset", "tau_end", "1..1000", "got 1001")),
+        ("sample.tau_end", 1000, ("config.sample.tau_offset", "tau_end", "[1000]")),
+        ("model.image_size", 36, ("config.model", "image_size", "36", "3")),
+        ("schedule.beta_end", 1e-5, ("config.schedule", "beta_start", "beta_end")),
+    ],
+)
+def test_an_error_of_several_fields_names_their_section(field, value, words):
+    with raises(ConfigError, *words):
+        build(changed(field, value))
 
 
 def test_eta_of_a_sampler_without_eta_is_refused():
     values = changed("sample.eta", 0.5)
     values["sample"]["sampler"] = "ddpm_hat"
-    with pytest.raises(ConfigError, match="the sampler 'ddpm_hat' has no eta"):
+    with raises(ConfigError, "config.sample.eta", "'ddpm_hat'"):
         build(values)
 
 
 def test_a_missing_field_or_section_is_named():
     values = copy.deepcopy(DEFAULT)
     del values["sample"]["eta"]
-    with pytest.raises(ConfigError, match="config.sample.eta is missing"):
+    with raises(ConfigError, "config.sample.eta"):
         build(values)
-    with pytest.raises(ConfigError, match="config.sample: must be a section"):
+    with raises(ConfigError, "config.sample"):
         build({**DEFAULT, "sample": 3})
 
 
@@ -114,11 +106,11 @@ def test_a_config_survives_json():
     assert config_lib.parse(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
-def test_values_reach_what_they_name():
+def test_values_reach_the_process():
     values = changed("sample.tau", "1, 50,1000")
     values["sample"].update(eta=0.25)
     values["schedule"].update(name="from_betas", betas=[0.1] * 1000)
-    with pytest.raises(ConfigError, match="config.schedule: alpha_bar"):
+    with raises(ConfigError, "config.schedule", "alpha_bar"):
         build(values)
     values["schedule"]["betas"] = [0.01] * 1000
     config = build(values)
@@ -127,7 +119,7 @@ def test_values_reach_what_they_name():
     assert process.transitions.alpha_bar_t[-1] == pytest.approx(0.99)
 
 
-def test_a_run_is_continued_and_sampled_as_it_was_made():
+def test_which_fields_may_change_between_a_run_and_its_use():
     config = config_lib.parse(DEFAULT)
     for field, value, resumed, sampled in [
         ("train.batch_size", 64, False, True),
@@ -143,5 +135,5 @@ def test_a_run_is_continued_and_sampled_as_it_was_made():
             if same:
                 check(other, config, "the run")
             else:
-                with pytest.raises(ConfigError, match=f"config.{field} is .*the run was made with"):
+                with raises(ConfigError, f"config.{field}", str(value), "the run"):
                     check(other, config, "the run")

@@ -1,4 +1,4 @@
-"""Winograd's form is the convolution."""
+"""Every form of the 3x3 convolution equals the direct one."""
 
 import os
 import subprocess
@@ -28,53 +28,53 @@ def arrays(batch, height, width, channels, features, dtype=np.float64):
 
 @pytest.mark.parametrize("form", [convolution.winograd, convolution.patched])
 @pytest.mark.parametrize("size", [(2, 3, 4, 5, 3), (1, 1, 1, 2, 4)])
-def test_the_form_and_its_gradients_are_the_convolution_s(form, size):
+def test_the_form_and_its_gradients_equal_the_convolution(form, size):
     batch, height, width, channels, features = size
     with jax.enable_x64(True):
         x, kernel, gradient = arrays(batch, 2 * height, 2 * width, channels, features)
-        (ours, pull), (theirs, theirs_pull) = (jax.vjp(form, x, kernel) for form in (form, convolution.direct))
-        np.testing.assert_allclose(ours, theirs, atol=1e-12)
-        for a, b in zip(pull(gradient), theirs_pull(gradient), strict=True):
+        (output, vjp), (expected, expected_vjp) = (jax.vjp(f, x, kernel) for f in (form, convolution.direct))
+        np.testing.assert_allclose(output, expected, atol=1e-12)
+        for a, b in zip(vjp(gradient), expected_vjp(gradient), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(2, 3, 4, 5, 3), (1, 1, 1, 2, 4)])
-def test_a_doubled_image_need_not_be_made(size):
-    """Beside the one that is, results and gradients."""
+def test_the_folded_convolution_equals_upsampling_and_convolution(size):
+    """Outputs and gradients."""
     batch, height, width, channels, features = size
-    made = lambda x, kernel: convolution.direct(jnp.kron(x, jnp.ones((1, 2, 2, 1))), kernel)
+    upsampled = lambda x, kernel: convolution.direct(jnp.kron(x, jnp.ones((1, 2, 2, 1))), kernel)
     with jax.enable_x64(True):
         _, kernel, gradient = arrays(batch, 2 * height, 2 * width, channels, features)
         x = arrays(batch, height, width, channels, features)[0]
-        (ours, pull), (theirs, theirs_pull) = (jax.vjp(form, x, kernel) for form in (convolution.folded, made))
-        np.testing.assert_allclose(ours, theirs, atol=1e-12)
-        for a, b in zip(pull(gradient), theirs_pull(gradient), strict=True):
+        (output, vjp), (expected, expected_vjp) = (jax.vjp(f, x, kernel) for f in (convolution.folded, upsampled))
+        np.testing.assert_allclose(output, expected, atol=1e-12)
+        for a, b in zip(vjp(gradient), expected_vjp(gradient), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch", [1, 16])
-def test_a_doubled_image_is_convolved_either_way(batch):
-    """Below the bound, and above: one 3x3 convolution, and four of 2x2."""
+def test_the_form_of_the_upsampled_convolution_depends_on_its_size(batch):
+    """One 3x3 convolution for a small batch, four 2x2 convolutions for a large one."""
     x, kernel, _ = arrays(batch, 8, 8, 3, 5, np.float32)
     np.testing.assert_allclose(convolution.convolve_upsampled(x, kernel), convolution.folded(x, kernel), atol=1e-5)
     text = jax.jit(convolution.convolve_upsampled).lower(x, kernel).as_text()
     assert text.count("stablehlo.convolution") == (4 if batch == 16 else 1)
 
 
-def test_it_loses_no_digits():
-    """Its float32 error beside float64 is at most twice that of the direct form, of results and of gradients."""
+def test_winograd_keeps_the_precision():
+    """Its float32 error against float64 is at most twice that of the direct form, in outputs and gradients."""
     x, kernel, gradient = arrays(4, 16, 16, 128, 128, np.float32)
     with jax.enable_x64(True):
         wide = [jnp.asarray(a, jnp.float64) for a in (x, kernel, gradient)]
-        exact, pull = jax.vjp(convolution.direct, *wide[:2])
-        exact = [np.asarray(a) for a in (exact, *pull(wide[2]))]
+        exact, vjp = jax.vjp(convolution.direct, *wide[:2])
+        exact = [np.asarray(a) for a in (exact, *vjp(wide[2]))]
 
     def errors(form):
-        out, pull = jax.vjp(form, x, kernel)
-        return [np.sqrt(np.square(a - b).mean()) for a, b in zip((out, *pull(gradient)), exact, strict=True)]
+        out, vjp = jax.vjp(form, x, kernel)
+        return [np.sqrt(np.square(a - b).mean()) for a, b in zip((out, *vjp(gradient)), exact, strict=True)]
 
-    for ours, theirs in zip(errors(convolution.winograd), errors(convolution.direct), strict=True):
-        assert ours < 2 * theirs
+    for winograd, direct in zip(errors(convolution.winograd), errors(convolution.direct), strict=True):
+        assert winograd < 2 * direct
 
 
 @pytest.mark.parametrize(
@@ -90,11 +90,11 @@ def test_it_loses_no_digits():
         ((1, 15, 15, 128), 64, jnp.float32, "convolution"),
     ],
 )
-def test_a_cpu_has_products_where_they_pay_and_others_the_convolution(shape, features, dtype, form):
+def test_a_cpu_uses_matrix_products_where_they_are_faster(shape, features, dtype, form):
     args = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((3, 3, shape[-1], features), dtype)
     traced = jax.jit(convolution.convolve).trace(*args)
-    ours, tpu = traced.lower().as_text(), traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert ("dot_general" in ours) == (form == "products") != ("stablehlo.convolution" in ours)
+    cpu, tpu = traced.lower().as_text(), traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("dot_general" in cpu) == (form == "products") != ("stablehlo.convolution" in cpu)
     assert "dot_general" not in tpu and "stablehlo.convolution" in tpu
 
 
@@ -108,13 +108,13 @@ def test_a_cpu_has_products_where_they_pay_and_others_the_convolution(shape, fea
         (128, 64, {"XLA_FLAGS": "FIVE"}, 5),
     ],
 )
-def test_a_cpu_is_a_device_for_each_core_where_the_network_is_small(batch, width, environment, devices):
+def test_a_cpu_is_split_into_devices_for_a_small_network(batch, width, environment, devices):
     env = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     env |= {
         name: value.replace("FIVE", "--xla_force_host_platform_device_count=5") for name, value in environment.items()
     }
-    asked = f"from ddim_jax.utils.sharding import split_cpu_into_devices; split_cpu_into_devices({batch}, {width})"
-    code = f"{asked}; import jax; print(jax.device_count())"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    split = f"from ddim_jax.utils.sharding import split_cpu_into_devices; split_cpu_into_devices({batch}, {width})"
+    code = f"{split}; import jax; print(jax.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     cores = len(os.sched_getaffinity(0))
-    assert int(said.stdout) == (devices or (4 if cores >= 4 else 2 if cores >= 2 else 1))
+    assert int(done.stdout) == (devices or (4 if cores >= 4 else 2 if cores >= 2 else 1))

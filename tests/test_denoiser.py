@@ -1,4 +1,4 @@
-"""Both halves of a prediction, from whatever a network predicts."""
+"""x_0 and eps from networks that predict eps, x_0 or v."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from messages import raises
 
 from ddim_jax import gaussian, guidance, inversion, losses, oracle, parallel, registry, samplers, schedule, trajectory
 from ddim_jax.models.denoiser import Denoiser
@@ -20,7 +21,7 @@ ZERO = schedule.zero_terminal_snr(COSINE)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exact(Network):
-    """What a network of the best x_0 or v of data N(MEAN, STD^2) returns, in the precision of its parameters."""
+    """The optimal network for data N(MEAN, STD^2), which predicts x_0 or v."""
 
     prediction: str
     noise_schedule: schedule.NoiseSchedule
@@ -45,8 +46,8 @@ def exact(prediction, noise_schedule):
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("noise_schedule", [COSINE, ZERO], ids=["cosine", "zero terminal SNR"])
-def test_x_0_at_T_keeps_its_digits(prediction, noise_schedule):
-    """Through eps and back it lost 2.4e-3 in float32 on the cosine schedule."""
+def test_x_0_at_T_is_precise_in_float32(prediction, noise_schedule):
+    """A conversion to eps and back had an error of 2.4e-3 on the cosine schedule."""
     x = np.random.default_rng(0).normal(size=(50, 3))
 
     def x_0(dtype):
@@ -63,8 +64,8 @@ def test_x_0_at_T_keeps_its_digits(prediction, noise_schedule):
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("tau", ["uniform", "trailing"])
 def test_the_law_of_samples_without_signal_at_T(prediction, tau, x64):
-    """With the best network each step is affine, so mean and deviation of what is drawn are known: with many steps
-    those of the data, which a schedule that keeps signal at T misses where the network has seen none.
+    """With the optimal network each step is affine. So the mean and the deviation of the samples are known: with many
+    steps they are those of the data.
     """
     transitions = trajectory.descend(ZERO, registry.TAUS[tau](1000, 500))
     x_T = jnp.asarray([[0.0], [1.0]])
@@ -81,9 +82,7 @@ def test_the_law_of_samples_without_signal_at_T(prediction, tau, x64):
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 def test_encoding_to_a_level_without_signal(prediction, x64):
-    """What is encoded is decoded again, up to the last step, which leaves of x_0 what the network knows of it: with the
-    best network of these data that is where the latent lies on N(0, 1).
-    """
+    """With the optimal network the latent of a value is its standard score."""
     tau, x_0 = trajectory.uniform(1000, 1000), jnp.asarray([[MEAN], [MEAN + STD], [MEAN - 2 * STD]])
     x_T = samplers.invert(exact(prediction, ZERO), ZERO, tau, x_0)
     np.testing.assert_allclose(x_T[:, 0], [0, 1, -2], atol=0.02)
@@ -92,7 +91,7 @@ def test_encoding_to_a_level_without_signal(prediction, x64):
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("gamma", losses.WEIGHTS)
 def test_training_without_signal_at_T(prediction, gamma):
-    """The loss and its gradient are finite at T, and the error of the best network is that of the posterior."""
+    """The loss and its gradient are finite at T. The error of the optimal network is that of the posterior mean."""
     x_0, eps = (jnp.asarray(np.random.default_rng(i).normal(size=(4, 3)), jnp.float32) for i in range(2))
     t = jnp.asarray([1, 500, 999, 1000])
     network = Partial(lambda scale, x, level: exact(prediction, ZERO).predict(x * scale, level))
@@ -102,10 +101,12 @@ def test_training_without_signal_at_T(prediction, gamma):
     value, slope = loss(jnp.float32(1.0)), jax.jacobian(loss)(jnp.float32(1.0))
     assert np.isfinite(value).all() and np.isfinite(slope).all()
     if gamma == "x0":
-        np.testing.assert_allclose(value[3], ((x_0[3] - MEAN) ** 2).mean(), rtol=1e-5)  # nothing is known but the mean
+        np.testing.assert_allclose(
+            value[3], ((x_0[3] - MEAN) ** 2).mean(), rtol=1e-5
+        )  # the posterior mean at T is MEAN
 
 
-class _Linear(nn.Module):
+class Linear(nn.Module):
     @nn.compact
     def __call__(self, x, time, labels=None, train=False):
         return 0.3 * x
@@ -125,35 +126,35 @@ class _Linear(nn.Module):
     ],
     ids=["integrate", "clip_x0", "guided", "l_gamma"],
 )
-@pytest.mark.parametrize("model", [lambda x, t: 0.3 * x, Denoiser(_Linear(), {})], ids=["eps_fn", "Denoiser"])
-def test_eps_is_refused_where_nothing_follows_from_it(run, model):
+@pytest.mark.parametrize("model", [lambda x, t: 0.3 * x, Denoiser(Linear(), {})], ids=["eps_fn", "Denoiser"])
+def test_a_network_of_eps_is_refused_without_signal(run, model):
     down = trajectory.descend(ZERO, trajectory.uniform(1000, 5))
-    with pytest.raises(ValueError, match="alpha_bar = 0"):
+    with raises(ValueError, "alpha_bar = 0"):
         run(model, down)
 
 
-def test_what_needs_signal_at_every_level_refuses_a_schedule_that_has_none():
+def test_methods_that_divide_by_alpha_bar_refuse_a_schedule_that_ends_at_0():
     down, x, model = trajectory.descend(ZERO, trajectory.uniform(1000, 8)), jnp.ones((2, 3)), exact("v", ZERO)
     for name in ("heun", "ab2", "plms", "dpm_solver_pp_2m", "unipc"):
-        with pytest.raises(ValueError, match="alpha_bar"):
+        with raises(ValueError, "transitions", "alpha_bar"):
             samplers.integrate(registry.SAMPLERS[name](), model, down, x)
     for run in (
         lambda: parallel.integrate(samplers.ddim(), model, down, x),
         lambda: inversion.invert(model, ZERO, trajectory.uniform(1000, 8), x),
         *(lambda name=name: registry.SPACINGS[name](ZERO, 5) for name in ("log_snr", "sigma", "karras")),
     ):
-        with pytest.raises(ValueError, match="alpha_bar"):
+        with raises(ValueError, "alpha_bar"):
             run()
 
 
-def test_from_x_0_without_noise_no_eps_follows():
-    model = Denoiser(_Linear(), {}, "x0")
-    with pytest.raises(ValueError, match="lowest"):
+def test_encoding_with_a_network_of_x_0_needs_the_lowest_level():
+    model = Denoiser(Linear(), {}, "x0")
+    with raises(ValueError, "lowest", "alpha_bar"):
         samplers.invert(model, COSINE, [0, 500, 1000], jnp.ones((2, 3)))
 
 
 def test_no_combinator_holds_a_schedule():
-    """Their leaves are what they were given: bounds, a scale, pixels."""
+    """Their leaves are their own arguments: bounds, a scale, pixels."""
     model = oracle.gaussian(schedule.vp())
     held = lambda combined: sum(np.size(leaf) for leaf in jax.tree.leaves(combined))
     own = held(gaussian.as_denoise(model))
@@ -163,7 +164,7 @@ def test_no_combinator_holds_a_schedule():
 
 
 def test_zero_terminal_snr_is_that_of_lin(x64):
-    """Algorithm 1 of Lin et al. 2023: sqrt(alpha_bar) is shifted and scaled, and begins as before."""
+    """Algorithm 1 of Lin et al. 2023: sqrt(alpha_bar) is shifted and scaled; its first value is unchanged."""
     for noise_schedule in (schedule.linear(), schedule.scaled_linear(beta_start=0.00085, beta_end=0.012), COSINE):
         before, after = (
             np.sqrt(noise_schedule.alpha_bar[1:]),

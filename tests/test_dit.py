@@ -4,24 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from messages import raises
+from tiny import DIT, random_params
 
 from ddim_jax.models import network as network_lib
 from ddim_jax.models.dit import TIME_FEATURES, DiT, attention, modulated_norm
 from ddim_jax.models.network import as_network
 from ddim_jax.models.unet import sinusoid
 
-TINY = DiT(image_size=8, image_channels=1, depth=1, hidden_size=16, num_heads=2)
-GUIDED = TINY.clone(num_classes=3, label_dropout=0.3)
+GUIDED = DIT.clone(num_classes=3, label_dropout=0.3)
 
 
-def random_params(model, seed=0):
-    """Not the initial ones: there the network's output is 0."""
-    rng = np.random.default_rng(seed)
-    made = lambda leaf: (rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0])).astype(np.float32)
-    return jax.tree.map(made, network_lib.param_shapes(model))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "train"))  # one for all tests: each model compiles once
+@functools.partial(jax.jit, static_argnames=("model", "train"))  # all tests share it, so each model compiles once
 def apply(model, params, x, time, labels=None, train=False, key=None):
     rngs = None if key is None else {"dropout": key}
     return model.apply({"params": params}, x, jnp.broadcast_to(time, len(x)), labels, train=train, rngs=rngs)
@@ -34,11 +28,11 @@ def inputs(model, batch, dtype=np.float32):
     return x, labels
 
 
-def difference(ours, theirs):
-    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max())
+def difference(output, reference):
+    return float(np.abs(np.asarray(output) - np.asarray(reference)).max() / np.abs(np.asarray(reference)).max())
 
 
-# --- beside diffusers' network ---
+# --- against diffusers' network ---
 
 VARIANTS = {
     "pixels": dict(sample_size=4, in_channels=3, patch_size=1, num_layers=1, num_attention_heads=2)
@@ -58,13 +52,13 @@ def torch():
 
 @pytest.fixture(params=VARIANTS)
 def variant(request, torch):
-    return published(torch, **VARIANTS[request.param])
+    return with_diffusers(torch, **VARIANTS[request.param])
 
 
-def published(torch, **settings):
-    """(diffusers' network with random weights, ours, params). diffusers repeats the embedding of time and class in
-    every block, where the network of the paper has one. It has other values for two constants of that network: epsilon
-    of the second norm of a block, and the lowest frequency of the time.
+def with_diffusers(torch, **settings):
+    """(diffusers' network with random weights, the DiT, its params). diffusers repeats the embedding of time and class
+    in every block; the paper's network has one. Two constants also differ and are set here: epsilon of the second norm
+    of a block, and the lowest frequency of the timestep.
     """
     from diffusers import DiTTransformer2DModel
 
@@ -96,7 +90,7 @@ def published(torch, **settings):
 
 
 def params_of(net):
-    """Our parameters from diffusers' state dict: kernels are transposed, and query, key and value are one kernel."""
+    """The parameters of a diffusers network. Kernels are transposed; query, key and value become one kernel."""
     state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
 
     def dense(*names):
@@ -126,7 +120,7 @@ def params_of(net):
     }
 
 
-def theirs(torch, net, x, time, labels):
+def diffusers_output(torch, net, x, time, labels):
     with torch.no_grad():
         out = net(torch.tensor(x.transpose(0, 3, 1, 2)), torch.tensor(time), torch.tensor(labels)).sample
     return out.numpy().transpose(0, 2, 3, 1)
@@ -135,14 +129,15 @@ def theirs(torch, net, x, time, labels):
 def test_output_is_diffusers_s_in_float32(torch, variant):
     net, model, params = variant
     x, labels = inputs(model, 3)
-    for time, tolerance in [([0, 1, 20], 1e-5), ([999, 998, 900], 1e-4)]:  # theirs rounds the frequencies to float32
-        ours = apply(model, params, x, np.asarray(time), labels)
-        assert difference(ours, theirs(torch, net, x, time, labels)) < tolerance
+    # diffusers rounds the frequencies to float32.
+    for time, tolerance in [([0, 1, 20], 1e-5), ([999, 998, 900], 1e-4)]:
+        output = apply(model, params, x, np.asarray(time), labels)
+        assert difference(output, diffusers_output(torch, net, x, time, labels)) < tolerance
 
 
 def test_output_is_diffusers_s_in_float64(torch, variant, x64):
-    """At time 0 with its own embedding of time, which is exact there; at the others given ours. Of positions its own,
-    before it rounds them to float32.
+    """At timestep 0 diffusers' embedding of the timestep is exact; at the others it is replaced by `sinusoid`. The
+    embedding of positions is that of diffusers before it rounds to float32.
     """
     from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
@@ -152,25 +147,25 @@ def test_output_is_diffusers_s_in_float64(torch, variant, x64):
     net.pos_embed.pos_embed = get_2d_sincos_pos_embed(model.hidden_size, side, base_size=side)[None]
     shared = net.transformer_blocks[0].norm1.emb
 
-    class Ours(torch.nn.Module):
+    class Sinusoid(torch.nn.Module):
         def forward(self, time):
             return torch.tensor(np.asarray(sinusoid(jnp.asarray(time.numpy(), jnp.float64), TIME_FEATURES, 0.0, True)))
 
     params = jax.tree.map(np.float64, params)
     x, labels = inputs(model, 2, np.float64)
-    for embedding, time in [(shared.time_proj, [0.0, 0.0]), (Ours(), [0.0, 999.0]), (Ours(), [500.0, 3.0])]:
+    for embedding, time in [(shared.time_proj, [0.0, 0.0]), (Sinusoid(), [0.0, 999.0]), (Sinusoid(), [500.0, 3.0])]:
         shared.time_proj = embedding
-        expected = theirs(torch, net, x, time, labels)
-        assert expected.dtype == np.float64
-        ours = apply(model.clone(dtype=jnp.float64), params, x, np.asarray(time), labels)
-        assert difference(ours, expected) < 1e-12
+        reference = diffusers_output(torch, net, x, time, labels)
+        assert reference.dtype == np.float64
+        output = apply(model.clone(dtype=jnp.float64), params, x, np.asarray(time), labels)
+        assert difference(output, reference) < 1e-12
 
 
-# --- alone ---
+# --- without diffusers ---
 
 
 def test_dit_xl_2_has_the_published_number_of_parameters():
-    """Theirs counts the fixed embedding of 256 positions, and predicts a variance beside each of the 4 channels."""
+    """The published number also counts the fixed embedding of 256 positions, and a variance for each of 4 channels."""
     model = DiT(32, 4, 2, depth=28, hidden_size=1152, num_heads=16, num_classes=1000, label_dropout=0.1)
     model.check()
     count = sum(leaf.size for leaf in jax.tree.leaves(network_lib.param_shapes(model)))
@@ -189,7 +184,7 @@ def test_the_initial_output_is_zero():
 
 
 def test_an_unconditional_network_has_no_embedding_of_classes():
-    assert network_lib.param_shapes(GUIDED).keys() - network_lib.param_shapes(TINY).keys() == {"class"}
+    assert network_lib.param_shapes(GUIDED).keys() - network_lib.param_shapes(DIT).keys() == {"class"}
 
 
 def test_bfloat16_computes_near_float32_with_float32_parameters():
@@ -207,18 +202,18 @@ def test_bfloat16_computes_near_float32_with_float32_parameters():
 
 
 def test_bfloat16_is_normalised_in_float32():
-    """Around 100 bfloat16 counts by halves, and beside 1 by 1/128."""
+    """The spacing of bfloat16 is 1/2 near 100, and 1/128 near 1."""
     x = np.random.default_rng(0).normal(100, 2, (1, 3, 64)).astype(jnp.bfloat16)
     shift = scale = np.full((1, 64), 7 / 2048, jnp.bfloat16)
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / exact.std(-1, keepdims=True) * (1 + 7 / 2048) + 7 / 2048
-    out = modulated_norm(*map(jnp.asarray, (x, shift, scale)))  # one by one: compiled as one, it may round less
+    out = modulated_norm(*map(jnp.asarray, (x, shift, scale)))  # not jitted: a fused program may round less
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=1.01 * 2**-8)
 
 
 def test_attention_by_hand_and_its_softmax_in_float32():
-    """For each head, with loops; logits around 30, where bfloat16 counts by eighths."""
+    """For each head, with loops. The logits are near 30, where the spacing of bfloat16 is 1/8."""
     draw = np.random.default_rng(0)
     query, key, value = (draw.normal(0, size, (2, 5, 3, 16)).astype(jnp.bfloat16) for size in (5, 5, 1))
     out = np.asarray(jax.jit(attention)(query, key, value))
@@ -237,12 +232,12 @@ def test_classes_and_time_matter_and_are_required():
     changes = np.abs(run(5, [0, 3, 1, 2]) - out).max(axis=(1, 2, 3))
     assert changes[0] == 0 and changes[1:].min() > 1e-2
     assert np.abs(run(6, [0, 1, 2, 3]) - out).max(axis=(1, 2, 3)).min() > 1e-2
-    with pytest.raises(ValueError, match="num_classes 3"):
+    with raises(ValueError, "num_classes", "3"):
         apply(GUIDED, params, x, 5)
-    with pytest.raises(ValueError, match="num_classes 0"):
-        apply(TINY, params, x, 5, np.zeros(4, np.int32))
-    with pytest.raises(ValueError, match="takes images 8x8x1, got 8x4x1"):
-        apply(TINY, params, x[:, :, :4], 5)
+    with raises(ValueError, "num_classes", "0"):
+        apply(DIT, params, x, 5, np.zeros(4, np.int32))
+    with raises(ValueError, "8x8x1", "got 8x4x1"):
+        apply(DIT, params, x[:, :, :4], 5)
 
 
 def test_labels_are_hidden_in_training_alone_with_their_probability():
@@ -259,48 +254,51 @@ def test_labels_are_hidden_in_training_alone_with_their_probability():
 
 
 def test_dropout_acts_in_training_alone_on_the_attention_and_on_the_mlp():
-    model, (x, _), keys = TINY.clone(dropout=0.5), inputs(TINY, 2), [jax.random.key(seed) for seed in (0, 1)]
+    model, (x, _), keys = DIT.clone(dropout=0.5), inputs(DIT, 2), [jax.random.key(seed) for seed in (0, 1)]
     for closed in (2, 5):  # the gate of one of them, of the six parts of the modulation
         params = random_params(model)
-        for leaf in params["block_0"]["modulation"].values():
-            leaf[..., 16 * closed : 16 * (closed + 1)] = 0
-        exact = apply(TINY, params, x, 10)
+        gate = np.s_[..., 16 * closed : 16 * (closed + 1)]
+        params["block_0"]["modulation"] = {
+            name: leaf.at[gate].set(0) for name, leaf in params["block_0"]["modulation"].items()
+        }
+        exact = apply(DIT, params, x, 10)
         np.testing.assert_array_equal(apply(model, params, x, 10), exact)
         first, second = (apply(model, params, x, 10, None, True, key) for key in keys)
         assert min(difference(first, exact), difference(second, exact), difference(first, second)) > 1e-2
 
 
 def test_the_gradient_reaches_every_parameter_through_remat():
-    again = GUIDED.clone(remat=True)
-    params, (x, _), labels = random_params(GUIDED), inputs(GUIDED, 4), np.arange(4, dtype=np.int32)  # 3: no class
+    checkpointed = GUIDED.clone(remat=True)
+    params, labels = random_params(GUIDED, scale=0.3), np.arange(4, dtype=np.int32)  # 3: no class
+    x, _ = inputs(GUIDED, 4)
     loss = lambda model, params: jnp.square(apply(model, params, x, 10, labels) - x).sum()
     gradient = lambda model: jax.value_and_grad(functools.partial(loss, model))
     remat = lambda model: str(jax.make_jaxpr(gradient(model))(params)).count("remat")
-    assert remat(again) > 0 == remat(GUIDED)
-    value, gradients = jax.jit(gradient(again))(params)
+    assert remat(checkpointed) > 0 == remat(GUIDED)
+    value, gradients = jax.jit(gradient(checkpointed))(params)
     np.testing.assert_allclose(value, loss(GUIDED, params), rtol=1e-5)
     for path, leaf in jax.tree.leaves_with_path(gradients):
         leaf = np.array(leaf)
         if path[-2:] == (jax.tree_util.DictKey("qkv"), jax.tree_util.DictKey("bias")):
-            leaf = np.delete(leaf, np.s_[16:32])  # a bias of the keys shifts all logits of a query by the same
+            leaf = np.delete(leaf, np.s_[16:32])  # a bias of the keys shifts all logits of a query equally
         assert (np.abs(leaf) > 1e-6).all(), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize(
-    "sizes, said",
+    "sizes, words",
     [
-        (dict(patch_size=3), "patch_size 3 does not divide image_size 8"),
-        (dict(patch_size=16), "patch_size 16 does not divide image_size 8"),
-        (dict(hidden_size=18), "hidden_size must be a multiple of 4.*got 18"),
-        (dict(num_heads=3), "num_heads 3 does not divide hidden_size 16"),
-        (dict(num_heads=0), "num_heads must be at least 1, got 0"),
-        (dict(depth=0), "depth must be at least 1, got 0"),
-        (dict(mlp_ratio=0.05), "mlp_ratio must give at least 1 feature, got 0.05 times hidden_size 16"),
-        (dict(mlp_ratio=float("nan")), "mlp_ratio must give at least 1 feature"),
-        (dict(label_dropout=0.1), "label_dropout needs num_classes above 0, got 0.1"),
+        (dict(patch_size=3), ("patch_size", "3", "image_size", "8")),
+        (dict(patch_size=16), ("patch_size", "16", "image_size", "8")),
+        (dict(hidden_size=18), ("hidden_size", "got 18")),
+        (dict(num_heads=3), ("num_heads", "3", "hidden_size", "16")),
+        (dict(num_heads=0), ("num_heads", "got 0")),
+        (dict(depth=0), ("depth", "got 0")),
+        (dict(mlp_ratio=0.05), ("mlp_ratio", "0.05", "hidden_size", "16")),
+        (dict(mlp_ratio=float("nan")), ("mlp_ratio", "nan")),
+        (dict(label_dropout=0.1), ("label_dropout", "num_classes", "got 0.1")),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(sizes, said):
-    TINY.check()
-    with pytest.raises(ValueError, match=said):
-        TINY.clone(**sizes).check()
+def test_sizes_that_do_not_fit_are_refused(sizes, words):
+    DIT.check()
+    with raises(ValueError, *words):
+        DIT.clone(**sizes).check()

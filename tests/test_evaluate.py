@@ -1,14 +1,19 @@
-"""`python -m ddim_jax.evaluate` as a user runs it."""
+"""`python -m ddim_jax.evaluate` as a process."""
 
 import json
 
 import numpy as np
 import pytest
 from conftest import once
+from messages import assert_names, missing
 from PIL import Image
 from processes import error_line, ok, run
+from test_prepared import prepare
 
+from configs import digits
+from ddim_jax import config as config_lib
 from ddim_jax import data
+from ddim_jax.config import evaluation
 from ddim_jax.evaluation import features as features_lib
 from ddim_jax.evaluation import frechet
 
@@ -36,8 +41,8 @@ def samples(tmp_path_factory):
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory):
     def make(folder):
-        said = ok(run("ddim_jax.evaluate", *DIGITS, "--save_reference", folder / "train.npz"))
-        assert said.stdout.splitlines() == [str(folder / "train.npz")]
+        done = ok(run("ddim_jax.evaluate", *DIGITS, "--save_reference", folder / "train.npz"))
+        assert done.stdout.splitlines() == [str(folder / "train.npz")]
 
     return once(tmp_path_factory, "statistics", make) / "train.npz"
 
@@ -52,7 +57,7 @@ def numbers(process):
 
 
 def test_samples_of_a_file_and_of_a_folder(samples, statistics, tmp_path):
-    """The same numbers from images and from statistics, on one device and on eight, and those that NumPy gives."""
+    """The same numbers from images and from statistics, on one device and on eight, and by NumPy."""
     out = tmp_path / "numbers.json"
     first = numbers(evaluate(FEW, "--samples", samples / "s.npz", "--out", out))
     assert list(first) == METRICS
@@ -73,202 +78,204 @@ def test_samples_of_a_file_and_of_a_folder(samples, statistics, tmp_path):
 
 def test_results_are_not_overwritten(samples, statistics, tmp_path):
     out = tmp_path / "numbers.json"
-    out.write_text("mine")
+    out.write_text("of the user")
     args = (FEW, "--samples", samples / "s.npz", "--config.evaluate.metrics=fid", "--out", out)
-    assert "is already there; give another, or --overwrite" in error_line(evaluate(*args))
-    assert out.read_text() == "mine"
+    error_line(evaluate(*args), "--out", str(out), "--overwrite")
+    assert out.read_text() == "of the user"
     ok(evaluate(*args, "--overwrite"))
     assert json.loads(out.read_text())["fid"] > 0
-    assert "--save_reference" in error_line(evaluate("--save_reference", statistics))
+    before = statistics.read_bytes()
+    error_line(evaluate("--save_reference", statistics), "--save_reference", str(statistics))
+    assert statistics.read_bytes() == before
 
 
 @pytest.mark.slow
-def test_statistics_that_do_not_belong_are_refused(samples, statistics, tmp_path):
-    said = error_line(
-        evaluate(
-            FEW,
-            f"--config.evaluate.reference={statistics}",
-            "--config.evaluate.split=test",
-            "--samples",
-            samples / "s.npz",
-        )
-    )
-    assert "split is 'train' there, 'test' here (to compare all the same, --accept split)" in said
-    accepted = evaluate(
-        FEW,
-        f"--config.evaluate.reference={statistics}",
-        "--config.evaluate.split=test",
-        "--accept=split,count",
-        "--samples",
-        samples / "s.npz",
-    )
-    assert numbers(accepted)["fid"] > 0
+def test_statistics_that_do_not_match_are_refused(samples, statistics, tmp_path):
+    saved = f"--config.evaluate.reference={statistics}"
+    held_out = (FEW, saved, "--config.evaluate.split=test", "--samples", samples / "s.npz")
+    error_line(evaluate(*held_out), str(statistics), "split", "'train'", "'test'", "--accept split")
+    assert numbers(evaluate(*held_out, "--accept=split,count"))["fid"] > 0
     np.savez(tmp_path / "large.npz", arr_0=np.zeros((60, 16, 16, 1), np.uint8))
-    said = error_line(evaluate(FEW, f"--config.evaluate.reference={statistics}", "--samples", tmp_path / "large.npz"))
-    assert "config.evaluate.features: the digits classifier takes images of 8x8x1, got 16x16x1" in said
+    large = evaluate(FEW, saved, "--samples", tmp_path / "large.npz")
+    error_line(large, "config.evaluate.features", "8x8x1", "got 16x16x1")
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     other = f"--config.evaluate.reference={tmp_path / 'other.npz'}"
-    refused = evaluate(FEW, other, "--config.evaluate.metrics=fid", "--samples", samples / "s.npz")
-    assert refused.returncode == 2 and "it has 7 features, digits-classifier has 64" in refused.stderr
+    process = evaluate(FEW, other, "--config.evaluate.metrics=fid", "--samples", samples / "s.npz")
+    warning, error = process.stderr.splitlines()
+    assert process.returncode == 2 and warning.startswith("warning: ")
+    assert_names(error, "other.npz", "7", "64")
     with np.load(statistics) as file:
         np.savez(tmp_path / "bare.npz", mu=file["mu"], sigma=file["sigma"])
     bare = (FEW, f"--config.evaluate.reference={tmp_path / 'bare.npz'}", "--samples", samples / "s.npz")
     process = evaluate(*bare, "--config.evaluate.metrics=fid")
-    assert numbers(process)["fid"] > 0 and "warning: " in process.stderr and "origin is unknown" in process.stderr
-    refused = evaluate(*bare)
-    assert refused.returncode == 2 and "kid needs the features of the real images" in refused.stderr
+    assert numbers(process)["fid"] > 0
+    (warning,) = warnings_of(process)
+    assert_names(warning, "bare.npz")
+    process = evaluate(*bare)
+    assert process.returncode == 2
+    assert_names(process.stderr.splitlines()[-1], "config.evaluate.reference", "kid", "features")
+
+
+def warnings_of(process):
+    return [line for line in process.stderr.splitlines() if line.startswith("warning: ")]
 
 
 def test_too_few_samples(samples):
-    said = error_line(evaluate("--samples", samples / "s.npz"))
-    assert "holds 60 images, and config.evaluate.num_images asks for 1000" in said
+    error_line(evaluate("--samples", samples / "s.npz"), "s.npz", "60", "config.evaluate.num_images", "1000")
 
 
-def test_jpegs_are_warned_of(samples, tmp_path):
+def test_jpeg_files_give_a_warning(samples, tmp_path):
     for i, image in enumerate(data.load("digits").images[:60]):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{i:03d}.jpg")
     process = evaluate(
         FEW, f"--config.evaluate.reference={tmp_path}", "--config.evaluate.metrics=fid", "--samples", samples / "s.npz"
     )
     assert numbers(process)["fid"] > 0
-    warnings = [line for line in process.stderr.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "60 of 60 images of" in warnings[0] and "are JPEG files" in warnings[0]
+    (warning,) = warnings_of(process)
+    assert_names(warning, "60 of 60", "JPEG")
 
 
-def test_images_that_are_broken_or_of_another_size(samples, statistics, tmp_path):
+def test_damaged_images_and_images_of_another_size_are_named(samples, statistics, tmp_path):
     for i, image in enumerate(data.load("digits").images[:60]):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{i:03d}.png")
     args = (FEW, f"--config.evaluate.reference={statistics}", "--samples", tmp_path)
     good = (tmp_path / "042.png").read_bytes()
     (tmp_path / "042.png").write_bytes(good[:50])
-    assert "042.png cannot be read as an image" in error_line(evaluate(*args))
+    error_line(evaluate(*args), "--samples", "042.png")
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(tmp_path / "042.png")
-    assert "042.png is 9x8x1, the first image of its folder 8x8x1" in error_line(evaluate(*args))
+    error_line(evaluate(*args), "--samples", "042.png", "9x8x1", "8x8x1")
     (tmp_path / "bad.npz").write_bytes((samples / "s.npz").read_bytes()[:-30])
-    said = error_line(evaluate(FEW, "--samples", tmp_path / "bad.npz"))
-    assert "bad.npz cannot be read as an .npz" in said
+    error_line(evaluate(FEW, "--samples", tmp_path / "bad.npz"), "--samples", "bad.npz")
 
 
 ANY_SIZE = """
 import jax.numpy as jnp
 from ddim_jax.evaluation.feature_network import Output, feature_network
 
-def judge(params, images):
+def extract(params, images):
     mean = images.mean((1, 2))
     return Output(mean, mean)
 
 def make(weights):
-    return feature_network("any-size", judge, {})
+    return feature_network("any-size", extract, {})
 """
 
 
 @pytest.mark.slow
 def test_real_images_of_another_size(samples, tmp_path, monkeypatch):
-    """By a judge who takes images of any size."""
+    """With a feature network for images of any size."""
     (tmp_path / "mine.py").write_text(ANY_SIZE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     mine = ("--config.evaluate.features=mine:make", "--config.evaluate.metrics=fid", FEW)
     np.savez(tmp_path / "large.npz", arr_0=RNG.integers(0, 256, (60, 16, 16, 1), dtype=np.uint8))
-    said = error_line(evaluate(*mine, "--samples", tmp_path / "large.npz"))
-    assert "the real images (digits) are 8x8x1, the samples 16x16x1" in said
+    error_line(evaluate(*mine, "--samples", tmp_path / "large.npz"), "digits", "8x8x1", "16x16x1")
     large = f"--config.evaluate.reference={tmp_path / 'large.npz'}"
     saved = tmp_path / "large_statistics.npz"
     assert numbers(evaluate(*mine, large, "--samples", tmp_path / "large.npz", "--save_reference", saved))["fid"] < 10
-    statistics = f"--config.evaluate.reference={saved}"
-    said = error_line(evaluate(*mine, statistics, "--accept=data,split", "--samples", samples / "s.npz"))
-    assert "does not belong to the samples: count is 60 there, 1438 here" in said
-    said = error_line(evaluate(*mine, statistics, "--accept=data,split,count", "--samples", samples / "s.npz"))
-    assert "does not belong to the samples: resolution is '16x16x1' there, '8x8x1' here" in said
+    args = (*mine, f"--config.evaluate.reference={saved}", "--samples", samples / "s.npz")
+    error_line(evaluate(*args, "--accept=data,split"), str(saved), "count", "60", "1438", "--accept count")
+    error_line(evaluate(*args, "--accept=data,split,count"), str(saved), "resolution", "'16x16x1'", "'8x8x1'")
 
 
 NAN_AT_RANDOM = """
 import jax.numpy as jnp
 from ddim_jax.evaluation.feature_network import Output, feature_network
 
-def judge(params, images):
+def extract(params, images):
     brightest = images.max((1, 2)).astype(jnp.float32)
     features = jnp.where(brightest < 255, jnp.nan, brightest)
     return Output(features, features)
 
 def make(weights):
-    return feature_network("mine", judge, {})
+    return feature_network("mine", extract, {})
 """
 
 
-def test_features_that_are_not_numbers(samples, tmp_path, monkeypatch):
+def test_features_that_are_not_finite(samples, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(NAN_AT_RANDOM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     images = data.load("digits").images
     bad = int(np.flatnonzero(images.max((1, 2, 3)) < 255)[0])
-    said = error_line(evaluate(FEW, "--config.evaluate.features=mine:make", "--samples", samples / "s.npz"))
-    assert said == f"error: the real images: the features of image {bad} are not finite (mine)"
+    process = evaluate(FEW, "--config.evaluate.features=mine:make", "--samples", samples / "s.npz")
+    error_line(process, "the real images", f"image {bad}", "finite", "mine")
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, words",
     [
-        ((), "--samples is missing"),
-        (("--samples", "nope"), "--samples: there is no file or folder nope"),
-        (("--samples", "S", "--config.evaluate.metrics=fid,kidd"), "config.evaluate.metrics: 'kidd' is not one of"),
-        (("--samples", "S", "--config.evaluate.features=digit"), "did you mean 'digits'"),
-        (("--samples", "S", "--config.evaluate.weights=w.safetensors"), "there is no file w.safetensors"),
-        (("--samples", "S", "--config.evaluate.reference=nope.npz"), "reference: there is no file or folder nope.npz"),
-        (("--samples", "S", "--config.evaluate.reference=README.md"), "README.md cannot be read as an .npz"),
-        (("--samples", "S", "--config.evaluate.split=valid"), "config.evaluate.split: 'valid' is not one of"),
-        (("--samples", "S", "--accept=splitt"), "--accept: 'splitt' is not one of data, split, crop"),
-        (("--samples", "S", "--out", "/nope/there.json"), "--out: there is no folder /nope"),
-        (("--samples", "S", "--config.evaluate.num_images=1"), "config.evaluate.num_images: must be at least 2"),
+        ((), ("--samples",)),
+        (("--samples", "nope"), ("--samples", "nope")),
+        (("--samples", "S", "--config.evaluate.metrics=fid,kidd"), ("config.evaluate.metrics", "'kidd'", "'kid'")),
+        (("--samples", "S", "--config.evaluate.features=digit"), ("config.evaluate.features", "'digit'", "'digits'")),
+        (("--samples", "S", "--config.evaluate.weights=w.safetensors"), ("config.evaluate.weights", "w.safetensors")),
+        (("--samples", "S", "--config.evaluate.reference=nope.npz"), ("config.evaluate.reference", "nope.npz")),
+        (("--samples", "S", "--config.evaluate.reference=README.md"), ("config.evaluate.reference", "README.md")),
+        (("--samples", "S", "--config.evaluate.split=valid"), ("config.evaluate.split", "'valid'", "train", "test")),
+        (("--samples", "S", "--accept=splitt"), ("--accept", "'splitt'", "'split'")),
+        (("--samples", "S", "--out", "/nope/there.json"), ("--out", "/nope")),
+        (("--samples", "S", "--config.evaluate.num_images=1"), ("config.evaluate.num_images", "2", "got 1")),
     ],
 )
-def test_mistakes_are_told_in_one_line(samples, args, said):
+def test_an_error_is_one_line_that_names_its_cause(samples, args, words):
     args = [samples / "s.npz" if arg == "S" else arg for arg in args]
     few = () if any("num_images" in str(arg) for arg in args) else (FEW,)
-    assert said in error_line(evaluate(*few, *args))
+    error_line(evaluate(*few, *args), *words)
 
 
-def test_statistics_tell_data_sets_of_tensorflow_datasets_apart():
-    """Two that are read by the same name of ours, and a folder wherever it lies."""
-    from configs import digits
-    from ddim_jax import config
-    from ddim_jax.config import evaluation
+def test_statistics_name_their_data_set(tmp_path, monkeypatch, mesh):
+    """A folder by its base name, a data set of tensorflow-datasets by its name there."""
+    import tensorflow_datasets as tfds
 
-    def name(**fields):
+    images = data.load("digits", split="test").images[:20, ..., 0]
+    rows = [(i, {"image": Image.fromarray(image)}) for i, image in enumerate(images)]
+    for name in ("first", "second"):
+        prepare(tmp_path, name, {"image": tfds.features.Image(shape=(8, 8, 1))}, {"train": rows})
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for parent in ("a", "b"):
+        (tmp_path / parent / "faces").mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / parent / "faces" / f"{i}.png")
+
+    def about(**fields):
         values = digits.get_config().to_dict()
         values["data"].update(fields)
-        return evaluation._data_name(config.parse(values))
+        config = config_lib.parse(values)
+        evaluator = evaluation.evaluator(config, evaluation.open_network(config), mesh, None)
+        return evaluator.reference.about
 
-    assert name(name="tfds", path="mnist") == "mnist" != name(name="tfds", path="lsun/bedroom")
-    assert name(name="folder", path="/a/faces") == name(name="folder", path="b/faces") == "faces"
-    assert name(name="cifar10") == "cifar10" and name(name="npz", path="") is None
+    assert about(name="digits").data == "digits"
+    for name in ("first", "second"):
+        assert about(name="tfds", path=name).data == name
+    assert [about(name="folder", path=str(tmp_path / parent / "faces")).data for parent in "ab"] == ["faces"] * 2
 
 
-# --- the network itself ---
+# --- likelihoods of the network ---
 
 BITS = (*DIGITS, "--metric=bits_per_dim", "--config.evaluate.split=test", "--config.evaluate.num_images=12")
 
 
 def bits(*args):
-    said = ok(run("ddim_jax.evaluate", *BITS, "--config.sample.steps=20", *args)).stdout
-    return float(said.split("bits_per_dim")[1].split()[0]), said
+    output = ok(run("ddim_jax.evaluate", *BITS, "--config.sample.steps=20", *args)).stdout
+    return float(output.split("bits_per_dim")[1].split()[0]), output
 
 
 @pytest.mark.slow
 def test_bits_per_dimension():
-    """Of images i, whatever the batch; fewer than the 8 of noise, and more than nothing."""
-    few, said = bits("--config.sample.eta=1", "--config.evaluate.batch_size=12")
-    again, _ = bits("--config.sample.eta=1", "--config.evaluate.batch_size=5")
-    assert "12 images (test), 20 steps, eta 1" in said and again == pytest.approx(few, rel=1e-4)
-    assert 1 < few < 8
+    """The same for every batch size, and below the 8 bits of noise."""
+    found, output = bits("--config.sample.eta=1", "--config.evaluate.batch_size=12")
+    other, _ = bits("--config.sample.eta=1", "--config.evaluate.batch_size=5")
+    assert other == pytest.approx(found, rel=1e-4) and 1 < found < 8
+    assert not missing(output, "12 images", "test", "20 steps", "eta 1")
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, words",
     [
-        (("--metric=bits",), "--metric: 'bits' is not one of bits_per_dim (did you mean 'bits_per_dim'?)"),
-        ((), "config.sample.eta: must be above 0 for bits_per_dim, got 0.0"),
-        (("--config.sample.eta=1", "--config.sample.tau_end=5"), "config.sample.tau_end: must be 0"),
-        (("--config.sample.eta=1", "--config.data.name=npz"), "config.data: data set 'npz' needs a file"),
+        (("--metric=bits",), ("--metric", "'bits'", "'bits_per_dim'")),
+        ((), ("config.sample.eta", "bits_per_dim", "got 0.0")),
+        (("--config.sample.eta=1", "--config.sample.tau_end=5"), ("config.sample.tau_end", "0", "got 5")),
+        (("--config.sample.eta=1", "--config.data.name=npz"), ("config.data", "'npz'", "config.data.path")),
     ],
 )
-def test_mistakes_of_bits_per_dimension(args, said):
-    assert said in error_line(run("ddim_jax.evaluate", *BITS, *args))
+def test_errors_of_bits_per_dimension_name_the_field(args, words):
+    error_line(run("ddim_jax.evaluate", *BITS, *args), *words)

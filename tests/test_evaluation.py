@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import meshes
 from jax.tree_util import Partial
+from messages import missing, raises
 from scipy import linalg
 
 from ddim_jax import data
@@ -24,7 +25,7 @@ RNG = np.random.default_rng(0)
 
 
 def test_frechet_distance_of_known_gaussians():
-    """In one dimension it is (m - m')^2 + (s - s')^2; for commuting covariances the same along each axis."""
+    """In one dimension it is (m - m')^2 + (s - s')^2. For commuting covariances it is the sum over the axes."""
     a = frechet.Moments(np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
     b = frechet.Moments(np.array([0.0, 4.0]), np.diag([1.0, 25.0]))
     assert frechet.distance(a, b) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 5) ** 2)
@@ -38,34 +39,32 @@ def test_frechet_distance_with_the_matrix_root_of_scipy():
 
 
 def test_frechet_distance_of_singular_covariances():
-    """Three points in five dimensions: the square root of the product has no full rank, and the distance stays a
-    number.
-    """
+    """Three points in five dimensions: the covariances have no full rank, and the distance is finite."""
     a, b = frechet.moments(RNG.normal(size=(3, 5))), frechet.moments(RNG.normal(size=(4, 5)))
     assert 0 < frechet.distance(a, b) == pytest.approx(frechet.distance(b, a), rel=1e-12)
-    with pytest.raises(ValueError, match="at least 2"):
+    with raises(ValueError, "2", "got 1"):
         frechet.moments(np.zeros((1, 5)))
 
 
-def test_moments_of_features_that_come_in_parts():
-    """Far from the origin, where E[x^2] - E[x]^2 would have no digit left."""
+def test_moments_of_features_in_parts():
+    """Far from the origin, where E[x^2] - E[x]^2 would lose all digits."""
     features = RNG.normal(size=(101, 5)) + 1e7
     parts = [frechet.scatter(features[i : i + 7]) for i in range(0, 101, 7)]
     total = parts[0]
     for part in parts[1:]:
         total = frechet.merged(total, part)
-    ours = frechet.moments(total)
-    np.testing.assert_allclose(ours.mean, features.mean(0), rtol=1e-15)
-    np.testing.assert_allclose(ours.cov, np.cov(features, rowvar=False), rtol=1e-7, atol=1e-8)
-    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+    found = frechet.moments(total)
+    np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-15)
+    np.testing.assert_allclose(found.cov, np.cov(features, rowvar=False), rtol=1e-7, atol=1e-8)
+    with raises(ValueError, "2", "got 1"):
         frechet.moments(frechet.scatter(features[:1]))
-    with pytest.raises(ValueError, match="N at least 1"):
+    with raises(ValueError, "features", "1"):
         frechet.scatter(features[:0])
 
 
 def test_kid_is_a_difference_of_moments():
-    """In one dimension (x y + 1)^3 is sum_k C(3, k) x^k y^k, so MMD^2 = sum_k C(3, k) (E a^k - E b^k)^2; for points of
-    equal weights, less what the pairs of a point with itself add.
+    """In one dimension (x y + 1)^3 is sum_k C(3, k) x^k y^k, so MMD^2 = sum_k C(3, k) (E a^k - E b^k)^2. The unbiased
+    estimate excludes the pairs of a point with itself.
     """
     a, b = np.array([0.5, 1.0, -1.0, 2.0]), np.array([0.0, 0.3, 1.5, 1.0])
     expected = 0.0
@@ -84,7 +83,7 @@ def test_kid_of_one_distribution_is_zero_without_bias():
     assert far.mean > 10 * np.std(values) and far.std > 0
 
 
-def test_the_inception_score_of_what_is_certain_and_of_what_is_not():
+def test_the_inception_score_of_certain_and_of_uniform_predictions():
     certain = 100 * np.eye(5)[np.arange(50) % 5]
     assert metrics.inception_score(certain) == pytest.approx((5, 0), abs=1e-9)
     assert metrics.inception_score(np.zeros((20, 5))) == pytest.approx((1, 0), abs=1e-12)
@@ -96,14 +95,14 @@ def test_the_inception_score_of_what_is_certain_and_of_what_is_not():
 
 
 def test_precision_and_recall_by_hand():
-    """Real images at 0, 1, 2, 10 with reach 1, 1, 1, 8; samples at 0.5, 2.9, 30, 31 with reach 2.4, 2.4, 1, 1."""
+    """Real images at 0, 1, 2, 10 with radii 1, 1, 1, 8; samples at 0.5, 2.9, 30, 31 with radii 2.4, 2.4, 1, 1."""
     column = lambda *values: np.array(values)[:, None]
     found = metrics.precision_recall(column(0.5, 2.9, 30, 31), column(0, 1, 2, 10.0), neighbours=1)
     assert found == (0.5, 0.75)
     assert metrics.precision_recall(column(0, 1, 2.0), column(0, 1, 2.0), neighbours=1) == (1, 1)
 
 
-def test_blocks_change_nothing(monkeypatch):
+def test_the_block_size_changes_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(37, 4)), rng.normal(size=(23, 4)) + 0.5
     whole = metrics.precision_recall(a, b)
@@ -111,25 +110,25 @@ def test_blocks_change_nothing(monkeypatch):
     assert metrics.precision_recall(a, b) == whole
 
 
-def test_features_that_mean_nothing_are_refused():
+def test_invalid_features_are_refused():
     good, bad = np.ones((5, 3)), np.ones((5, 3))
     bad[3, 1] = np.nan
-    with pytest.raises(ValueError, match="those of image 3 are not"):
+    with raises(ValueError, "finite", "image 3"):
         metrics.kid(good, bad, subset_size=2)
-    with pytest.raises(ValueError, match="those of image 3 are not"):
+    with raises(ValueError, "finite", "image 3"):
         frechet.moments(bad)
-    with pytest.raises(ValueError, match=r"of one D, got \(5, 3\) and \(5, 2\)"):
+    with raises(ValueError, "(5, 3)", "(5, 2)"):
         metrics.precision_recall(good, good[:, :2])
-    with pytest.raises(ValueError, match=r"subset_size must be in 2\.\.5, the number of images, got 1000"):
+    with raises(ValueError, "subset_size", "2..5", "got 1000"):
         metrics.kid(good, good)
-    with pytest.raises(ValueError, match=r"splits must be in 1\.\.5, the number of images, got 10"):
+    with raises(ValueError, "splits", "1..5", "got 10"):
         metrics.inception_score(good)
-    with pytest.raises(ValueError, match=r"neighbours must be in 1\.\.4, below the number of images, got 5"):
+    with raises(ValueError, "neighbours", "1..4", "got 5"):
         metrics.precision_recall(good, good, neighbours=5)
 
 
-def test_resize_as_tensorflow_1_does():
-    """Output pixel i is input pixel i H / size: the first is the first, and beyond the last centre the last repeats."""
+def test_resize_is_that_of_tensorflow_1():
+    """Output pixel i is input pixel i H / size: the corners are not aligned, and the last pixel repeats."""
     row = np.array([0.0, 10, 20, 40])
     image = np.broadcast_to(row[None, None, :, None], (1, 4, 4, 1)).astype(np.float32)
     out = np.asarray(inception.resize(image, 8))
@@ -138,9 +137,9 @@ def test_resize_as_tensorflow_1_does():
     np.testing.assert_array_equal(inception.resize(image, 4), image)
 
 
-def test_images_of_another_kind_are_refused():
+def test_images_of_another_dtype_or_shape_are_refused():
     for images in (np.zeros((1, 8, 8, 3), np.float32), np.zeros((1, 8, 8, 2), np.uint8), np.zeros((8, 8, 3), np.uint8)):
-        with pytest.raises(ValueError, match=r"images must be uint8 \(B, H, W, 1 or 3\)"):
+        with raises(ValueError, "images", "uint8", str(images.shape)):
             inception.apply({}, images)
 
 
@@ -150,25 +149,25 @@ def test_confidence_by_hand():
 
 
 def test_nearest_by_hand():
-    """Of (0, 0) it is 5, of (3, 4) it is 0."""
+    """The distance is 5 for (0, 0), and 0 for (3, 4)."""
     assert metrics.nearest(np.array([[0.0, 0], [3, 4]]), np.array([[3.0, 4], [60, 80]])) == pytest.approx(2.5)
 
 
 @pytest.mark.slow
-def test_the_digits_classifier_that_ships_knows_digits_it_never_saw():
+def test_the_accuracy_of_the_shipped_digits_classifier():
     train, held_out = (data.load("digits", split=split) for split in data.SPLITS)
-    right = lambda params: (
+    accuracy = lambda params: (
         np.asarray(digits_classifier.apply(params, held_out.images).logits).argmax(1) == held_out.labels
     ).mean()
     (params,) = digits_classifier.open_network().feature_fn.args
-    assert right(params) > 0.98
-    assert right(classifier.fit(digits_classifier.Classifier(), train, steps=300)) > 0.95
-    with pytest.raises(ValueError, match="takes images of 8x8x1, got 16x16x3"):
+    assert accuracy(params) > 0.98
+    assert accuracy(classifier.fit(digits_classifier.Classifier(), train, steps=300)) > 0.95
+    with raises(ValueError, "8x8x1", "got 16x16x3"):
         digits_classifier.apply(params, np.zeros((1, 16, 16, 3), np.uint8))
 
 
 class Counting:
-    """A source that remembers how many of its images were ever asked for at once."""
+    """A source that records the largest number of images in one read."""
 
     image_shape, num_classes, crop, jpegs = (8, 8, 1), 0, "none", 0
 
@@ -185,8 +184,8 @@ class Counting:
 
 @pytest.mark.parametrize("batch_size", [16, 37, 100])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_one_pass_whatever_the_batches_and_the_devices(batch_size, devices):
-    """The last batch is not dropped, nothing beyond it is counted, and the images are never all in memory."""
+def test_features_do_not_depend_on_the_batch_size_or_the_devices(batch_size, devices):
+    """The last batch is not dropped, padding is not counted, and at most one batch is in memory."""
     images = RNG.integers(0, 256, (83, 8, 8, 1), dtype=np.uint8)
     network = features_lib.open_features("digits")
     whole = network.feature_fn(images[:70])
@@ -200,7 +199,7 @@ def test_one_pass_whatever_the_batches_and_the_devices(batch_size, devices):
 
 
 def own_network(weights):
-    """A classifier of somebody's own: two features, the mean and the largest pixel."""
+    """A user's classifier with two features, the mean and the largest pixel."""
 
     def feature_fn(params, images):
         flat = images.reshape(images.shape[0], -1).astype(jnp.float32)
@@ -216,7 +215,7 @@ def blind_network(weights):
     )
 
 
-def test_a_network_of_ones_own_through_the_same_door(tmp_path, monkeypatch, mesh):
+def test_a_feature_network_of_the_user(tmp_path, monkeypatch, mesh):
     (tmp_path / "my_features.py").write_text(
         "from test_evaluation import own_network as make, blind_network\nnothing = lambda weights: None\n"
     )
@@ -227,23 +226,22 @@ def test_a_network_of_ones_own_through_the_same_door(tmp_path, monkeypatch, mesh
     expected = 2 * source.images.reshape(len(source), -1).mean(1)
     np.testing.assert_allclose(found.features[:, 0], expected, rtol=1e-5)
     assert len(network.weights) == 64
-    with pytest.raises(ValueError, match=r"the features of image 7 are not finite \(mine\)"):
-        pixels = np.zeros((9, 8, 8, 1), np.uint8)
-        pixels[7] = 255
-        features_lib.extract(
-            features_lib.open_features("my_features:blind_network"), data.sources.ArraySource(pixels), mesh, 4
-        )
-    for name, said in [
-        ("inceptoin", "did you mean 'inception'"),
-        ("my_features:nope", "my_features has no nope"),
-        ("no_such_module:make", "cannot be imported: ModuleNotFoundError"),
-        ("my_features:nothing", "must return a FeatureNetwork, got NoneType"),
+    pixels = np.zeros((9, 8, 8, 1), np.uint8)
+    pixels[7] = 255
+    blind = features_lib.open_features("my_features:blind_network")
+    with raises(ValueError, "image 7", "finite", "mine"):
+        features_lib.extract(blind, data.sources.ArraySource(pixels), mesh, 4)
+    for name, words in [
+        ("inceptoin", ("'inceptoin'", "'inception'")),
+        ("my_features:nope", ("my_features", "nope")),
+        ("no_such_module:make", ("no_such_module", "ModuleNotFoundError")),
+        ("my_features:nothing", ("my_features:nothing", "FeatureNetwork", "got NoneType")),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with raises(ValueError, *words):
             features_lib.open_features(name)
 
 
-def test_metrics_say_what_they_lack():
+def test_metrics_name_the_missing_features():
     moments = frechet.moments(RNG.normal(size=(10, 3)))
     bare = features_lib.ImageFeatures(0, moments)
     full = features_lib.ImageFeatures(
@@ -251,44 +249,45 @@ def test_metrics_say_what_they_lack():
     )
     assert metrics_lib.compute(["fid"], full, bare) == {"fid": pytest.approx(0, abs=1e-9)}
     for name in ("kid", "precision_recall", "nearest"):
-        with pytest.raises(ValueError, match=f"{name} needs the features of the real images"):
+        with raises(ValueError, name, "features"):
             metrics_lib.compute([name], full, bare)
     numbers = metrics_lib.compute(list(metrics_lib.METRICS), full, full)
     assert numbers["kid_subset_size"] == 10 and numbers["inception_score_splits"] == 10 and numbers["recall"] == 1
 
 
-def test_agreement_is_with_the_class_that_was_asked_for(mesh):
-    """The classifier is right about nearly all of its own training images, and about a tenth of shuffled labels."""
+def test_agreement_is_the_accuracy_of_the_labels(mesh):
+    """It is near 1 for the labels of training images, and near 0 for wrong labels."""
     network, real = features_lib.open_features("digits"), data.load("digits")
-    say = lambda labels: metrics_lib.compute(
+    agreement = lambda labels: metrics_lib.compute(
         ["agreement"],
         features_lib.extract(
             network, data.sources.ArraySource(real.images[:200], labels), mesh, 64, {"logits", "labels"}
         ),
         features_lib.ImageFeatures(0, None),
     )["agreement"]
-    assert say(real.labels[:200]) > 0.97 and say((real.labels[:200] + 1) % 10) < 0.03
-    with pytest.raises(ValueError, match="the images have no classes"):
-        say(None)
+    assert agreement(real.labels[:200]) > 0.97 and agreement((real.labels[:200] + 1) % 10) < 0.03
+    with raises(ValueError, "agreement"):
+        agreement(None)
 
 
-def made(**changes):
+def make_reference(**changes):
+    """Statistics of random features, with these fields of `About`."""
     network = features_lib.open_features("digits")
     about = reference.about(data.load("digits"), "8x8x1", network, "digits", "train")
     features = RNG.normal(size=(1438, 3)).astype(np.float32)
-    judged = features_lib.ImageFeatures(1438, frechet.moments(features), features)
-    return reference.Reference(judged, dataclasses.replace(about, **changes))
+    image_features = features_lib.ImageFeatures(1438, frechet.moments(features), features)
+    return reference.Reference(image_features, dataclasses.replace(about, **changes))
 
 
-def test_statistics_say_what_they_are(tmp_path):
-    ours = made()
-    reference.save(tmp_path / "a.npz", ours)
-    theirs = reference.load(tmp_path / "a.npz")
-    assert theirs.about == ours.about
-    assert theirs.about.count == 1438 and theirs.about.crop == "none" and len(theirs.about.weights) == 64
-    for a, b in zip(jax.tree.leaves(ours.features), jax.tree.leaves(theirs.features), strict=True):
+def test_statistics_are_saved_with_their_metadata(tmp_path):
+    saved = make_reference()
+    reference.save(tmp_path / "a.npz", saved)
+    loaded = reference.load(tmp_path / "a.npz")
+    assert loaded.about == saved.about
+    assert loaded.about.count == 1438 and loaded.about.crop == "none" and len(loaded.about.weights) == 64
+    for a, b in zip(jax.tree.leaves(saved.features), jax.tree.leaves(loaded.features), strict=True):
         np.testing.assert_array_equal(a, b)
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:  # as others read them
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as file:  # as other programs read them
         assert file["mu"].shape == (3,) and file["sigma"].shape == (3, 3) and file["sigma"].dtype == np.float64
 
 
@@ -306,31 +305,33 @@ def test_statistics_say_what_they_are(tmp_path):
         ("version", 0),
     ],
 )
-def test_statistics_made_otherwise_are_told_apart(field, value):
-    told = reference.difference(made(**{field: value}).about, made().about)
-    assert told.startswith(f"{field} is {value!r} there, ") and f"--accept {field}" in told
-    assert reference.difference(made(**{field: value}).about, made().about, [field]) is None
-    assert reference.difference(made().about, made(**{field: None}).about) is None  # not known, not compared
+def test_a_difference_in_the_metadata_is_named(field, value):
+    about, changed = make_reference().about, make_reference(**{field: value}).about
+    message = reference.difference(changed, about)
+    assert message.startswith(field) and f"--accept {field}" in message
+    assert not missing(message, repr(value), repr(getattr(about, field)))
+    assert reference.difference(changed, about, [field]) is None
+    assert reference.difference(about, make_reference(**{field: None}).about) is None  # None is not compared
 
 
-def test_statistics_of_others_and_what_are_none(tmp_path):
+def test_statistics_of_other_programs_and_damaged_ones(tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, mu=np.zeros(3, np.float32), sigma=np.eye(3))
     found = reference.load(path)
     assert found.about is None and found.features.features is None and found.features.moments.mean.dtype == np.float64
-    for arrays, said in [
-        ({"mu": np.zeros(3)}, "there is no mu and sigma"),
-        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"sigma \(D, D\), got \(3,\) and \(4, 4\)"),
-        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "all finite"),
-        ({"mu": np.array([{}], object), "sigma": np.eye(1)}, "cannot be read as statistics"),
-        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array("[]")}, "cannot be read as statistics"),
-        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array('{"datum": 1}')}, "cannot be read as statistics"),
+    for arrays, words in [
+        ({"mu": np.zeros(3)}, ("mu", "sigma")),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, ("mu", "(3,)", "sigma", "(4, 4)")),
+        ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, ("mu", "finite")),
+        ({"mu": np.array([{}], object), "sigma": np.eye(1)}, ()),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array("[]")}, ("about",)),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "about": np.array('{"datum": 1}')}, ("about", "datum")),
     ]:
         np.savez(path, **arrays)
-        with pytest.raises(ValueError, match=said):
+        with raises(ValueError, "s.npz", *words):
             reference.load(path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read as statistics"):
+    with raises(ValueError, "s.npz"):
         reference.load(path)
 
 
@@ -345,13 +346,13 @@ def server(tmp_path, monkeypatch):
     (tmp_path / "www" / "net.pth").write_bytes(CONTENT)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        asked = 0
+        requests = 0
 
         def __init__(self, *args):
             super().__init__(*args, directory=str(tmp_path / "www"))
 
         def do_GET(self):
-            Handler.asked += 1
+            Handler.requests += 1
             super().do_GET()
 
         def log_message(self, *args):
@@ -363,31 +364,31 @@ def server(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_a_file_is_fetched_once_and_checked(server):
+def test_a_file_is_downloaded_once_and_checked(server):
     digest = hashlib.sha256(CONTENT).hexdigest()
     path = download.fetch(f"{server.url}/net.pth", digest, "the weights")
     assert path == server.root / "cache" / "net.pth" and path.read_bytes() == CONTENT
-    assert download.fetch(f"{server.url}/net.pth", digest, "the weights") == path and server.handler.asked == 1
+    assert download.fetch(f"{server.url}/net.pth", digest, "the weights") == path and server.handler.requests == 1
     path.write_bytes(CONTENT[:-1])
-    with pytest.raises(CheckpointError, match="is not the weights .*: remove it"):
+    with raises(CheckpointError, str(path), digest, "the weights"):
         download.fetch(f"{server.url}/net.pth", digest, "the weights")
 
 
-def test_a_file_that_cannot_be_fetched_is_told_where_it_belongs(server):
-    wanted = rf"the weights are wanted: put {server.url}/\w+.pth at {server.root}/cache/\w+.pth, or give its path"
-    with pytest.raises(CheckpointError, match=wanted + r" \(what came from there has not the SHA-256 0000"):
+def test_a_failed_download_names_the_url_and_the_path(server):
+    cache = server.root / "cache"
+    with raises(CheckpointError, "the weights", f"{server.url}/net.pth", f"{cache}/net.pth", "0" * 64):
         download.fetch(f"{server.url}/net.pth", "0" * 64, "the weights")
-    with pytest.raises(CheckpointError, match=wanted + ".*(404|Not Found)"):
+    with raises(CheckpointError, "the weights", f"{server.url}/nope.pth", f"{cache}/nope.pth", "404"):
         download.fetch(f"{server.url}/nope.pth", "0" * 64, "the weights")
-    assert list((server.root / "cache").iterdir()) == []
-    with pytest.raises(CheckpointError, match="it cannot be fetched: .*refused"):
+    assert list(cache.iterdir()) == []
+    with raises(CheckpointError, "http://127.0.0.1:1/net.pth", "refused"):
         download.fetch("http://127.0.0.1:1/net.pth", "0" * 64, "the weights")
 
 
-def test_the_inception_weights_are_asked_for_by_name(tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="pt_inception-2015-12-05-6726825d.pth, are wanted"):
+def test_missing_inception_weights_are_named(tmp_path, monkeypatch):
+    with raises(CheckpointError, "nope.pth", "pt_inception-2015-12-05-6726825d.pth"):
         features_lib.open_features("inception", str(tmp_path / "nope.pth"))
     monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path))
     (tmp_path / inception.WEIGHTS).write_bytes(b"something else")
-    with pytest.raises(CheckpointError, match=f"{inception.WEIGHTS} is not the weights of FID's Inception network"):
+    with raises(CheckpointError, str(tmp_path / inception.WEIGHTS), "SHA-256"):
         features_lib.open_features("inception")

@@ -17,8 +17,8 @@ def one(t, s):
     return jax.tree.map(lambda leaf: leaf[0], trajectory.descend(LINEAR, [0, s, t]))
 
 
-def test_sigma_of_one_half_is_pinned():
-    """Eq. (16) at t = 500, s = 400 with eta = 0.5, computed once with 50 decimal digits from the 500 betas:
+def test_sigma_of_eta_one_half():
+    """Eq. (16) at t = 500, s = 400 with eta = 0.5, computed with 50 decimal digits from the 500 betas:
     alpha_bar_400 = 0.19514..., alpha_bar_500 = 0.07858..., so sigma = 0.5 sqrt(0.80485... / 0.92141...) sqrt(1 -
     0.07858... / 0.19514...).
     """
@@ -34,7 +34,7 @@ def test_sigma_is_within_its_bound_and_proportional_to_eta(pair, eta):
 
 
 def test_float32_keeps_the_bound_at_eta_one():
-    """1 - alpha_bar_s - sigma^2 may not fall below 0 in float32, for any pair: its root would be NaN."""
+    """1 - alpha_bar_s - sigma^2 is never below 0 in float32, for any pair. Else its square root would be NaN."""
     t, s = np.triu_indices(1001, 1)
     transitions = jax.tree.map(lambda leaf: leaf.astype(np.float32), trajectory.transitions(LINEAR, s, t))
     assert (transitions.one_minus_alpha_bar_s - gaussian.sigma_squared(np.float32(1), transitions) >= 0).all()
@@ -42,7 +42,7 @@ def test_float32_keeps_the_bound_at_eta_one():
 
 @pytest.mark.parametrize("t, s", [(2, 1), (500, 499), (1000, 999)])
 def test_eta_one_is_the_posterior_of_ddpm(t, s, x64):
-    """Ho et al. 2020, Eq. (6) and (7), written with betas."""
+    """Against Ho et al. 2020, Eq. (6) and (7), in terms of beta."""
     alpha_bar = LINEAR.alpha_bar
     beta = 1 - alpha_bar[t] / alpha_bar[s]
     x_t, x_0 = np.array([[0.3], [-2.0]]), np.array([[0.5], [-0.1]])
@@ -55,7 +55,7 @@ def test_eta_one_is_the_posterior_of_ddpm(t, s, x64):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("build_tau", [trajectory.uniform, trajectory.quadratic])
 def test_lemma_1_by_moments(eta, build_tau):
-    """x_T from q(x_T | x_0), then q_sigma down the whole tau: at every level mean and variance are those of Eq. (4)."""
+    """x_T from q(x_T | x_0), then q_sigma over all steps of tau. Every level has the mean and variance of (4)."""
     count, x_0 = 200_000, 0.7
     rng = np.random.default_rng(0)
     transitions = trajectory.descend(LINEAR, build_tau(1000, 7))
@@ -71,17 +71,15 @@ def test_lemma_1_by_moments(eta, build_tau):
 
 
 @given(pairs, st.floats(0, 1))
-def test_both_directions_are_one_joint_law(pair, eta):
-    """Mean vector and covariance matrix of (x_s, x_t) given x_0, once from q(x_t) q_sigma(x_s | x_t), once from
-    q(x_s) and (8).
-    """
+def test_both_directions_have_the_same_joint_distribution(pair, eta):
+    """The mean and covariance of (x_s, x_t) given x_0, from q(x_t) q_sigma(x_s | x_t), and from q(x_s) and (8)."""
     with jax.enable_x64(True):
         transition = one(*pair)
         sigma2 = gaussian.sigma_squared(eta, transition)
         x_0 = np.array(0.6)
 
         def joint(conditional, known, other):
-            """Law of (known, other), where known has the marginal (4) and `conditional` is affine in it."""
+            """Mean and covariance of (known, other): known has the marginal (4), and `conditional` is affine in it."""
             (_, noise), mean = known, np.sqrt(known[0]) * x_0
             at_mean, variance = conditional(mean, x_0, transition, sigma2)
             slope = conditional(mean + 1, x_0, transition, sigma2)[0] - at_mean
@@ -100,19 +98,19 @@ def test_both_directions_are_one_joint_law(pair, eta):
 
 
 @given(st.integers(1, 1000), st.floats(-2, 2), st.floats(-3, 3))
-def test_every_output_has_the_same_two_halves(t, x_0, eps):
+def test_every_parameterisation_gives_the_same_x_0_and_eps(t, x_0, eps):
     with jax.enable_x64(True):
         level = schedule.Level(t, TABLE.alpha_bar[t], TABLE.one_minus_alpha_bar[t])
         x_t = gaussian.q_marginal(x_0, eps, level)
-        said = {"eps": eps, "x0": x_0, "v": gaussian.predict_v(x_0, eps, level)}
-        assert set(said) == set(registry.PREDICTIONS)
-        for name, value in said.items():
+        outputs = {"eps": eps, "x0": x_0, "v": gaussian.predict_v(x_0, eps, level)}
+        assert set(outputs) == set(registry.PREDICTIONS)
+        for name, value in outputs.items():
             assert registry.PREDICTIONS[name](x_t, value, level) == pytest.approx((x_0, eps), abs=1e-9)
         assert gaussian.predict_x0(x_t, eps, level) == pytest.approx(x_0, abs=1e-9)
 
 
-def test_clipping_keeps_x0_and_eps_in_agreement(x64):
-    """The trap: a clipped x_0 beside the eps from before."""
+def test_clipping_keeps_x0_and_eps_consistent(x64):
+    """eps is computed again from the clipped x_0, unless keep_eps is set."""
     x = jnp.linspace(-3.0, 3.0, 7)[:, None]
     level = schedule.level_at(TABLE, 400, x)
     free = gaussian.predict_x0(x, 0.1 * x, level)
@@ -125,17 +123,17 @@ def test_clipping_keeps_x0_and_eps_in_agreement(x64):
     np.testing.assert_array_equal(kept.eps, 0.1 * x)
 
 
-def test_thresholding_is_the_one_of_imagen(x64):
-    """For each image by itself: the bound is a quantile of its own absolute values, in [1, maximum]."""
+def test_dynamic_thresholding_of_imagen(x64):
+    """The bound of each image is a quantile of its own absolute values, in [1, maximum]."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(4, 5, 5, 3)) * np.array([0.1, 0.5, 0.6, 40.0]).reshape(4, 1, 1, 1))
     level = schedule.level_at(TABLE, 400, x)
     free = np.asarray(gaussian.predict_x0(x, 0.1 * x, level))
     x_0, eps = gaussian.threshold_x0(lambda x, t: 0.1 * x, 0.9, 3.0)(x, level)
-    reached = []
+    bounds = []
     for image, before in zip(np.asarray(x_0), free, strict=True):
         s = min(max(np.quantile(abs(before), 0.9), 1), 3)
-        reached.append(s)
+        bounds.append(s)
         np.testing.assert_allclose(image, np.clip(before, -s, s) / s, rtol=1e-10, atol=1e-12)
-    assert reached[0] == 1 and 1 < reached[2] < 3 and reached[3] == 3
+    assert bounds[0] == 1 and 1 < bounds[2] < 3 and bounds[3] == 3
     np.testing.assert_allclose(gaussian.q_marginal(x_0, eps, level), x, rtol=1e-12, atol=1e-12)

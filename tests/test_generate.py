@@ -1,4 +1,4 @@
-"""Images by index: the same whatever the batch, the devices, or where a run began."""
+"""Image i is the same for every batch size, number of devices and first image."""
 
 import dataclasses
 
@@ -6,75 +6,40 @@ import jax
 import numpy as np
 import pytest
 from conftest import meshes
+from tiny import make, params_of, pipeline
 
-from configs import smoke
 from ddim_jax import config as config_lib
-from ddim_jax import sampling
-from ddim_jax.models import network as network_lib
+from ddim_jax import samplers, sampling
 from ddim_jax.utils import sharding
 
 
-def make(eta=0.5, num_images=11, batch_size=8, **model):
-    config = config_lib.parse(smoke.get_config().to_dict())
-    config = dataclasses.replace(
-        config,
-        sample=dataclasses.replace(config.sample, eta=eta, num_images=num_images, batch_size=batch_size),
-        model=dataclasses.replace(config.model, **model),
-    )
-    return config, config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-
-
-def params_of(config):
-    """Random parameters, scaled so that eps has about unit size: images vary and stay in range."""
-    like = network_lib.param_shapes(config_lib.network(config.model))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: (
-            0.3 * rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1)) + (leaf.ndim == 1)
-        ).astype(np.float32),
-        like,
-    )
-
-
 def drawn(mesh, config, process, first=0):
-    """Images before they are rounded to uint8, and after."""
-    params = sharding.put_replicated(mesh, params_of(config))
-    return np.concatenate(
-        list(sampling.batches(config_lib.pipeline(config, params, mesh, process), config.sample.num_images, first))
-    )
+    """The images from the first on, as uint8."""
+    return np.concatenate(list(sampling.batches(pipeline(config, mesh, process), config.sample.num_images, first)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 0.5])
-def test_the_batch_size_changes_nothing(eta):
+def test_the_batch_size_changes_no_image(eta):
     mesh = meshes()[0]
     whole = drawn(mesh, *make(eta, batch_size=11))
     assert whole.shape == (11, 8, 8, 1) and len(np.unique(whole, axis=0)) == 11 and whole.std() > 10
     for batch_size in (1, 3, 8):
-        assert (
-            abs(drawn(mesh, *make(eta, batch_size=batch_size)).astype(int) - whole).max() <= 1
-        )  # 1e-5, rounded to uint8
+        images = drawn(mesh, *make(eta, batch_size=batch_size)).astype(int)
+        assert abs(images - whole).max() <= 1  # a difference of 1e-5 may round to another integer
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eta", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(eta):
-    from ddim_jax import samplers
-
     config, process = make(eta)
 
     def floats(mesh, index):
-        pipeline = config_lib.pipeline(config, sharding.put_replicated(mesh, params_of(config)), mesh)
-        keys, x = sampling.start(pipeline, sharding.split_batch(mesh, np.asarray(index)))
-        return sharding.to_host(
-            samplers.integrate(
-                process.sampler,
-                sampling.conditioned(pipeline),
-                process.transitions,
-                x,
-                keys if process.sampler.stochastic else None,
-            )
-        )
+        made = pipeline(config, mesh, process)
+        keys, x = sampling.start(made, sharding.split_batch(mesh, np.asarray(index)))
+        keys = keys if process.sampler.stochastic else None
+        x_0 = samplers.integrate(process.sampler, sampling.conditioned(made), process.transitions, x, keys)
+        return sharding.to_host(x_0)
 
     one, eight = meshes()
     whole = floats(one, range(8))
@@ -85,13 +50,13 @@ def test_floats_agree_to_a_hundred_thousandth_in_any_batch_and_on_eight_devices(
     np.testing.assert_allclose(floats(eight, range(8)), whole, atol=1e-5)
 
 
-def test_eight_devices_draw_what_one_draws_also_where_they_do_not_divide():
+def test_eight_devices_draw_the_same_images_as_one_even_if_they_do_not_divide_the_batch():
     config, process = make(num_images=11, batch_size=3)
     one, eight = (drawn(mesh, config, process) for mesh in meshes())
     assert one.shape == eight.shape and abs(one.astype(int) - eight).max() <= 1
 
 
-def test_a_run_that_begins_later_draws_the_rest():
+def test_a_run_from_image_5_draws_the_remaining_images():
     config, process = make()
     mesh = meshes()[0]
     assert abs(drawn(mesh, config, process, first=5).astype(int) - drawn(mesh, config, process)[5:]).max() <= 1
@@ -121,18 +86,16 @@ def test_classes_in_turn_or_all_alike():
 @pytest.mark.slow
 def test_clipping_keeps_the_last_prediction_in_range():
     """Without noise the last step is the predicted x_0: with clip_x0 it cannot leave its range."""
-    from ddim_jax import samplers
-
     config, process = make(eta=0.0)
-    reach = []
+    params, largest = jax.tree.map(lambda leaf: 3 * leaf, params_of(config)), []
     for fields in (dict(), dict(clip_x0=True), dict(clip_x0=True, clip_range=0.5),
                    dict(clip_x0=True, clip_range=9.0, clip_quantile=0.5)):  # fmt: skip
         config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, **fields))
-        pipeline = config_lib.pipeline(config, jax.tree.map(lambda leaf: 3 * leaf, params_of(config)), meshes()[0])
-        _, x = sampling.start(pipeline, np.arange(8))
-        x_0 = samplers.integrate(process.sampler, sampling.conditioned(pipeline), process.transitions, x)
-        reach.append(float(abs(x_0).max()))
-    assert reach[0] > 1.5 and reach[1] <= 1 + 1e-4 and reach[2] <= 0.5 + 1e-4 and reach[3] <= 1 + 1e-4
+        made = config_lib.pipeline(config, params, meshes()[0])
+        _, x = sampling.start(made, np.arange(8))
+        x_0 = samplers.integrate(process.sampler, sampling.conditioned(made), process.transitions, x)
+        largest.append(float(abs(x_0).max()))
+    assert largest[0] > 1.5 and largest[1] <= 1 + 1e-4 and largest[2] <= 0.5 + 1e-4 and largest[3] <= 1 + 1e-4
 
 
 @pytest.mark.slow
@@ -140,13 +103,10 @@ def test_latents_of_a_network_with_classes_decode_with_the_same_classes():
     config, _ = make(num_classes=3, eta=0.0)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, steps=100))
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
-    params, x_0 = params_of(config), np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)
+    x_0 = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32)
     labels = np.arange(8, dtype=np.int32) % 3
     for mesh in meshes():
-        placed = jax.tree.map(lambda leaf, mesh=mesh: sharding.put_replicated(mesh, leaf), params)
-        x_T = sampling.encode(config_lib.pipeline(config, placed, mesh, process), x_0, labels)
-        same, other = (
-            sampling.decode(config_lib.pipeline(config, placed, mesh, process), x_T, c)
-            for c in (labels, (labels + 1) % 3)
-        )
+        made = pipeline(config, mesh, process)
+        x_T = sampling.encode(made, x_0, labels)
+        same, other = (sampling.decode(made, x_T, classes) for classes in (labels, (labels + 1) % 3))
         assert x_T.shape == x_0.shape and abs(same - x_0).mean() < 0.5 * abs(other - x_0).mean()

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from messages import raises
 from PIL import Image
 
 from ddim_jax.utils import files, images
@@ -8,7 +9,7 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_holds_every_image_in_order(channels):
+def test_a_grid_contains_every_image_in_order(channels):
     batch = RNG.integers(0, 256, (5, 64, 64, channels), dtype=np.uint8)
     picture = images.grid(batch, columns=3, gap=2)
     assert picture.shape == (2 * 66 + 2, 3 * 66 + 2, channels)
@@ -26,7 +27,7 @@ def test_small_images_are_enlarged_by_a_whole_factor():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_png_and_npz_are_read_back_by_others(tmp_path, channels):
+def test_png_and_npz_are_read_by_pillow_and_numpy(tmp_path, channels):
     batch = RNG.integers(0, 256, (5, 4, 6, channels), dtype=np.uint8)
     images.write_png(tmp_path / "a.png", batch[0])
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")).reshape(4, 6, channels), batch[0])
@@ -44,8 +45,8 @@ def test_png_and_npz_are_read_back_by_others(tmp_path, channels):
 
 
 @pytest.mark.parametrize("save, mapped", [(np.savez, True), (np.savez_compressed, False)])
-def test_arrays_of_other_files(tmp_path, save, mapped):
-    """Any order in memory, any dtype, nothing at all, names that are not ASCII."""
+def test_arrays_of_other_programs(tmp_path, save, mapped):
+    """Any memory order, any dtype, empty arrays, names that are not ASCII."""
     batch = RNG.normal(size=(3, 4, 5))
     arrays = {
         "c": batch,
@@ -60,11 +61,11 @@ def test_arrays_of_other_files(tmp_path, save, mapped):
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
     save(tmp_path / "b.npz", code=np.array([{"a": 1}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with raises(ValueError, "b.npz", "allow_pickle"):
         images.open_npz(tmp_path / "b.npz")
 
 
-def test_a_gif_moves(tmp_path):
+def test_a_gif_has_all_frames(tmp_path):
     frames = [np.full((8, 8, 1), value, np.uint8) for value in (0, 100, 200)]
     images.write_gif(tmp_path / "a.gif", frames)
     with Image.open(tmp_path / "a.gif") as file:
@@ -73,7 +74,7 @@ def test_a_gif_moves(tmp_path):
         assert abs(int(np.asarray(file.convert("L"))[0, 0]) - 200) < 3
 
 
-def test_what_fails_half_way_leaves_the_old_file(tmp_path):
+def test_an_error_while_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), files.replacing(path) as file:

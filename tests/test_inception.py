@@ -1,4 +1,4 @@
-"""FID's network and the metrics beside torch-fidelity's and pytorch-fid's."""
+"""FID's network and the metrics against torch-fidelity and pytorch-fid."""
 
 import contextlib
 import sys
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from messages import raises
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e '.[parity]'")
 
@@ -20,7 +21,7 @@ TORCHVISION = ("", ".transforms", ".transforms.functional", ".datasets", ".model
 
 
 class Any_(type):
-    """A class of which every attribute is such a class again."""
+    """The type of a class whose attributes are classes of this type."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -30,8 +31,8 @@ class Any_(type):
 
 @contextlib.contextmanager
 def torchvision_or_nothing():
-    """A torchvision in which everything is an empty class, where none fits this PyTorch: both packages import it for
-    what is not used here.
+    """A torchvision of empty classes, unless there is one for this PyTorch. Both packages import it, and the tests do
+    not use it.
     """
     try:
         import torchvision  # noqa: F401
@@ -72,7 +73,7 @@ def published(tmp_path_factory):
     make = fidelity.FeatureExtractorInceptionV3
     state = {}
 
-    def random(state_dict):  # it loads weights when it is made: these instead
+    def random(state_dict):  # random weights instead of those that its constructor loads
         for name, tensor in state_dict.items():
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("conv.weight"):
@@ -95,24 +96,24 @@ def published(tmp_path_factory):
     return net, path
 
 
-def difference(ours, theirs):
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+def difference(output, reference):
+    return float(np.abs(np.asarray(output) - reference).max() / np.abs(reference).max())
 
 
 @pytest.mark.parametrize("size", [32, 299])
-def test_features_and_logits_are_torch_fidelity_s(published, size):
+def test_features_and_logits_equal_those_of_torch_fidelity(published, size):
     net, path = published
     params = inception.load(path)
     images = np.random.default_rng(size).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
     features, logits = (leaf.numpy() for leaf in net(torch.tensor(images.transpose(0, 3, 1, 2))))
-    ours = jax.jit(inception.apply)(params, images)
-    assert difference(ours.features, features) < 1e-4
-    assert difference(ours.logits, logits) < 1e-4
+    output = jax.jit(inception.apply)(params, images)
+    assert difference(output.features, features) < 1e-4
+    assert difference(output.logits, logits) < 1e-4
 
 
 @pytest.mark.slow
-def test_the_whole_way_of_images_is_torch_fidelity_s(published, mesh):
-    """In batches that the number of images does not fill, grey images as colours."""
+def test_extract_equals_torch_fidelity(published, mesh):
+    """With an incomplete last batch, and grey images as RGB."""
     net, path = published
     grey = np.random.default_rng(0).integers(0, 256, (5, 28, 28, 1), dtype=np.uint8)
     found = features_lib.extract(inception.open_network(str(path)), ArraySource(grey), mesh, 2, ("features", "logits"))
@@ -121,10 +122,10 @@ def test_the_whole_way_of_images_is_torch_fidelity_s(published, mesh):
     assert difference(found.features, features) < 1e-4 and difference(found.logits, logits) < 1e-4
     statistics = metric_fid.fid_features_to_statistics(torch.tensor(features, dtype=torch.float64))
     assert difference(found.moments.mean, statistics["mu"]) < 1e-4
-    assert difference(found.moments.cov, statistics["sigma"]) < 1e-3  # of 5 images: what is left of large numbers
+    assert difference(found.moments.cov, statistics["sigma"]) < 1e-3  # of 5 images: differences of large numbers
 
 
-def test_weights_as_safetensors_and_what_is_not_them(published, tmp_path):
+def test_weights_as_safetensors(published, tmp_path):
     _, path = published
     state = {name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True).items()}
     safetensors.numpy.save_file(state, tmp_path / "w.safetensors")
@@ -133,17 +134,14 @@ def test_weights_as_safetensors_and_what_is_not_them(published, tmp_path):
     safetensors.numpy.save_file(state, tmp_path / "shape.safetensors")
     del state["Mixed_6e.branch_pool.bn.bias"]
     safetensors.numpy.save_file(state, tmp_path / "missing.safetensors")
-    for name, said in [
-        ("shape", r"Mixed_6e.branch_pool.bn.bias has shape \(191,\), FID's Inception network expects \(192,\)"),
-        ("missing", "it has no Mixed_6e.branch_pool.bn.bias, which FID's Inception network expects"),
-    ]:
-        with pytest.raises(CheckpointError, match=said):
+    for name, words in [("shape", ("(191,)", "(192,)")), ("missing", ())]:
+        with raises(CheckpointError, f"{name}.safetensors", "Mixed_6e.branch_pool.bn.bias", *words):
             inception.load(tmp_path / f"{name}.safetensors")
 
 
 @pytest.fixture(scope="module")
 def sets():
-    """Features of two sets of images that differ a little, more of them than dimensions."""
+    """Features of two sets of images that differ slightly, with more images than dimensions."""
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(16, 16)) / 4
     return [
@@ -152,37 +150,37 @@ def sets():
     ]
 
 
-def test_fid_is_theirs(sets):
+def test_fid_equals_both_packages(sets):
     a, b = (frechet.moments(features) for features in sets)
-    ours = frechet.distance(a, b)
-    theirs = metric_fid.fid_statistics_to_metric(
+    found = frechet.distance(a, b)
+    expected = metric_fid.fid_statistics_to_metric(
         {"mu": a.mean, "sigma": a.cov}, {"mu": b.mean, "sigma": b.cov}, verbose=False
     )["frechet_inception_distance"]
-    assert ours == pytest.approx(theirs, rel=1e-6)
-    assert ours == pytest.approx(fid_score.calculate_frechet_distance(a.mean, a.cov, b.mean, b.cov), rel=1e-6)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found == pytest.approx(fid_score.calculate_frechet_distance(a.mean, a.cov, b.mean, b.cov), rel=1e-6)
     of_features = metric_fid.fid_features_to_statistics(torch.tensor(sets[0], dtype=torch.float64))
     np.testing.assert_allclose(a.cov, of_features["sigma"], rtol=1e-9)
 
 
-def test_kid_is_theirs(sets):
-    """Of whole sets, where no random subset is drawn."""
+def test_kid_equals_torch_fidelity(sets):
+    """For whole sets, without random subsets."""
     a, b = (torch.tensor(features[:300], dtype=torch.float64) for features in sets)
-    theirs = metric_kid.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=300, verbose=False)
-    ours = metrics.kid(a.numpy(), b.numpy(), subset_size=300, num_subsets=1)
-    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6) and ours.std == 0
+    expected = metric_kid.kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=300, verbose=False)
+    found = metrics.kid(a.numpy(), b.numpy(), subset_size=300, num_subsets=1)
+    assert found.mean == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-6) and found.std == 0
 
 
-def test_the_inception_score_is_theirs(sets):
+def test_the_inception_score_equals_torch_fidelity(sets):
     logits = 3 * sets[0]
-    theirs = metric_isc.isc_features_to_metric(torch.tensor(logits), splits=7, shuffle=False)
-    ours = metrics.inception_score(logits, splits=7)
-    assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    assert ours.std == pytest.approx(theirs["inception_score_std"], rel=1e-5)
+    expected = metric_isc.isc_features_to_metric(torch.tensor(logits), splits=7, shuffle=False)
+    found = metrics.inception_score(logits, splits=7)
+    assert found.mean == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert found.std == pytest.approx(expected["inception_score_std"], rel=1e-5)
 
 
-def test_precision_and_recall_are_theirs(sets):
+def test_precision_and_recall_equal_torch_fidelity(sets):
     a, b = (torch.tensor(features, dtype=torch.float64) for features in sets)
     precision, recall = metric_prc.calculate_precision_recall_full(a, b, 3)
-    ours = metrics.precision_recall(a.numpy(), b.numpy())
+    found = metrics.precision_recall(a.numpy(), b.numpy())
     assert 0.05 < precision < 0.99 and 0.05 < recall < 0.99
-    assert (ours.precision, ours.recall) == pytest.approx((precision, recall), abs=1e-6)
+    assert (found.precision, found.recall) == pytest.approx((precision, recall), abs=1e-6)

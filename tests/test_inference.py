@@ -1,4 +1,4 @@
-"""The whole chain of q_sigma in both directions: one joint law, and Eq. (4) at every level."""
+"""The chain of q_sigma in both directions: the same joint distribution, and Eq. (4) at every level."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from messages import raises
 
 from ddim_jax import inference_process, schedule, trajectory
 
@@ -14,7 +15,7 @@ COUNT = 40_000
 
 
 def chains(tau, eta, x_0=0.7):
-    """(2, S, COUNT): draws of all levels, given one x_0, backward and forward."""
+    """Samples of all levels given x_0, backward and forward: (2, S, COUNT)."""
     x = jnp.full((COUNT, 1), x_0)
     drawn = (
         walk(LINEAR, tau, x, jax.random.key(5), eta) for walk in (inference_process.backward, inference_process.forward)
@@ -27,8 +28,8 @@ def chains(tau, eta, x_0=0.7):
     st.lists(st.integers(1, 1000), min_size=2, max_size=4, unique=True).map(sorted),
     st.sampled_from([0.3, 0.8, 1.0]),
 )
-def test_both_directions_have_one_joint_law(levels, eta):
-    """Means and covariances of all levels, of both directions; the variances and means are those of Eq. (4)."""
+def test_both_directions_have_the_same_joint_distribution(levels, eta):
+    """The correlations of all levels are equal. The means and variances are those of Eq. (4)."""
     paths = chains(np.array([0, *levels]), eta)
     alpha_bar = LINEAR.alpha_bar[levels[::-1]]
     tolerance = 5 * np.sqrt(2 / COUNT)
@@ -39,8 +40,8 @@ def test_both_directions_have_one_joint_law(levels, eta):
     np.testing.assert_allclose(*(np.corrcoef(path) for path in paths), atol=2 * tolerance)
 
 
-def test_eta_0_is_one_line_and_eta_1_forgets_x_0():
-    """At eta 0 all levels share one eps; at eta 1 it is the Markov chain of DDPM, q(x_t | x_s) does not know x_0."""
+def test_eta_0_is_one_eps_and_eta_1_is_markov():
+    """At eta 0 all levels have the same eps. At eta 1 it is a Markov chain: q(x_t | x_s) does not depend on x_0."""
     tau = trajectory.uniform(1000, 4)
     alpha_bar = LINEAR.alpha_bar[tau[:0:-1]]
     for path in chains(tau, 0.0):
@@ -55,5 +56,5 @@ def test_eta_0_is_one_line_and_eta_1_forgets_x_0():
 
 def test_an_eta_beyond_its_range_is_refused():
     for walk in (inference_process.backward, inference_process.forward):
-        with pytest.raises(ValueError, match="eta must be in"):
+        with raises(ValueError, "eta", "got 50.0"):
             walk(LINEAR, trajectory.uniform(1000, 10), jnp.zeros((2, 1)), jax.random.key(0), 50.0)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from messages import raises
 
 from ddim_jax import latent
 
@@ -16,11 +17,11 @@ def angle(a, b):
 
 
 @given(st.floats(0, 1))
-def test_slerp_divides_the_angle(share):
+def test_slerp_divides_the_angle(fraction):
     a, b = NOISE[:2] / np.linalg.norm(NOISE[:2].reshape(2, -1), axis=1)[:, None, None, None]
-    x = latent.slerp(a, b, share)
+    x = latent.slerp(a, b, fraction)
     assert np.linalg.norm(x) == pytest.approx(1, abs=1e-5)
-    assert angle(x, b) == pytest.approx((1 - share) * angle(a, b), abs=2e-3)  # arccos near 1 keeps half the digits
+    assert angle(x, b) == pytest.approx((1 - fraction) * angle(a, b), abs=2e-3)  # arccos near 1 keeps half the digits
 
 
 def test_slerp_by_hand():
@@ -37,15 +38,15 @@ def test_slerp_of_parallel_latents_is_the_straight_line():
     np.testing.assert_allclose(latent.slerp(a, nearly, 0.5), a, atol=1e-5)
 
 
-def test_what_lies_between_noise_is_as_long_as_noise():
-    """And what lies on the straight line is not: 1/sqrt(2) in the middle."""
+def test_slerp_keeps_the_norm_of_noise():
+    """The middle of the straight line has 1/sqrt(2) of the norm."""
     a, b = RNG.normal(size=(2, 20000)).astype(np.float32)
     norms = np.linalg.norm(latent.line(a, b, 11), axis=1) / np.sqrt(20000)
     np.testing.assert_allclose(norms, 1, atol=0.03)
     assert np.linalg.norm((a + b) / 2) / np.sqrt(20000) == pytest.approx(0.5**0.5, abs=0.03)
 
 
-def test_lines_and_grids_hold_their_ends():
+def test_lines_and_grids_contain_their_ends():
     line = latent.line(NOISE[0], NOISE[1], 5)
     assert line.shape == (5, 6, 5, 3)
     np.testing.assert_allclose(line[0], NOISE[0], rtol=1e-5)
@@ -55,7 +56,7 @@ def test_lines_and_grids_hold_their_ends():
     for corner, (row, column) in zip(NOISE, [(0, 0), (0, -1), (-1, 0), (-1, -1)], strict=True):
         np.testing.assert_allclose(grid[row, column], corner, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(grid[0], latent.line(NOISE[0], NOISE[1], 4), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="count must be at least 2, got 1"):
+    with raises(ValueError, "count", "got 1"):
         latent.line(NOISE[0], NOISE[1], 1)
-    with pytest.raises(ValueError, match="4 latents, got 3"):
+    with raises(ValueError, "corners", "4", "3"):
         latent.grid(NOISE[:3], 2, 2)

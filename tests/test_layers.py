@@ -1,14 +1,17 @@
-"""Who may import whom: a module uses what stands in an earlier line, or in its own, never what stands later."""
+"""The import rules: a module imports only the modules of earlier lines of ALLOWED, and those of its own line."""
 
 import ast
+import importlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 # module or package of ddim_jax -> (modules of ddim_jax that it may import, third-party packages that it may import).
-# All but the mathematics may import utils; nothing may import config that stands before it.
+# All but the mathematics may import utils.
 CORE = {"jax", "numpy"}
 MATHEMATICS = {"schedule", "gaussian", "trajectory", "losses", "samplers", "multistep", "ode", "inference_process"}
 MATHEMATICS |= {"checks", "parallel", "guidance", "discrete", "latent", "oracle", "registry", "inversion"}
@@ -62,7 +65,7 @@ MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
 
 def imports(file):
     """(modules of ddim_jax, other top-level packages) that a file imports anywhere."""
-    ours, others = set(), set()
+    own, others = set(), set()
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -73,8 +76,8 @@ def imports(file):
             names = [node.module]
         for name in names:
             top, _, rest = name.partition(".")
-            (ours if top == "ddim_jax" else others).add(rest.split(".")[0] if top == "ddim_jax" else top)
-    return ours, others
+            (own if top == "ddim_jax" else others).add(rest.split(".")[0] if top == "ddim_jax" else top)
+    return own, others
 
 
 def files():
@@ -82,58 +85,52 @@ def files():
         yield file.relative_to(ROOT / "ddim_jax").parts[0].removesuffix(".py"), file
 
 
-def test_the_table_knows_every_module():
+def test_every_module_is_in_the_table():
     assert {name for name, _ in files()} - {"__init__"} == set(ALLOWED) | MAINS
 
 
 @pytest.mark.parametrize(
     "name, file", [pytest.param(name, file, id=str(file.relative_to(ROOT))) for name, file in files()]
 )
-def test_imports_follow_the_arrows(name, file):
-    import sys
-
-    ours, others = imports(file)
+def test_imports_follow_the_table(name, file):
+    own, others = imports(file)
     others -= sys.stdlib_module_names
     if name in MAINS or name == "__init__":
         assert not others & {"configs", "experiments"}
-        assert not ours & MAINS
+        assert not own & MAINS
         return
     modules, packages = ALLOWED[name]
-    assert ours <= modules | {name} | ({"checks"} if name in MATHEMATICS else {"utils"})
+    assert own <= modules | {name} | ({"checks"} if name in MATHEMATICS else {"utils"})
     assert others <= packages
 
 
-def test_a_config_is_read_by_the_commands_alone():
-    """Below them nothing takes a Config: what they need is built first."""
+def test_only_the_commands_import_config():
     above = MAINS | {"cli", "config", "__init__"}
     readers = {str(file) for name, file in files() if "config" in imports(file)[0] and name not in above}
     assert not readers
 
 
-def test_checkpoints_do_not_know_what_trains():
+def test_checkpoints_do_not_import_training():
     assert "training" not in set().union(*(imports(file)[0] for name, file in files() if name == "checkpoints"))
 
 
 def test_no_file_is_long_without_a_reason():
-    """Of more than 300 lines: its docstring says why they stand together."""
+    """The docstring of a file of more than 300 lines says why it is one file."""
     for _, file in files():
         source = file.read_text()
         if len(source.splitlines()) > 300:
             assert "One file because" in ast.get_docstring(ast.parse(source)), file
 
 
-def test_the_arrows_have_no_cycle():
+def test_the_table_has_no_cycle():
     done = set()
     for name, (modules, _) in sorted(ALLOWED.items(), key=lambda item: list(ALLOWED).index(item[0])):
-        assert modules <= done, f"{name} imports what stands after it"
+        assert modules <= done, f"{name} imports a module of a later line"
         done.add(name)
 
 
 @pytest.mark.parametrize("folder", ["ddim_jax", "experiments", "benchmarks", "configs"])
 def test_every_module_can_be_imported(folder):
-    """A benchmark or a script that nothing else runs."""
-    import importlib
-
     for file in (ROOT / folder).rglob("*.py"):
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         try:
@@ -143,10 +140,7 @@ def test_every_module_can_be_imported(folder):
 
 
 def test_the_core_runs_with_jax_and_numpy_alone():
-    """In a process where every other package is missing."""
-    import subprocess
-    import sys
-
+    """In a process without the other packages."""
     code = """
 import sys
 REFUSED = {"flax", "optax", "orbax", "absl", "ml_collections", "chex", "PIL", "tqdm", "sklearn", "safetensors",

@@ -1,4 +1,4 @@
-"""Many steps at once end where the steps one by one end."""
+"""Parallel-in-time sampling equals sequential sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import meshes
 from jax.sharding import NamedSharding, PartitionSpec
+from messages import raises
 
 from ddim_jax import ode, oracle, parallel, registry, samplers, schedule, trajectory
 
@@ -17,13 +18,13 @@ EPS_FN = oracle.mixture(LINEAR, MEANS, STDS)
 def both(sampler, S=60, count=3, keys=None, **kwargs):
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, S))
     x = jax.random.normal(jax.random.key(0), (count, 2), jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
-    one_by_one = samplers.integrate(sampler, EPS_FN, transitions, x, keys)
-    return one_by_one, parallel.integrate(sampler, EPS_FN, transitions, x, keys, **kwargs)
+    sequential = samplers.integrate(sampler, EPS_FN, transitions, x, keys)
+    return sequential, parallel.integrate(sampler, EPS_FN, transitions, x, keys, **kwargs)
 
 
 @pytest.mark.parametrize("window", [0, 1, 7, 20])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_it_ends_where_the_steps_one_by_one_end(eta, window, x64):
+def test_the_result_is_that_of_sequential_sampling(eta, window, x64):
     expected, found = both(samplers.ddim(eta), keys=jax.random.key(1) if eta else None, window=window, tolerance=1e-10)
     np.testing.assert_allclose(found.x, expected, atol=1e-7)
     assert int(found.rounds) == 60 if window == 1 else int(found.rounds) < 60
@@ -41,14 +42,14 @@ def test_fewer_rounds_for_a_larger_tolerance(x64):
 
 @pytest.mark.parametrize("S, window", [(1, 0), (7, 3), (23, 40)])
 def test_any_window_over_any_number_of_steps(S, window):
-    """With no tolerance at all it is the sequential run, and never more rounds than that has steps."""
+    """With the tolerance 0 it is the sequential result, in at most S rounds."""
     expected, found = both(samplers.ddim(), S, window=window, tolerance=0.0)
     np.testing.assert_allclose(found.x, expected, atol=2e-5)
     assert 1 <= int(found.rounds) <= S
 
 
 @pytest.mark.parametrize("sampler", [samplers.ddpm_hat(), registry.SAMPLERS["heun"](), ode.SigmaEuler()])
-def test_every_sampler_without_memory(sampler):
+def test_every_sampler_without_state(sampler):
     key = jax.random.key(1) if sampler.stochastic else None
     expected, found = both(sampler, keys=key, window=16, tolerance=1e-5)
     np.testing.assert_allclose(found.x, expected, atol=1e-3)
@@ -66,19 +67,19 @@ def test_encoding_in_parallel():
 
 def test_the_window_divided_over_devices():
     mesh = meshes()[1]
-    along = NamedSharding(mesh, PartitionSpec("data"))
-    expected, found = both(samplers.ddim(), window=16, tolerance=1e-4, sharding=along)
-    _, alone = both(samplers.ddim(), window=16, tolerance=1e-4)
-    np.testing.assert_allclose(found.x, alone.x, atol=1e-5)
+    divided = NamedSharding(mesh, PartitionSpec("data"))
+    expected, found = both(samplers.ddim(), window=16, tolerance=1e-4, sharding=divided)
+    _, one_device = both(samplers.ddim(), window=16, tolerance=1e-4)
+    np.testing.assert_allclose(found.x, one_device.x, atol=1e-5)
     np.testing.assert_allclose(found.x, expected, atol=1e-2)
-    assert found.rounds == alone.rounds
+    assert found.rounds == one_device.rounds
 
 
-def test_mistakes():
+def test_errors_name_the_argument():
     five, x = trajectory.descend(LINEAR, trajectory.uniform(1000, 5)), jnp.ones((1, 2))
-    with pytest.raises(ValueError, match="PLMS remembers its last steps and cannot take them at once"):
+    with raises(ValueError, "sampler", "PLMS"):
         parallel.integrate(registry.SAMPLERS["plms"](), EPS_FN, five, x)
-    with pytest.raises(ValueError, match="window must be at least 0, got -1"):
+    with raises(ValueError, "window", "got -1"):
         parallel.integrate(samplers.ddim(), EPS_FN, five, x, window=-1)
-    with pytest.raises(ValueError, match="needs a key"):
+    with raises(ValueError, "key", "DDIM"):
         parallel.integrate(samplers.ddim(1.0), EPS_FN, five, x)

@@ -1,5 +1,5 @@
-"""Beside PyTorch: diffusers' network, scheduler and pipeline, and the official DDIM code's network, on the same
-weights and the same noise.
+"""Parity with PyTorch: diffusers' network, schedulers and pipeline, and the network of the official DDIM code, with the
+same weights and the same noise.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e
 diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip install -e '.[parity]'")
 
 from conftest import meshes  # noqa: E402
+from messages import raises  # noqa: E402
 from official_model import Model  # noqa: E402
 
 from ddim_jax import checkpoints, convert, gaussian, registry, samplers, sampling, schedule, trajectory  # noqa: E402
@@ -29,7 +30,7 @@ from ddim_jax.utils.errors import CheckpointError  # noqa: E402
 
 torch.set_num_threads(1)
 
-# What google/ddpm-cifar10-32 and its kin were published with; what diffusers assumes; other shapes.
+# The settings of google/ddpm-cifar10-32, the defaults of diffusers, and other shapes.
 DDPM = dict(
     attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6, norm_num_groups=8
 )
@@ -67,7 +68,7 @@ VARIANTS = {
 
 
 def randomise(net, seed=0):
-    """Weights that keep the size of what passes through them; norms and biases that do something."""
+    """Sets random weights that keep the variance, with scales and biases that are not 1 and 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -88,10 +89,10 @@ def publish(folder, net, scheduler=None):
 
 
 def read(where):
-    """(published, flax module, params)"""
-    published = weights.read_info(where)
-    params = published.read(weights.params_like(published.model, meshes()[0]), True)
-    return published, config_lib.network(published.model).module, params
+    """(CheckpointInfo, Linen module, params)"""
+    info = weights.read_info(where)
+    params = info.read(weights.params_like(info.model, meshes()[0]), True)
+    return info, config_lib.network(info.model).module, params
 
 
 def to_torch(x):
@@ -102,13 +103,13 @@ def from_torch(x):
     return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
-def difference(ours, theirs):
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+def difference(output, reference):
+    return float(np.abs(np.asarray(output) - reference).max() / np.abs(reference).max())
 
 
-def inputs(published, batch, dtype=np.float32):
+def inputs(info, batch, dtype=np.float32):
     rng = np.random.default_rng(batch)
-    model = published.model
+    model = info.model
     x = rng.normal(size=(batch, model.image_size, model.image_size, model.image_channels)).astype(dtype)
     labels = rng.integers(0, model.num_classes, batch).astype(np.int32) if model.num_classes else None
     return x, labels
@@ -129,55 +130,55 @@ def variant(request, tmp_path_factory):
 
 def test_output_is_diffusers_s_in_float32(variant):
     net, where = variant
-    published, module, params = read(where)
+    info, module, params = read(where)
     apply = jax.jit(module.apply)
     for batch, time, tolerance in [(3, [0, 1, 20], 5e-6), (1, [5], 5e-6), (3, [999, 998, 900], 1e-4)]:
-        x, labels = inputs(published, batch)
+        x, labels = inputs(info, batch)
         with torch.no_grad():
-            theirs = from_torch(net(to_torch(x), torch.tensor(time), **torch_labels(labels)).sample)
-        assert difference(apply({"params": params}, x, jnp.asarray(time), labels), theirs) < tolerance
+            reference = from_torch(net(to_torch(x), torch.tensor(time), **torch_labels(labels)).sample)
+        assert difference(apply({"params": params}, x, jnp.asarray(time), labels), reference) < tolerance
 
 
 def test_output_is_diffusers_s_in_float64(variant, x64):
-    """At time 0 with its own embedding, which is exact there; at the others given ours."""
+    """At timestep 0 diffusers' embedding is exact; at the others it is replaced by `sinusoid`."""
     net, where = variant
-    published, module, params = read(where)
+    info, module, params = read(where)
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
     apply = jax.jit(module.clone(dtype=jnp.float64).apply)
-    x, labels = inputs(published, 2, np.float64)
-    own = net.time_proj
+    x, labels = inputs(info, 2, np.float64)
+    original = net.time_proj
 
-    class Ours(torch.nn.Module):
+    class Sinusoid(torch.nn.Module):
         def forward(self, time):
-            fields = (published.model.channels, published.model.frequency_shift, published.model.cos_first)
+            fields = (info.model.channels, info.model.frequency_shift, info.model.cos_first)
             return torch.tensor(np.asarray(sinusoid(jnp.asarray(time.numpy(), jnp.float64), *fields)))
 
     try:
         net.double()
-        for embedding, time in [(own, [0.0, 0.0]), (Ours(), [0.0, 999.0]), (Ours(), [500.0, 3.0])]:
+        for embedding, time in [(original, [0.0, 0.0]), (Sinusoid(), [0.0, 999.0]), (Sinusoid(), [500.0, 3.0])]:
             net.time_proj = embedding
             with torch.no_grad():
-                theirs = from_torch(net(to_torch(x), torch.tensor(time), **torch_labels(labels)).sample)
-            assert theirs.dtype == np.float64
-            assert difference(apply({"params": params}, x, jnp.asarray(time), labels), theirs) < 1e-12
+                reference = from_torch(net(to_torch(x), torch.tensor(time), **torch_labels(labels)).sample)
+            assert reference.dtype == np.float64
+            assert difference(apply({"params": params}, x, jnp.asarray(time), labels), reference) < 1e-12
     finally:
-        net.time_proj = own
+        net.time_proj = original
         net.float()
 
 
-def ddim_of_diffusers(net, scheduler, x, steps, labels=None):
-    """What DDIMPipeline does between its noise and its image."""
+def diffusers_ddim(net, scheduler, x, steps, labels=None):
+    """The loop of DDIMPipeline, from its noise to its image."""
     scheduler.set_timesteps(steps)
     x = to_torch(x)
     with torch.no_grad():
         for time in scheduler.timesteps:
-            said = net(x, time, **torch_labels(labels)).sample
-            x = scheduler.step(said, time, x, use_clipped_model_output=True).prev_sample
+            output = net(x, time, **torch_labels(labels)).sample
+            x = scheduler.step(output, time, x, use_clipped_model_output=True).prev_sample
     return from_torch(x)
 
 
-def ours(where, params, x, steps, labels=None):
-    """A DDIM run, all of it as the checkpoint says."""
+def ddim(where, params, x, steps, labels=None):
+    """DDIM with the settings of the checkpoint."""
     values = config_of(where)
     values["sample"]["steps"] = steps
     config = config_lib.parse(weights.completed(values))
@@ -200,17 +201,17 @@ def config_of(where):
     indirect=True,
 )
 @pytest.mark.parametrize("clip", [False, True])
-def test_fifty_steps_end_where_diffusers_s_do(variant, tmp_path, clip):
+def test_fifty_steps_equal_those_of_diffusers(variant, tmp_path, clip):
     net, _ = variant
     scheduler = diffusers.DDIMScheduler(clip_sample=clip)
     where = publish(tmp_path / "pipeline", net, scheduler)
-    published, _, params = read(where)
-    x, labels = inputs(published, 2)
-    theirs = ddim_of_diffusers(net, scheduler, x, 50, labels)
-    assert difference(ours(where, params, x, 50, labels), theirs) < 1e-4
+    info, _, params = read(where)
+    x, labels = inputs(info, 2)
+    reference = diffusers_ddim(net, scheduler, x, 50, labels)
+    assert difference(ddim(where, params, x, 50, labels), reference) < 1e-4
 
 
-SOLVERS = {  # name in registry.SAMPLERS -> (theirs, settings)
+SOLVERS = {  # name in registry.SAMPLERS -> (diffusers' class, settings)
     "plms": ("PNDMScheduler", dict(skip_prk_steps=True, set_alpha_to_one=True)),
     "dpm_solver_pp_2m": (
         "DPMSolverMultistepScheduler",
@@ -222,51 +223,51 @@ SOLVERS = {  # name in registry.SAMPLERS -> (theirs, settings)
 
 @pytest.mark.parametrize("steps", [10, 25])
 @pytest.mark.parametrize("name", SOLVERS)
-def test_solvers_end_where_diffusers_s_do(name, steps):
-    """A smooth network, over the levels that theirs visits."""
-    theirs, settings = SOLVERS[name]
-    scheduler = getattr(diffusers, theirs)(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **settings)
+def test_solvers_equal_those_of_diffusers(name, steps):
+    """With a smooth network, over the levels of diffusers' scheduler."""
+    scheduler_class, settings = SOLVERS[name]
+    scheduler = getattr(diffusers, scheduler_class)(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", **settings)
     scheduler.set_timesteps(steps)
-    said = lambda x, time, sin: 0.8 * sin(1.3 * x + 0.002 * time) + 0.3 * x
+    network = lambda x, time, sin: 0.8 * sin(1.3 * x + 0.002 * time) + 0.3 * x
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
-    their_x = torch.tensor(x)
+    reference = torch.tensor(x)
     for time in scheduler.timesteps:
-        their_x = scheduler.step(said(their_x, float(time), torch.sin), time, their_x).prev_sample
+        reference = scheduler.step(network(reference, float(time), torch.sin), time, reference).prev_sample
     tau = [0, *sorted({int(time) + 1 for time in scheduler.timesteps})]
     assert len(tau) == steps + 1
-    our_x = samplers.integrate(
+    x_0 = samplers.integrate(
         registry.build(registry.SAMPLERS[name], {}),
-        lambda x, t: said(x, t - 1.0, jnp.sin),
+        lambda x, t: network(x, t - 1.0, jnp.sin),
         trajectory.descend(schedule.linear(), tau),
         x,
     )
-    assert difference(np.asarray(our_x), their_x.numpy()) < 1e-5 * float(their_x.abs().max())
+    assert difference(x_0, reference.numpy()) < 1e-5 * float(reference.abs().max())
 
 
 @pytest.mark.slow
 def test_the_cifar10_network_at_full_size(tmp_path):
     net = randomise(diffusers.UNet2DModel(**CIFAR10))
     where = publish(tmp_path / "ddpm-cifar10-32", net)
-    published, module, params = read(where)
-    assert published.name == "ddpm-cifar10-32"
+    info, module, params = read(where)
+    assert info.name == "ddpm-cifar10-32"
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 35_746_307
     from configs import cifar10
 
     cifar10 = config_lib.parse(cifar10.get_config().to_dict())
-    assert dataclasses.replace(published.model, dropout=0.1) == cifar10.model and published.schedule == cifar10.schedule
+    assert dataclasses.replace(info.model, dropout=0.1) == cifar10.model and info.schedule == cifar10.schedule
     apply = jax.jit(module.apply)
-    x, _ = inputs(published, 2)
+    x, _ = inputs(info, 2)
     for time, tolerance in [([0, 10], 5e-6), ([999, 999], 1e-4)]:
         with torch.no_grad():
-            theirs = from_torch(net(to_torch(x), torch.tensor(time)).sample)
-        assert difference(apply({"params": params}, x, jnp.asarray(time)), theirs) < tolerance
+            reference = from_torch(net(to_torch(x), torch.tensor(time)).sample)
+        assert difference(apply({"params": params}, x, jnp.asarray(time)), reference) < tolerance
     scheduler = diffusers.DDIMScheduler(clip_sample=False)
     scheduler.save_pretrained(tmp_path / "ddpm-cifar10-32" / "scheduler")
-    theirs = ddim_of_diffusers(net, scheduler, x[:1], 50)
-    assert difference(ours(where, params, x[:1], 50), theirs) < 1e-4
+    reference = diffusers_ddim(net, scheduler, x[:1], 50)
+    assert difference(ddim(where, params, x[:1], 50), reference) < 1e-4
 
 
-# --- in and out ---
+# --- conversion ---
 
 
 def tensors_of(folder):
@@ -283,17 +284,17 @@ def convert_(source, to, format_=None):
     [pytest.param(name, marks=[] if name == "classes" else [pytest.mark.slow]) for name in VARIANTS],
     indirect=True,
 )
-def test_to_ddim_jax_and_back_is_the_same_bit_for_bit(variant, tmp_path):
-    """Through each of the formats: the tensors, and all that the config of the network says."""
+def test_a_conversion_and_its_inverse_keep_all_bits(variant, tmp_path):
+    """Through each format: the tensors, and the config of the network."""
     net, where = variant
-    for format_, to in [("safetensors", "w.safetensors"), ("orbax", "run"), ("diffusers", "again")]:
+    for format_, to in [("safetensors", "w.safetensors"), ("orbax", "run"), ("diffusers", "folder")]:
         convert_(where, tmp_path / to, format_)
         convert_(tmp_path / to, tmp_path / f"back_{format_}")
-        there, back = tensors_of(where), tensors_of(tmp_path / f"back_{format_}")
-        assert there.keys() == back.keys()
-        for name in there:
-            assert there[name].dtype == back[name].dtype and there[name].shape == back[name].shape
-            np.testing.assert_array_equal(there[name], back[name], err_msg=name)
+        original, back = tensors_of(where), tensors_of(tmp_path / f"back_{format_}")
+        assert original.keys() == back.keys()
+        for name in original:
+            assert original[name].dtype == back[name].dtype and original[name].shape == back[name].shape
+            np.testing.assert_array_equal(original[name], back[name], err_msg=name)
         loaded = diffusers.DDIMPipeline.from_pretrained(tmp_path / f"back_{format_}").unet.config
         before, after = (json.loads(json.dumps(dict(config))) for config in (net.config, loaded))
         if isinstance(before["sample_size"], list):
@@ -302,8 +303,8 @@ def test_to_ddim_jax_and_back_is_the_same_bit_for_bit(variant, tmp_path):
             assert before[name] == after[name], name
 
 
-def test_our_network_samples_the_same_in_ddim_pipeline(tmp_path):
-    """The digits that ship: their grid, drawn by diffusers from our noise."""
+def test_the_shipped_network_draws_the_same_images_in_diffusers(tmp_path):
+    """The shipped digits, from the same noise."""
     from configs import digits
 
     digits = config_lib.parse(digits.get_config().to_dict())
@@ -311,21 +312,19 @@ def test_our_network_samples_the_same_in_ddim_pipeline(tmp_path):
     pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path / "digits")
     _, x = sampling.start(config_lib.pipeline(digits, None, None), jnp.arange(9))
     pipeline.scheduler.set_timesteps(50)
-    theirs = ddim_of_diffusers(pipeline.unet, pipeline.scheduler, x, 50)
+    reference = diffusers_ddim(pipeline.unet, pipeline.scheduler, x, 50)
     config = dataclasses.replace(digits, sample=dataclasses.replace(digits.sample, steps=50, num_images=9))
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     params = weights.find(config, None, meshes()[0]).params
-    ours = samplers.integrate(
-        process.sampler, sampling.conditioned(config_lib.pipeline(config, params, None)), process.transitions, x
-    )
-    assert difference(ours, theirs) < 1e-4
+    model = sampling.conditioned(config_lib.pipeline(config, params, None))
+    assert difference(samplers.integrate(process.sampler, model, process.transitions, x), reference) < 1e-4
     assert len(pipeline(batch_size=2, num_inference_steps=2, output_type="np").images) == 2
     card = (tmp_path / "digits" / "README.md").read_text()
     assert "DDIMPipeline.from_pretrained" in card and '"learning_rate": 0.001' in card
 
 
 def test_old_attention_names_and_the_flat_layout_are_read(tmp_path):
-    """The first repositories: config and tensors in the root, query, key, value, proj_attn, a .bin beside."""
+    """As in the first repositories: config and tensors in the root, query, key, value, proj_attn, a .bin file."""
     net = randomise(diffusers.UNet2DModel(**VARIANTS["ddpm"]))
     where = publish(tmp_path / "new", net)
     flat = tmp_path / "flat"
@@ -336,12 +335,11 @@ def test_old_attention_names_and_the_flat_layout_are_read(tmp_path):
     (flat / "model_index.json").write_text((new / "model_index.json").read_text())
     old = {}
     for name, tensor in net.state_dict().items():
-        for now, then in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]:
-            name = name.replace(now, then)
+        for new_name, old_name in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]:
+            name = name.replace(new_name, old_name)
         old[name] = tensor
     torch.save(old, flat / "diffusion_pytorch_model.bin")
-    expected, there = read(where)[2], read(str(flat))[2]
-    jax.tree.map(np.testing.assert_array_equal, expected, there)
+    jax.tree.map(np.testing.assert_array_equal, read(str(flat))[2], read(where)[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -377,8 +375,8 @@ def assert_same_output(net, module, params):
     x = np.random.default_rng(0).normal(size=(2, module.image_size, module.image_size, 3)).astype(np.float32)
     for time, tolerance in [([0, 20], 5e-6), ([999, 400], 1e-4)]:
         with torch.no_grad():
-            theirs = from_torch(net(to_torch(x), torch.tensor(time)))
-        assert difference(jax.jit(module.apply)({"params": params}, x, jnp.asarray(time)), theirs) < tolerance
+            reference = from_torch(net(to_torch(x), torch.tensor(time)))
+        assert difference(jax.jit(module.apply)({"params": params}, x, jnp.asarray(time)), reference) < tolerance
 
 
 def test_the_official_checkpoint_and_its_moving_average(tmp_path):
@@ -390,33 +388,33 @@ def test_the_official_checkpoint_and_its_moving_average(tmp_path):
     torch.save([parallel, optimizer.state_dict(), 3, 1234, dict(ema.state_dict())], folder / "ckpt.pth")
     (folder / "config.yml").write_text(official_yaml(32))
     for where in (folder, folder / "ckpt.pth"):
-        published, module, params = read(str(where))
-        assert published.name == "cifar10_run"
+        info, module, params = read(str(where))
+        assert info.name == "cifar10_run"
         assert_same_output(ema, module, params)
-    assert (published.schedule.name, published.schedule.num_steps) == ("scaled_linear", 500)
-    assert (published.schedule.beta_start, published.schedule.beta_end) == (0.0002, 0.01)
-    raw_params = published.read(weights.params_like(published.model, meshes()[0]), False)
+    assert (info.schedule.name, info.schedule.num_steps) == ("scaled_linear", 500)
+    assert (info.schedule.beta_start, info.schedule.beta_end) == (0.0002, 0.01)
+    raw_params = info.read(weights.params_like(info.model, meshes()[0]), False)
     assert_same_output(raw, module, raw_params)
 
 
-def test_a_bare_state_dict_with_the_config_beside_it(tmp_path):
-    """As the port of Ho's models comes, in PyTorch's format and as safetensors."""
+def test_a_state_dict_with_a_config_in_its_folder(tmp_path):
+    """As in the port of Ho's models, in PyTorch's format and as safetensors."""
     net = randomise(Model(resolution=32, **OFFICIAL))
     torch.save(net.state_dict(), tmp_path / "ema_cifar10.ckpt")
     safetensors.numpy.save_file({n: t.numpy() for n, t in net.state_dict().items()}, tmp_path / "ema.safetensors")
     for name in ("ema_cifar10.ckpt", "ema.safetensors"):
-        with pytest.raises(CheckpointError, match=r"does not tell the size of its images; put the config.yml"):
+        with raises(CheckpointError, name, "config.yml"):
             read(str(tmp_path / name))
     (tmp_path / "config.yml").write_text(official_yaml(32))
     for name in ("ema_cifar10.ckpt", "ema.safetensors"):
-        published, module, params = read(str(tmp_path / name))
-        assert published.name == name.split(".")[0]
-        assert module.image_size == 32 and published.schedule.num_steps == 500
+        info, module, params = read(str(tmp_path / name))
+        assert info.name == name.split(".")[0]
+        assert module.image_size == 32 and info.schedule.num_steps == 500
         assert_same_output(net, module, params)
 
 
-def test_the_networks_of_ho_are_known_by_the_names_of_their_files(tmp_path):
-    """As they are published, and as the official code keeps them."""
+def test_the_networks_of_ho_are_known_by_their_file_names(tmp_path):
+    """By the published names, and by those of the official code."""
     state = {"conv_in.weight": torch.ones(1), "temb.dense.0.weight": torch.ones(1)}
     (tmp_path / "diffusion_lsun_cat_model").mkdir()
     for name, size in [
@@ -427,10 +425,10 @@ def test_the_networks_of_ho_are_known_by_the_names_of_their_files(tmp_path):
         torch.save(state, tmp_path / name)
         model = weights.read_info(str(tmp_path / name)).model
         assert model.image_size == size and model.attention_resolutions == (16,) and model.channels == 128
-        with pytest.raises(CheckpointError, match="which the network of that name expects"):
+        with raises(CheckpointError, name, "conv_in.bias"):
             read(str(tmp_path / name))
     torch.save(state, tmp_path / "ema_diffusion_celeba_model-1.ckpt")
-    with pytest.raises(CheckpointError, match="does not tell the size of its images"):
+    with raises(CheckpointError, "ema_diffusion_celeba_model-1.ckpt", "config.yml"):
         weights.read_info(str(tmp_path / "ema_diffusion_celeba_model-1.ckpt"))
 
 
@@ -441,7 +439,7 @@ def test_the_official_model_of_this_test_has_the_published_size():
 
 
 class Code:
-    """What a pickle can do: call anything."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, path):
         self.path = path
@@ -469,59 +467,52 @@ def test_code_in_a_pickle_is_never_executed(tmp_path, write, name):
         publish(tmp_path, diffusers.UNet2DModel(**VARIANTS["one_level"]))
         (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     write(tmp_path / name)
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read as tensors alone \(nothing in it was executed\): Unsupported"
-    ) as caught:
+    with raises(CheckpointError, str(tmp_path / name)):
         read(str(tmp_path))
-    assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("executed"))
 
 
 @pytest.mark.parametrize(
-    "write, said",
+    "write, words",
     [
-        (save(lambda path: {"epoch": 3, "loss": 0.1}), r"holds no state dict .*, but a dict with 'epoch', 'loss'"),
-        (save(lambda path: []), "holds no state dict"),
-        (save(lambda path: torch.ones(3)), "holds no state dict .*, but a Tensor"),
-        (save(lambda path: {"layer.weight": torch.ones(3)}), "holds tensors named layer.weight .*official DDIM code"),
-        (lambda path: path.write_bytes(b"PK" + bytes(300)), "cannot be read as tensors alone"),
-        (lambda path: path.write_bytes(b""), "cannot be read as tensors alone"),
-        (
-            save(lambda path: {**STATE, "extra": torch.ones(1)}),
-            r"it has extra with shape \(1,\), which the config.yml beside it does not",
-        ),
+        (save(lambda path: {"epoch": 3, "loss": 0.1}), ("'epoch'", "'loss'")),
+        (save(lambda path: []), ("NoneType",)),
+        (save(lambda path: torch.ones(3)), ("Tensor",)),
+        (save(lambda path: {"layer.weight": torch.ones(3)}), ("layer.weight",)),
+        (lambda path: path.write_bytes(b"PK" + bytes(300)), ()),
+        (lambda path: path.write_bytes(b""), ()),
+        (save(lambda path: {**STATE, "extra": torch.ones(1)}), ("extra", "(1,)")),
         (
             save(lambda path: {name: tensor for name, tensor in STATE.items() if name != "mid.attn_1.q.bias"}),
-            "it has no mid.attn_1.q.bias, which the config.yml beside it expects",
+            ("mid.attn_1.q.bias",),
         ),
     ],
 )
-def test_other_pickles_are_named(tmp_path, write, said):
+def test_other_pickles_are_named(tmp_path, write, words):
     write(tmp_path / "ckpt.pth")
     (tmp_path / "config.yml").write_text(official_yaml(32))
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with raises(CheckpointError, "ckpt.pth", *words):
         read(str(tmp_path))
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "old, new, said",
+    "old, new, words",
     [
+        ("resamp_with_conv: true", "resamp_with_conv: false", ("config.yml", "resamp_with_conv", "False", "True")),
+        ("rescaled: true", "rescaled: false", ("config.yml", "rescaled", "False")),
+        ('"quad"', '"jsd"', ("config.yml", "beta_schedule", "'jsd'", "linear", "quad", "sigmoid", "const")),
+        ("image_size: 32", "image_size: 33", ("config.model", "image_size", "33")),
+        ("ch: 32", "ch: many", ("config.yml", "model.ch", "int", "got 'many'")),
+        ("diffusion:", "diffusor:", ("config.yml", "diffusion")),
         (
-            "resamp_with_conv: true",
-            "resamp_with_conv: false",
-            "resamp_with_conv = False is not supported; supported: True",
+            "ch: 32",
+            "ch: !!python/object/apply:os.system ['touch executed']",
+            ("config.yml", "model.ch", "int", "got None"),
         ),
-        ("rescaled: true", "rescaled: false", "rescaled = False is not supported"),
-        ('"quad"', '"jsd"', "beta_schedule = 'jsd' is not supported; supported: linear, quad, sigmoid, const"),
-        ("image_size: 32", "image_size: 33", "config.model: image_size 33 cannot be halved 1 times"),
-        ("ch: 32", "ch: many", "model.ch must be of type int, got 'many'"),
-        ("diffusion:", "diffusor:", "is no config of the official code"),
-        ("ch: 32", "ch: !!python/object/apply:os.system ['touch executed']", "model.ch must be of type int, got None"),
-        ("ch: 32", "ch: [", "is no config of the official code"),
+        ("ch: 32", "ch: [", ("config.yml",)),
     ],
 )
-def test_what_the_official_config_says_is_checked(tmp_path, monkeypatch, old, new, said):
+def test_the_official_config_is_checked(tmp_path, monkeypatch, old, new, words):
     monkeypatch.chdir(tmp_path)
     torch.save(STATE, tmp_path / "ckpt.pth")
     (tmp_path / "config.yml").write_text(official_yaml(32))
@@ -529,7 +520,7 @@ def test_what_the_official_config_says_is_checked(tmp_path, monkeypatch, old, ne
     text = official_yaml(32)
     assert old in text
     (tmp_path / "config.yml").write_text(text.replace(old, new, 1))
-    with pytest.raises(CheckpointError, match=said):
+    with raises(CheckpointError, *words):
         read(str(tmp_path))
     assert not (tmp_path / "executed").exists()
 
@@ -586,8 +577,8 @@ def bounded(prediction, sample, keep_eps):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("settings", GRID, ids=lambda settings: "-".join(map(str, settings))[:60] or "defaults")
-def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
-    """Our step between diffusers' own pairs of levels, on the same x and the same noise."""
+def test_every_step_equals_that_of_diffusers(settings, eta, x64):
+    """A step between the pairs of levels of diffusers, for the same x and the same noise."""
     settings = BASE | settings
     scheduler = diffusers.DDIMScheduler(**settings)
     noise_config, prediction, sample = diffusers_scheduler.noise_fields(dict(scheduler.config), "test")
@@ -609,7 +600,7 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
     x = rng.normal(size=(2, 4, 4, 3))
     for i, (time, moved) in enumerate(zip(scheduler.timesteps, moves, strict=True)):
         noise = rng.normal(size=x.shape)
-        theirs = scheduler.step(
+        reference = scheduler.step(
             model_output(to_torch(x), float(time), torch),
             time,
             to_torch(x),
@@ -619,13 +610,13 @@ def test_every_step_is_the_one_of_diffusers_s_scheduler(settings, eta, x64):
         ).prev_sample
         if moved:
             transition = jax.tree.map(lambda leaf, i=i: leaf[i], transitions)
-            np.testing.assert_allclose(step(x, transition, noise), from_torch(theirs), rtol=1e-5, atol=2e-5)
+            np.testing.assert_allclose(step(x, transition, noise), from_torch(reference), rtol=1e-5, atol=2e-5)
         else:
-            np.testing.assert_allclose(x, from_torch(theirs), rtol=1e-5, atol=1e-5)
-        x = from_torch(theirs)
+            np.testing.assert_allclose(x, from_torch(reference), rtol=1e-5, atol=1e-5)
+        x = from_torch(reference)
 
 
-LOOPS = [  # whole loops as diffusers runs them by default: eps stays as it was predicted where x_0 is bounded
+LOOPS = [  # whole loops with the defaults of diffusers: where x_0 is bounded, eps stays as predicted
     *(
         dict(prediction_type=prediction, timestep_spacing=spacing, rescale_betas_zero_snr=zero, clip_sample=clip)
         for prediction in ("epsilon", "sample", "v_prediction")
@@ -635,13 +626,13 @@ LOOPS = [  # whole loops as diffusers runs them by default: eps stays as it was 
         if not (zero and prediction == "epsilon")
     ),
     dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", thresholding=True),
-    # Its last step, from level 1 to itself, moves what is clipped while eps is kept; ours leaves such a step out.
+    # With clipping its last step, from level 1 to itself, changes x; ddim_jax has no such step.
     dict(prediction_type="sample", set_alpha_to_one=False, beta_schedule="squaredcos_cap_v2", clip_sample=False),
 ]
 
 
 def loop(settings, stepping=diffusers.DDIMScheduler, steps=30, **fields):
-    """(a scheduler, in float64, over our process of the same settings; the process; the denoiser)."""
+    """(diffusers' scheduler in float64, the noise schedule, the process, the denoiser) of the same settings."""
     scheduler = stepping(**settings)
     noise, prediction, sample = diffusers_scheduler.noise_fields(
         {**scheduler.config, "_class_name": "DDIMScheduler"}, "test"
@@ -664,32 +655,32 @@ def loop(settings, stepping=diffusers.DDIMScheduler, steps=30, **fields):
 
 @pytest.mark.parametrize("settings", LOOPS, ids=lambda settings: "-".join(map(str, settings.values()))[:60])
 def test_loops_of_diffusers(settings, x64):
-    """From the same x_T to the same image: in float64 to 1e-9, and in float32 as near as diffusers' own is."""
+    """From the same x_T. In float64 to 1e-9, and in float32 with an error like that of diffusers."""
     scheduler, _, process, denoise = loop(settings)
     x = np.random.default_rng(0).normal(size=(2, 4, 4, 3))
 
-    def theirs(dtype):
+    def diffusers_loop(dtype):
         x_t = to_torch(x).to(dtype)
         for time in scheduler.timesteps:
             x_t = scheduler.step(model_output(x_t, float(time), torch), time, x_t).prev_sample.to(dtype)
         return from_torch(x_t).astype(np.float64)
 
-    ours = lambda dtype: samplers.integrate(samplers.ddim(), denoise, process.transitions, jnp.asarray(x, dtype))
-    exact = theirs(torch.float64)
-    np.testing.assert_allclose(ours(jnp.float64), exact, rtol=1e-9, atol=1e-9)
-    spread = np.abs(theirs(torch.float32) - exact).max()
-    assert np.abs(ours(jnp.float32) - exact).max() <= 10 * max(spread, 1e-6)
+    integrate = lambda dtype: samplers.integrate(samplers.ddim(), denoise, process.transitions, jnp.asarray(x, dtype))
+    exact = diffusers_loop(torch.float64)
+    np.testing.assert_allclose(integrate(jnp.float64), exact, rtol=1e-9, atol=1e-9)
+    spread = np.abs(diffusers_loop(torch.float32) - exact).max()
+    assert np.abs(integrate(jnp.float32) - exact).max() <= 10 * max(spread, 1e-6)
 
 
 @pytest.mark.parametrize("end", [True, False])
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_the_inverse_loops_of_diffusers(prediction, spacing, end, x64):
-    """The network gets the timestep stepped to, its output is read at the level that x is at. From x_0 at alpha_bar = 1
-    no eps follows, in either.
+    """The network is evaluated at the next timestep, and its output is used at the level of x. At alpha_bar = 1 neither
+    can compute eps from x_0.
     """
     if prediction == "sample" and end:
-        pytest.skip("from x_0 at alpha_bar = 1 no eps follows: diffusers divides by 0")
+        pytest.skip("eps cannot be computed from x_0 at alpha_bar = 1: diffusers divides by 0")
     settings = dict(prediction_type=prediction, timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=end)
     scheduler, noise_schedule, process, denoise = loop(settings, diffusers.DDIMInverseScheduler)
     x = np.random.default_rng(1).normal(size=(2, 4, 4, 3))
@@ -701,19 +692,19 @@ def test_the_inverse_loops_of_diffusers(prediction, spacing, end, x64):
     tau = [0 if end else 1, *visited]
     if visited[0] == tau[0]:  # a step from a level to itself
         tau = tau[1:]
-    ours = samplers.invert(denoise, noise_schedule, tau, x, "next", tau[0], process.stride)
-    np.testing.assert_allclose(ours, from_torch(x_t), rtol=1e-9, atol=1e-9)
+    x_T = samplers.invert(denoise, noise_schedule, tau, x, "next", tau[0], process.stride)
+    np.testing.assert_allclose(x_T, from_torch(x_t), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", diffusers_scheduler.SCHEDULERS)
 def test_every_field_of_every_scheduler_is_known_with_its_default(name):
-    """What its constructor takes: understood, known not to matter here, or refused unless it is the default."""
+    """Each argument of its constructor is supported, ignored, or refused unless it has the default value."""
     table = diffusers_scheduler
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
-    theirs = {field: parameter.default for field, parameter in parameters.items() if field != "self"}
-    fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in theirs}
-    ours = table.SCHEDULERS[name]
-    assert fixed | ours.noise | ours.own_steps == theirs
+    defaults = {field: parameter.default for field, parameter in parameters.items() if field != "self"}
+    fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in defaults}
+    entry = table.SCHEDULERS[name]
+    assert fixed | entry.noise | entry.own_steps == defaults
     noise, prediction, sample = table.noise_fields({"_class_name": name}, "test")
     written = {"_class_name": name, **getattr(diffusers, name)().config}
     assert (noise, prediction, sample) == table.noise_fields(written, "test")
@@ -725,24 +716,26 @@ def test_tau_is_diffusers_s_list_of_timesteps(spacing, num_train_steps):
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=num_train_steps, timestep_spacing=spacing)
     for steps in range(2, num_train_steps + 1):
         scheduler.set_timesteps(steps)
-        theirs = [0, *(scheduler.timesteps.numpy()[::-1] + 1)]
-        if len(theirs) == steps + 2:  # trailing: its sum of floats may end a hair above 0, one timestep more, -1
-            assert spacing == "trailing" and theirs.pop(0) == theirs[0] == 0
-        np.testing.assert_array_equal(trajectory.__dict__[spacing](num_train_steps, steps), theirs, err_msg=str(steps))
+        expected = [0, *(scheduler.timesteps.numpy()[::-1] + 1)]
+        if (
+            len(expected) == steps + 2
+        ):  # trailing: its sum of floats may end slightly above 0, with a further timestep -1
+            assert spacing == "trailing" and expected.pop(0) == expected[0] == 0
+        np.testing.assert_array_equal(registry.TAUS[spacing](num_train_steps, steps), expected, err_msg=str(steps))
 
 
-def test_sigmoid_is_that_of_diffusers_s_ddpm_scheduler():
+def test_sigmoid_is_that_of_diffusers():
     scheduler = diffusers.DDPMScheduler(beta_schedule="sigmoid", beta_start=3e-4, beta_end=0.01)
     fields, _, _ = diffusers_scheduler.noise_fields(dict(scheduler.config), "test")
-    ours = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, fields, "test")).alpha_bar
-    np.testing.assert_allclose(ours[1:], scheduler.alphas_cumprod.numpy(), rtol=1e-6)
+    alpha_bar = config_lib.noise_schedule(config_lib.section(config_lib.ScheduleConfig, fields, "test")).alpha_bar
+    np.testing.assert_allclose(alpha_bar[1:], scheduler.alphas_cumprod.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("settings", GRID, ids=lambda settings: "-".join(map(str, settings))[:60] or "defaults")
-def test_the_scheduler_is_written_as_it_was_read(settings):
-    theirs = dict(diffusers.DDIMScheduler(**(BASE | settings)).config)
+def test_the_settings_of_a_scheduler_are_written_unchanged(settings):
+    original = dict(diffusers.DDIMScheduler(**(BASE | settings)).config)
     noise_fields = diffusers_scheduler.noise_fields
-    noise, prediction, sample = noise_fields(theirs, "test")
+    noise, prediction, sample = noise_fields(original, "test")
     written = diffusers_scheduler.scheduler_config(
         {"model": {"prediction": prediction}, "schedule": noise, "sample": sample}
     )

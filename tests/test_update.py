@@ -1,4 +1,4 @@
-"""Training as mathematics: the update, and where its arrays live."""
+"""One training step: its result, and the devices of its arrays."""
 
 import functools
 import re
@@ -10,25 +10,14 @@ import numpy as np
 import optax
 import pytest
 from conftest import meshes
+from tiny import UNET_ONE_LEVEL as MODEL
 
 from ddim_jax import data, losses, schedule
 from ddim_jax.data.scaling import to_unit
 from ddim_jax.models.denoiser import Denoiser
-from ddim_jax.models.unet import UNet
 from ddim_jax.training import objectives, optimizers, train_state, train_step
 from ddim_jax.utils import sharding
 
-# One resolution: what compiles in seconds has every kind of layer but the change of resolution.
-MODEL = UNet(
-    image_size=8,
-    image_channels=1,
-    channels=8,
-    channel_mult=(1,),
-    num_res_blocks=1,
-    attention_resolutions=(),
-    groups=4,
-    dropout=0.1,
-)
 LINEAR = schedule.linear(100)
 TABLE = schedule.levels(LINEAR)
 KEY = jax.random.key(5)
@@ -56,15 +45,15 @@ def train(mesh, steps, model=MODEL, optimizer=ADAM, state=None, first=0, **optio
     metrics = []
     for _, batch in zip(range(steps), data.batches(data.Plan(data.load("digits"), 16, seed=0), first), strict=False):
         batch = sharding.put_batch(mesh, batch)
-        state, said = step(state, batch.images, batch.labels if model.num_classes else None, KEY)
-        metrics.append(jax.device_get(said))
+        state, step_metrics = step(state, batch.images, batch.labels if model.num_classes else None, KEY)
+        metrics.append(jax.device_get(step_metrics))
     return state, metrics
 
 
 @pytest.mark.slow
-def test_eight_devices_have_one_s_parameters():
-    """Under plain descent, because Adam turns the rounding error of a gradient that is 0, such as that of the
-    attention's key bias, into steps of full size.
+def test_parameters_on_eight_devices_equal_those_on_one():
+    """With SGD: Adam turns the rounding error of a zero gradient, such as that of the attention's key bias, into steps
+    of full size.
     """
     descent = optax.sgd(0.1)
     states = [train(mesh, 10, optimizer=descent)[0] for mesh in meshes()]
@@ -74,7 +63,7 @@ def test_eight_devices_have_one_s_parameters():
 
 @functools.cache
 def compiled(fsdp, optimizer=ADAM, accumulate=1, model=MODEL):
-    """(mesh, state, compiled update) on eight devices, of which fsdp share the parameters."""
+    """(mesh, state, compiled update) on eight devices. The parameters are divided over fsdp of them."""
     mesh = sharding.data_mesh(fsdp=fsdp)
     init = functools.partial(train_state.init, model, optimizer)
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, KEY))
@@ -97,7 +86,7 @@ def curve(mesh, state, step, steps=20, batch=16):
 
 @pytest.mark.parametrize("fsdp", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 8])
 def test_eight_devices_train_as_one(fsdp):
-    """The loss curve; fsdp of them share the parameters and the optimizer."""
+    """The loss curve, with parameters and optimizer state divided over fsdp devices."""
     one = [float(m.loss) for m in train(meshes()[0], 20)[1]]
     mesh, state, step = compiled(fsdp)
     values, state = curve(mesh, state, step)
@@ -110,8 +99,8 @@ def test_eight_devices_train_as_one(fsdp):
 
 @pytest.mark.slow
 def test_the_collectives_of_an_update():
-    """Data-parallel training adds up gradients and metrics and does nothing else; divided parameters are gathered too.
-    Nothing is ever exchanged in another way.
+    """Data-parallel training only sums gradients and metrics. Divided parameters are also gathered. There are no other
+    collectives.
     """
     found = {
         fsdp: set(
@@ -124,22 +113,22 @@ def test_the_collectives_of_an_update():
 
 
 @pytest.mark.slow
-def test_a_batch_in_parts_is_the_batch():
-    """Without dropout, whose masks each part has of its own; one device against eight."""
+def test_gradient_accumulation_equals_the_whole_batch():
+    """Without dropout, because each part draws its own masks. One device against eight."""
     model = MODEL.clone(dropout=0.0)
     whole = [float(m.loss) for m in train(meshes()[0], 20, model)[1]]
     np.testing.assert_allclose(curve(*compiled(1, accumulate=2, model=model))[0], whole, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_computing_again_changes_nothing(mesh):
-    plain, again = (train(mesh, 5, MODEL.clone(remat=remat))[1] for remat in (False, True))
-    np.testing.assert_allclose([m.loss for m in again], [m.loss for m in plain], rtol=1e-5)
-    np.testing.assert_allclose([m.grad_norm for m in again], [m.grad_norm for m in plain], rtol=1e-4)
+def test_remat_changes_no_result(mesh):
+    plain, remat = (train(mesh, 5, MODEL.clone(remat=remat))[1] for remat in (False, True))
+    np.testing.assert_allclose([m.loss for m in remat], [m.loss for m in plain], rtol=1e-5)
+    np.testing.assert_allclose([m.grad_norm for m in remat], [m.grad_norm for m in plain], rtol=1e-4)
 
 
-def test_an_update_that_is_not_finite_is_left_out(mesh):
-    """Nothing of the state moves but the step and the count; the next good batch goes on, and the count begins anew."""
+def test_an_update_that_is_not_finite_is_skipped(mesh):
+    """Only the step and the counter of skipped updates change. The next finite update resets the counter."""
     start = begun(mesh, MODEL, ADAM)
     broken = start._replace(
         params={**start.params, "conv_in": jax.tree.map(lambda x: x * jnp.nan, start.params["conv_in"])}
@@ -149,12 +138,12 @@ def test_an_update_that_is_not_finite_is_left_out(mesh):
     chex.assert_trees_all_equal(
         (state.params, state.ema_params, state.opt_state), (broken.params, broken.ema_params, broken.opt_state)
     )
-    mended, metrics = train(mesh, 1, state=state._replace(params=start.params), first=3)
-    assert int(metrics[0].skipped) == 0 == int(mended.skipped)
-    assert not np.array_equal(mended.params["conv_out"]["bias"], start.params["conv_out"]["bias"])
+    resumed, metrics = train(mesh, 1, state=state._replace(params=start.params), first=3)
+    assert int(metrics[0].skipped) == 0 == int(resumed.skipped)
+    assert not np.array_equal(resumed.params["conv_out"]["bias"], start.params["conv_out"]["bias"])
 
 
-def test_the_loss_is_told_apart_by_levels(mesh):
+def test_the_losses_of_four_ranges_of_t(mesh):
     (metrics,) = train(mesh, 1)[1]
     assert metrics.bin_counts.sum() == 16
     assert metrics.bin_losses.sum() / 16 == pytest.approx(float(metrics.loss), rel=1e-5)
@@ -166,20 +155,20 @@ def test_the_loss_is_told_apart_by_levels(mesh):
 def test_the_distance_of_the_moving_average(mesh):
     state, [metrics] = train(mesh, 1)
     flat = lambda tree: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-    apart = np.linalg.norm(flat(state.params) - flat(state.ema_params)) / np.linalg.norm(flat(state.params))
-    assert float(metrics.ema_distance) == pytest.approx(apart, rel=1e-4) and apart > 0
+    distance = np.linalg.norm(flat(state.params) - flat(state.ema_params)) / np.linalg.norm(flat(state.params))
+    assert float(metrics.ema_distance) == pytest.approx(distance, rel=1e-4) and distance > 0
 
 
 @pytest.mark.slow
-def test_going_on_is_the_same_as_never_stopping(mesh):
+def test_a_resumed_run_equals_an_uninterrupted_one(mesh):
     whole, _ = train(mesh, 10)
     half, _ = train(mesh, 5)
-    again, _ = train(mesh, 5, state=jax.device_get(half), first=5)
-    chex.assert_trees_all_equal(whole, again)
+    resumed, _ = train(mesh, 5, state=jax.device_get(half), first=5)
+    chex.assert_trees_all_equal(whole, resumed)
 
 
 def test_one_step_by_hand(mesh):
-    """The loss of the batch at the drawn t and eps, the clipped gradient, plain descent and the moving average."""
+    """The loss of the batch at the drawn t and eps, the clipped gradient, SGD and the moving average."""
     model = MODEL.clone(dropout=0.0)
     optimizer = optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(0.5))
     start = begun(mesh, model, optimizer)
@@ -194,22 +183,22 @@ def test_one_step_by_hand(mesh):
     norm = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(grads)))
     assert metrics.loss == pytest.approx(float(value), rel=1e-5)
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-4) and norm > 0.01
-    moved = jax.tree.map(lambda old, grad: old - 0.5 * 0.01 / norm * grad, start.params, grads)
-    chex.assert_trees_all_close(state.params, moved, rtol=1e-4, atol=1e-6)
+    updated = jax.tree.map(lambda old, grad: old - 0.5 * 0.01 / norm * grad, start.params, grads)
+    chex.assert_trees_all_close(state.params, updated, rtol=1e-4, atol=1e-6)
     averaged = jax.tree.map(lambda average, new: 0.75 * average + 0.25 * new, before, state.params)
     chex.assert_trees_all_close(state.ema_params, averaged, rtol=1e-5, atol=1e-7)
     assert int(state.step) == 1
 
 
 def test_the_learning_rate_warms_up_and_stays():
-    """On a constant gradient Adam moves by the learning rate: k / warmup of it in update k, then all of it."""
+    """On a constant gradient a step of Adam is the learning rate: k / warmup of it in update k, then all of it."""
     optimizer = optimizers.adam(0.1, 4, 1e9)
     x = jnp.zeros(1)
-    state, moves = optimizer.init(x), []
+    state, sizes = optimizer.init(x), []
     for _ in range(6):
         step, state = optimizer.update(jnp.ones(1), state)
-        moves.append(-float(step[0]))
-    np.testing.assert_allclose(moves, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-4)
+        sizes.append(-float(step[0]))
+    np.testing.assert_allclose(sizes, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-4)
     for warmup in (0, 1):
         optimizer = optimizers.adam(0.1, warmup, 1e9)
         assert -float(optimizer.update(jnp.ones(1), optimizer.init(x))[0][0]) == pytest.approx(0.1, rel=1e-4)
@@ -231,7 +220,7 @@ def test_dropout_acts_in_training_and_differs_by_step(mesh):
     [("eps", "one"), *(pytest.param(name, name, marks=pytest.mark.slow) for name in ("x0", "v"))],
 )
 def test_every_prediction_learns_the_digits(mesh, prediction, gamma):
-    """60 small steps take a clear piece off the first loss."""
+    """60 steps reduce the loss by a quarter."""
     model = MODEL.clone(dropout=0.0)
     _, metrics = train(mesh, 60, model, prediction=prediction, gamma=gamma)
     values = [float(m.loss) for m in metrics]
@@ -244,8 +233,8 @@ def test_a_class_conditional_network_trains(mesh):
     assert np.isfinite([m.loss for m in metrics]).all()
 
 
-def test_values_are_what_their_pixels_are():
-    """Of floating point, images are taken as they are: what is scaled already is not scaled again."""
+def test_floating_point_images_are_not_scaled():
+    """uint8 images are scaled to [-1, 1]; floating point images are taken as scaled."""
     pixels = next(data.batches(data.Plan(data.load("digits"), 16, seed=0))).images
     draw = lambda images: objectives.noise_prediction(MODEL, LINEAR).draw((), images, None, KEY, KEY).x_0
     np.testing.assert_array_equal(draw(pixels), draw(to_unit(pixels)))

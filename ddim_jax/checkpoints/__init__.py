@@ -1,4 +1,6 @@
-"""Trained networks in files: of others, and our own. Opened without running what is in them."""
+"""Checkpoints of trained networks in the formats of ddim_jax, diffusers and the official code. Opening one never
+executes code in its files.
+"""
 
 from ddim_jax.checkpoints.find import open_checkpoint
 from ddim_jax.checkpoints.info import CheckpointInfo

@@ -1,4 +1,4 @@
-"""A network of ours as a diffusers folder, which `DDIMPipeline.from_pretrained` reads."""
+"""Export of a trained network as a diffusers folder, which `DDIMPipeline.from_pretrained` reads."""
 
 from __future__ import annotations
 
@@ -23,27 +23,43 @@ WRITTEN = (
     "unet/config.json",
     "scheduler/scheduler_config.json",
     CARD,
-    "model_index.json",  # the last, in this order and in that of `files.filling`: it makes a pipeline of the folder
+    "model_index.json",  # the last one that `files.filling` moves as well: with it the folder becomes a pipeline
 )
 
 
+# Fields of config.model that have no equivalent in the exported `UNet2DModel` -> the value that needs none.
+ONLY_OURS = {
+    "num_heads": 0,
+    "scale_shift": False,
+    "resample": "conv",
+    "time_channels": 0,
+    "time_scale": 1.0,
+    "learn_sigma": False,
+}
+
+
 def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a `UNet2DModel` for the fields of config.model: the inverse of `network_fields`."""
+    """The config.json of a `UNet2DModel` for the fields of config.model. The inverse of `network_fields`.
+    CheckpointError for a network that `UNet2DModel` does not have.
+    """
     if model["patch_size"] != 1:
-        raise CheckpointError(f"model.patch_size must be 1: UNet2DModel has no patches; got {model['patch_size']}")
+        raise CheckpointError(f"model.patch_size: must be 1, got {model['patch_size']}: UNet2DModel has no patches")
+    for name, default in ONLY_OURS.items():
+        if model.get(name, default) != default:
+            raise CheckpointError(f"model.{name}: must be {default} in a diffusers folder, got {model[name]}")
     levels = len(model["channel_mult"])
-    attends = [model["image_size"] >> level in model["attention_resolutions"] for level in range(levels)]
-    kinds = lambda direction: [("Attn" if attends_here else "") + f"{direction}Block2D" for attends_here in attends]
+    has_attention = [model["image_size"] >> level in model["attention_resolutions"] for level in range(levels)]
+    blocks = lambda direction: [("Attn" if attention else "") + f"{direction}Block2D" for attention in has_attention]
     return {
         "_class_name": "UNet2DModel",
         **{name: supported[0] for name, supported in FIXED.items()},
         "sample_size": model["image_size"],
         "in_channels": model["image_channels"],
         "out_channels": model["image_channels"],
-        "freq_shift": _int_if_whole(model["frequency_shift"]),
+        "freq_shift": _int_if_integral(model["frequency_shift"]),
         "flip_sin_to_cos": model["cos_first"],
-        "down_block_types": kinds("Down"),
-        "up_block_types": kinds("Up")[::-1],
+        "down_block_types": blocks("Down"),
+        "up_block_types": blocks("Up")[::-1],
         "block_out_channels": [model["channels"] * mult for mult in model["channel_mult"]],
         "layers_per_block": model["num_res_blocks"],
         "downsample_padding": {name: padding for padding, name in DOWNSAMPLE_PADDING.items()}[
@@ -59,18 +75,20 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _int_if_whole(value: float) -> float:
+def _int_if_integral(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
 def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str) -> None:
-    """Writes the folder that `DDIMPipeline.from_pretrained` reads. config: model, schedule and sample, with tau and
-    clip_x0 decided. card: the README.md.
+    """Writes a folder that `DDIMPipeline.from_pretrained` reads.
+
+    params: nested dicts of arrays. config: the sections model, schedule and sample, with tau and clip_x0 set. card: the
+    model card, which is the content of README.md.
     """
     levels = len(config["model"]["channel_mult"])
     state = {
         parameter_names.DIFFUSERS.name(path, levels): np.ascontiguousarray(
-            parameter_names.to_theirs(path, np.asarray(leaf), parameter_names.DIFFUSERS)
+            parameter_names.to_torch_layout(path, np.asarray(leaf), parameter_names.DIFFUSERS)
         )
         for path, leaf in flax.traverse_util.flatten_dict(params).items()
     }
@@ -95,7 +113,9 @@ def save(folder: pathlib.Path, params: Any, config: Mapping[str, Any], card: str
 
 
 def not_written(folder: pathlib.Path, inside: str = "") -> Iterator[str]:
-    """What is in a folder but none of the files that `save` writes."""
+    """The names in a folder that are not of files that `save` writes, without temporary files. inside: the prefix of
+    the names, "" or the path of a subfolder with "/".
+    """
     for path in folder.iterdir():
         name = f"{inside}{path.name}"
         if path.is_dir() and not path.is_symlink() and any(file.startswith(f"{name}/") for file in WRITTEN):

@@ -1,8 +1,8 @@
-"""Checkpoints of Hugging Face diffusers: unconditional and class-conditional pipelines of a `UNet2DModel`, in and
-out. Its own code is not needed for either.
+"""Checkpoints of Hugging Face diffusers: unconditional and class-conditional pipelines of a `UNet2DModel`. The package
+diffusers is not needed.
 
-What a setting means is read off diffusers' `UNet2DModel` and `DDIMScheduler`; a setting that is not in a file has
-the default that it has there. Whatever would change the numbers and is not supported is refused by name.
+Settings have the meaning that they have in diffusers' `UNet2DModel` and `DDIMScheduler`. A setting that is missing in a
+file has the default of diffusers. Unsupported settings that change the numbers raise an error that names them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from ddim_jax.checkpoints import parameter_names, tensors
+from ddim_jax.checkpoints import parameter_names, tensors, torch_file
 from ddim_jax.checkpoints.diffusers_scheduler import noise_fields, own_steps
 from ddim_jax.checkpoints.diffusers_settings import settings, unsupported
 from ddim_jax.checkpoints.hub import Folder, Repository, load_json
@@ -22,7 +22,7 @@ from ddim_jax.utils.errors import CheckpointError
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 
-# Fields of UNet2DModel that must have one of these values; the first is what is assumed where the field is missing.
+# Fields of UNet2DModel that must have one of these values. The first one is the default of a missing field.
 FIXED = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -34,7 +34,7 @@ FIXED = {
     "resnet_time_scale_shift": ("default",),
     "class_embed_type": (None,),
 }
-# The other fields that are understood, with diffusers' defaults.
+# The other supported fields, with the defaults of diffusers.
 NETWORK = {
     "sample_size": None,
     "in_channels": 3,
@@ -54,39 +54,42 @@ NETWORK = {
     "norm_eps": 1e-5,
     "add_attention": True,
     "num_class_embeds": None,
-    "num_train_timesteps": None,  # of learned time embeddings, which are not supported
+    "num_train_timesteps": None,  # for learned time embeddings, which are not supported
 }
 
 
 DOWNSAMPLE_PADDING = {0: "end", 1: "both"}
-LABEL_DROPOUT = "_label_dropout"  # ours, which diffusers does not look at: the last of its classes is none
+LABEL_DROPOUT = "_label_dropout"  # a field of ddim_jax that diffusers ignores: if above 0, the last class is "no label"
 
 WEIGHTS = "diffusion_pytorch_model"
 
 
 def is_there(files: Folder | Repository) -> bool:
+    """Whether the files are those of a pipeline."""
     return files.find("model_index.json") is not None
 
 
 def open_folder(files: Folder | Repository) -> CheckpointInfo:
-    """What a pipeline's folder, or its repository on the hub, says. CheckpointError if it is not of this kind."""
+    """Reads the description of a pipeline from its folder or its hub repository, without the tensors. CheckpointError
+    if the pipeline is not supported.
+    """
     index = load_json(_required(files, "model_index.json"))
     _check_pipeline(index, files.source)
     unet = _required(files, "unet/config.json", "config.json")
     noise = _required(files, "scheduler/scheduler_config.json", "scheduler_config.json")
-    # The tensors stand beside their config.json, in unet/ or, in the first repositories, in the root.
+    # The tensors are in the folder of their config.json: unet/, or the root in the oldest repositories.
     folder = "unet/" if unet.parent.name == "unet" else ""
 
     def read(like: Any, ema: bool) -> Any:
         no_raw_parameters(files.source, ema)
         path = _required(files, f"{folder}{WEIGHTS}.safetensors", f"{folder}{WEIGHTS}.bin")
         if path.suffix == ".bin":
-            found = tensors.from_torch(str(path), tensors.load_torch(path))
+            state = tensors.from_torch(str(path), torch_file.load(path))
         else:
-            found, _ = tensors.open_safetensors(path)
-        old = any(".attentions." in name and name.endswith(".query.weight") for name in found.shapes)
-        layout = parameter_names.DIFFUSERS_OLD if old else parameter_names.DIFFUSERS
-        return tensors.read(found._replace(layout=layout), like, "its unet/config.json")
+            state, _ = tensors.open_safetensors(path)
+        is_old = any(".attentions." in name and name.endswith(".query.weight") for name in state.shapes)
+        layout = parameter_names.DIFFUSERS_OLD if is_old else parameter_names.DIFFUSERS
+        return tensors.read(state._replace(layout=layout), like, "its unet/config.json")
 
     model = network_fields(load_json(unet), f"{files.source}: unet/config.json")
     values, where = load_json(noise), f"{files.source}: scheduler_config.json"
@@ -105,35 +108,35 @@ def open_folder(files: Folder | Repository) -> CheckpointInfo:
 
 
 def _required(files: Folder | Repository, *candidates: str) -> pathlib.Path:
-    found = files.find(*candidates)
-    if found is None:
+    path = files.find(*candidates)
+    if path is None:
         raise CheckpointError(f"{files.source} has no {' or '.join(candidates)}{files.why_missing()}")
-    return found
+    return path
 
 
 def _class_in(index: Mapping[str, Any], name: str) -> Any:
-    """The class of a component of a pipeline, None if it is not there."""
+    """The class of a component of a pipeline, None if the pipeline has no such component."""
     value = index.get(name)
     return value[-1] if isinstance(value, list) and value else None
 
 
 def _check_pipeline(index: Mapping[str, Any], source: str) -> None:
     supported = f"supported: {', '.join(PIPELINES)} of a UNet2DModel and a scheduler"
-    kind = partial(_class_in, index)
-    present = [name for name in index if not name.startswith("_") and kind(name)]
-    other = [name for name in present if name not in ("unet", "scheduler")]
-    found = f"{source} is a {index.get('_class_name')}"
-    if kind("unet") != "UNet2DModel":
-        raise CheckpointError(f"{found} whose unet is {kind('unet') or 'not there'}; {supported}")
+    class_of = partial(_class_in, index)
+    components = [name for name in index if not name.startswith("_") and class_of(name)]
+    other = [name for name in components if name not in ("unet", "scheduler")]
+    pipeline = f"{source} is a {index.get('_class_name')}"
+    if class_of("unet") != "UNet2DModel":
+        raise CheckpointError(f"{pipeline} whose unet is {class_of('unet') or 'missing'}; {supported}")
     if other:
-        raise CheckpointError(f"{found} with {', '.join(other)} beside its unet; {supported}")
+        raise CheckpointError(f"{pipeline} with the further components {', '.join(other)}; {supported}")
     if str(index.get("_class_name")) not in PIPELINES:
-        raise CheckpointError(f"{found}; {supported}")
+        raise CheckpointError(f"{pipeline}; {supported}")
 
 
 def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of config.model that a `UNet2DModel`'s config.json means, but for the prediction. CheckpointError,
-    naming the setting, for what ddim_jax's network cannot be.
+    """The fields of config.model, without the prediction, for the config.json of a `UNet2DModel`. CheckpointError,
+    naming the setting, if the network of ddim_jax does not support it. where: the file, for messages.
     """
     refuse = partial(unsupported, where)
     if values.get("_class_name", "UNet2DModel") != "UNet2DModel":
@@ -149,9 +152,9 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     widths = unet["block_out_channels"]
     positive = all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths)
     if not widths or not positive or any(width % widths[0] for width in widths):
-        refuse("block_out_channels", widths, "multiples of the first")
+        refuse("block_out_channels", widths, "positive integers, multiples of the first")
     if len(widths) > MOST_LEVELS:
-        refuse("block_out_channels", widths, f"at most {MOST_LEVELS}")
+        refuse("block_out_channels", widths, f"at most {MOST_LEVELS} entries")
     channels = widths[0]
     size = unet["sample_size"]
     if isinstance(size, (list, tuple)) and size and all(length == size[0] for length in size):
@@ -159,19 +162,20 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(size, int) or isinstance(size, bool):
         refuse("sample_size", size, "the height of square images")
     if unet["in_channels"] != unet["out_channels"]:
-        refuse("out_channels", unet["out_channels"], f"in_channels, which is {unet['in_channels']}")
+        refuse("out_channels", unet["out_channels"], f"the value of in_channels, {unet['in_channels']}")
     if unet["time_embedding_dim"] not in (None, 4 * channels):
         refuse("time_embedding_dim", unet["time_embedding_dim"], f"4 times the first of block_out_channels, {channels}")
     if unet["attn_norm_num_groups"] not in (None, unet["norm_num_groups"]):
-        refuse("attn_norm_num_groups", unet["attn_norm_num_groups"], f"norm_num_groups, {unet['norm_num_groups']}")
+        supported_groups = f"the value of norm_num_groups, {unet['norm_num_groups']}"
+        refuse("attn_norm_num_groups", unet["attn_norm_num_groups"], supported_groups)
     if unet["downsample_padding"] not in DOWNSAMPLE_PADDING:
         refuse("downsample_padding", unet["downsample_padding"], " or ".join(map(str, DOWNSAMPLE_PADDING)))
 
-    hidden = values.get(LABEL_DROPOUT, 0.0)
-    if not isinstance(hidden, float) or hidden and (unet["num_class_embeds"] or 0) < 2:
-        refuse(LABEL_DROPOUT, hidden, "a number, 0.0 for a network without classes")
+    label_dropout = values.get(LABEL_DROPOUT, 0.0)
+    if not isinstance(label_dropout, float) or label_dropout and (unet["num_class_embeds"] or 0) < 2:
+        refuse(LABEL_DROPOUT, label_dropout, "a float, which is 0.0 for a network without classes")
 
-    attended = {}
+    has_attention = {}
     for direction in ("down", "up"):
         types = [str(name).removeprefix("UNetRes") for name in unet[f"{direction}_block_types"]]
         plain, attention = f"{direction.capitalize()}Block2D", f"Attn{direction.capitalize()}Block2D"
@@ -180,9 +184,9 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
                 refuse(f"{direction}_block_types", name, f"{plain} or {attention}")
         if len(types) != len(widths):
             refuse(f"{direction}_block_types", types, f"one for each of block_out_channels {list(widths)}")
-        attended[direction] = [name == attention for name in types]
-    if attended["up"] != attended["down"][::-1]:
-        refuse("up_block_types", unet["up_block_types"], "attention at the sizes where down_block_types has it")
+        has_attention[direction] = [name == attention for name in types]
+    if has_attention["up"] != has_attention["down"][::-1]:
+        refuse("up_block_types", unet["up_block_types"], "attention at the same resolutions as in down_block_types")
 
     return {
         "name": "unet",
@@ -191,7 +195,7 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "channels": channels,
         "channel_mult": tuple(width // channels for width in widths),
         "num_res_blocks": unet["layers_per_block"],
-        "attention_resolutions": tuple(size >> level for level, attends in enumerate(attended["down"]) if attends),
+        "attention_resolutions": tuple(size >> level for level, attends in enumerate(has_attention["down"]) if attends),
         "middle_attention": unet["add_attention"],
         "head_channels": unet["attention_head_dim"] or 0,
         "groups": unet["norm_num_groups"],
@@ -200,6 +204,6 @@ def network_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         "frequency_shift": unet["freq_shift"],
         "cos_first": unet["flip_sin_to_cos"],
         "dropout": unet["dropout"],
-        "num_classes": (unet["num_class_embeds"] or 0) - (hidden > 0),
-        "label_dropout": hidden,
+        "num_classes": (unet["num_class_embeds"] or 0) - (label_dropout > 0),
+        "label_dropout": label_dropout,
     }

@@ -1,7 +1,7 @@
-"""The scheduler_config.json of diffusers: what it says of the noise schedule and of sampling, and the same for ours.
+"""The scheduler_config.json of diffusers: conversion to and from the fields of config.schedule and config.sample.
 
-What a setting means is read off diffusers' schedulers; a setting that is not in a file has the default that it has
-there. A setting that would change the numbers and is not supported raises an error that names it.
+Settings have the meaning that they have in diffusers' schedulers. A setting that is missing in a file has the default
+of its scheduler class. Unsupported settings that change the numbers raise an error that names them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ddim_jax.checkpoints.diffusers_settings import settings, unsupported
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import CheckpointError
 
-# Fields of schedulers that are understood, with the defaults of DDIMScheduler.
+# The supported fields of schedulers, with the defaults of DDIMScheduler.
 NOISE = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -36,25 +36,26 @@ NOISE = {
     "rescale_betas_zero_snr": False,
 }
 
-# Those that change what the network's output or its time means, which must have the one value here.
+# Fields that change the meaning of the network's output or timestep: name -> (the only supported value, text for
+# messages).
 FIXED_NOISE = {
-    "use_flow_sigmas": (False, "False: the noise of flow matching is not that of DDPM"),
-    "use_dynamic_shifting": (False, "False: the noise of flow matching is not that of DDPM"),
-    "timestep_type": ("discrete", "'discrete': the network counts levels"),
-    "timestep_values": (None, "None: the levels are 0..num_train_timesteps - 1"),
+    "use_flow_sigmas": (False, "False (the noise of flow matching is not that of DDPM)"),
+    "use_dynamic_shifting": (False, "False (the noise of flow matching is not that of DDPM)"),
+    "timestep_type": ("discrete", "'discrete' (timesteps are integers)"),
+    "timestep_values": (None, "None (the timesteps are 0..num_train_timesteps - 1)"),
 }
 
-# Of other schedulers, and of the first versions: without any influence on these.
+# Fields of other schedulers and of the first versions, which have no effect on the supported schedulers.
 HARMLESS = ("tensor_format", "interpolation_type", "original_inference_steps", "timestep_scaling")
 
-PREDICT_EPSILON = "predict_epsilon"  # what was there before prediction_type, version 0.9
+PREDICT_EPSILON = "predict_epsilon"  # the predecessor of prediction_type, before diffusers 0.9
 
 
 class Scheduler(NamedTuple):
-    """The fields of a class of schedulers, with their defaults."""
+    """The fields of a scheduler class, with their defaults."""
 
-    noise: Mapping[str, Any]  # those of NOISE that it has: they mean the same in all
-    own_steps: Mapping[str, Any] = {}  # how it steps, which is not taken over
+    noise: Mapping[str, Any]  # the fields of NOISE that the class has; their meaning is the same in all classes
+    own_steps: Mapping[str, Any] = {}  # the fields that change only its update step, which is not used
 
 
 def _noise(*missing: str, **changed: Any) -> dict[str, Any]:
@@ -80,11 +81,11 @@ _DPM = {
     "variance_type": None,
 }
 
-_NEVER_CLIPS = ("clip_sample", "clip_sample_range", "set_alpha_to_one")  # what the solvers do not have
+_NEVER_CLIPS = ("clip_sample", "clip_sample_range", "set_alpha_to_one")  # fields that the solvers do not have
 
 _DDPM = Scheduler(_noise("set_alpha_to_one"), {"variance_type": "fixed_small"})
 
-# Schedulers whose noising is that of DDPM: their alpha_bar means the same. How they step is not taken from them.
+# Schedulers with the forward process of DDPM: alpha_bar has the same meaning in all. Their update steps are not used.
 SCHEDULERS = {
     "DDIMScheduler": Scheduler(NOISE),
     "DDPMScheduler": _DDPM,
@@ -125,7 +126,7 @@ SCHEDULERS = {
     ),
 }
 
-# Where a class has no such field. DPMSolverSinglestepScheduler's spacing is linspace.
+# The values for a class that does not have the field. The spacing of DPMSolverSinglestepScheduler is linspace.
 ABSENT = {**NOISE, "clip_sample": False, "timestep_spacing": "linspace"}
 
 OWN_STEPS = {name for scheduler in SCHEDULERS.values() for name in scheduler.own_steps}
@@ -138,13 +139,15 @@ PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 TAUS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 
-# Where a spacing is not known to diffusers, the nearest that it knows.
+# tau -> the spacing of diffusers, the most similar one if diffusers does not have that tau.
 SPACINGS = {**TAUS, "uniform": "trailing", "quadratic": "trailing", "official_uniform": "leading"}
 
 
 def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """(fields of config.schedule, the prediction, fields of config.sample) of a scheduler_config.json.
-    CheckpointError, naming the setting, for noise that is not supported, and for a field that no scheduler has.
+    """(fields of config.schedule, the prediction, fields of config.sample) for a scheduler_config.json.
+
+    where: the file, for messages. CheckpointError, naming the setting, for an unsupported value and for a field that no
+    scheduler has.
     """
     refuse = partial(unsupported, where)
     scheduler = _scheduler(values, where)
@@ -152,25 +155,25 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
         if not name.startswith("_") and name not in KNOWN:
             nearest = difflib.get_close_matches(name, sorted(KNOWN), 1)
             hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-            raise CheckpointError(f"{where}: {files.shown(name)} is no known field of a scheduler{hint}")
-    for name, (supported, why) in FIXED_NOISE.items():
+            raise CheckpointError(f"{where}: {files.shown(name)} is not a field of a scheduler{hint}")
+    for name, (supported, text) in FIXED_NOISE.items():
         if values.get(name, supported) != supported:
-            refuse(name, values[name], why)
-    if str(values.get("variance_type")).startswith("learned"):  # of DDPMScheduler
-        refuse("variance_type", values["variance_type"], "a fixed variance: the network then predicts nothing else")
+            refuse(name, values[name], text)
+    if str(values.get("variance_type")).startswith("learned"):  # a setting of DDPMScheduler
+        refuse("variance_type", values["variance_type"], "a fixed variance, which the network does not predict")
     noise = ABSENT | settings(values, scheduler.noise, where)
     for name, table in (("prediction_type", PREDICTIONS), ("timestep_spacing", TAUS)):
         if noise[name] not in table:
             refuse(name, noise[name], ", ".join(table))
     prediction = noise["prediction_type"]
     if PREDICT_EPSILON in values:
-        meant = "epsilon" if values[PREDICT_EPSILON] else "sample"
-        if not isinstance(values[PREDICT_EPSILON], bool) or values.get("prediction_type", meant) != meant:
-            refuse(PREDICT_EPSILON, values[PREDICT_EPSILON], f"what prediction_type, {prediction!r}, means too")
-        prediction = meant
+        implied = "epsilon" if values[PREDICT_EPSILON] else "sample"
+        if not isinstance(values[PREDICT_EPSILON], bool) or values.get("prediction_type", implied) != implied:
+            refuse(PREDICT_EPSILON, values[PREDICT_EPSILON], f"a bool that agrees with prediction_type, {prediction!r}")
+        prediction = implied
 
     if noise["rescale_betas_zero_snr"] and prediction == "epsilon":
-        refuse("rescale_betas_zero_snr", True, "False, or a prediction_type sample or v_prediction")
+        refuse("rescale_betas_zero_snr", True, "False, or True with the prediction_type sample or v_prediction")
     betas, steps = noise["trained_betas"], noise["num_train_timesteps"]
     if betas is None and noise["beta_schedule"] not in SCHEDULES:
         refuse("beta_schedule", noise["beta_schedule"], ", ".join(SCHEDULES))
@@ -197,8 +200,8 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
 
 
 def own_steps(values: Mapping[str, Any], where: str) -> str:
-    """What a scheduler_config.json, which `noise_fields` accepts, says of how its class steps other than by default: a
-    line for people, "" for nothing.
+    """A note that names the settings of the update step that differ from the defaults of the scheduler class: one line,
+    "" if there are none. values: a scheduler_config.json that `noise_fields` accepts. where: the file.
     """
     defaults = _scheduler(values, where).own_steps
     usual = lambda name: [other.own_steps[name] for other in SCHEDULERS.values() if name in other.own_steps]
@@ -207,7 +210,7 @@ def own_steps(values: Mapping[str, Any], where: str) -> str:
         for name in values
         if name in OWN_STEPS and values[name] not in ([defaults[name]] if name in defaults else usual(name))
     )
-    return changed and f"{where}: not used, as config.sample says how to step: {changed}"
+    return changed and f"{where}: ignored, because config.sample defines the update step: {changed}"
 
 
 def _scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
@@ -218,13 +221,14 @@ def _scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
 
 
 def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The scheduler_config.json of a DDIMScheduler for a config with the sections model, schedule and sample: the
-    inverse of `noise_fields`, where diffusers has the setting.
+    """The scheduler_config.json of a DDIMScheduler for a config with the sections model, schedule and sample. The
+    inverse of `noise_fields` for all settings that diffusers has.
     """
     noise, sample = config["schedule"], config["sample"]
-    theirs = {ours: name for name, ours in SCHEDULES.items() if ours != "sigmoid"}  # which DDIMScheduler has not
+    beta_schedules = {name: beta_schedule for beta_schedule, name in SCHEDULES.items()}
+    del beta_schedules["sigmoid"]  # DDIMScheduler does not have it
     betas = None
-    if noise["name"] not in theirs:
+    if noise["name"] not in beta_schedules:
         factory = registry.resolve(registry.SCHEDULES, noise["name"])
         fields = {name: noise[name] for name in noise if name not in ("name", "options", "zero_terminal_snr")}
         alpha_bar = registry.build(factory, fields, noise.get("options", {})).alpha_bar
@@ -237,10 +241,10 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_train_timesteps": len(betas) if betas else noise["num_steps"],
         "beta_start": noise["beta_start"],
         "beta_end": noise["beta_end"],
-        "beta_schedule": theirs.get(noise["name"], "linear"),
+        "beta_schedule": beta_schedules.get(noise["name"], "linear"),
         "trained_betas": betas,
         "rescale_betas_zero_snr": noise["zero_terminal_snr"],
-        "prediction_type": {ours: name for name, ours in PREDICTIONS.items()}[config["model"]["prediction"]],
+        "prediction_type": {name: kind for kind, name in PREDICTIONS.items()}[config["model"]["prediction"]],
         "clip_sample": bool(sample["clip_x0"]) and not thresholding,
         "thresholding": thresholding,
         "dynamic_thresholding_ratio": sample["clip_quantile"] or NOISE["dynamic_thresholding_ratio"],

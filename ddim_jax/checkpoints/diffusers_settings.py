@@ -1,4 +1,4 @@
-"""Settings of diffusers' JSON files, checked."""
+"""Checks of the settings in diffusers' JSON files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import CheckpointError
 
-# Of what a field may be where its default is None.
+# The types of the fields whose default is None.
 OPTIONAL = {
     "sample_size": (int, list, tuple),
     "time_embedding_dim": int,
@@ -20,12 +20,16 @@ OPTIONAL = {
 
 
 def unsupported(where: str, name: str, found: Any, supported: str) -> NoReturn:
-    """CheckpointError for a setting of a file, `where`."""
+    """Raises a CheckpointError for an unsupported setting. where: the file. found: the value. supported: what is
+    allowed, as text.
+    """
     raise CheckpointError(f"{where}: {name} = {files.shown(found)} is not supported; supported: {supported}")
 
 
 def settings(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of all fields of defaults. CheckpointError for one of another kind than its default."""
+    """The values of all fields in `defaults`. A field that is missing in `values` has its default. CheckpointError for
+    a value of another type than the default. where: the file, for messages.
+    """
     settings = {**defaults, **{name: values[name] for name in defaults if name in values}}
     for name, default in defaults.items():
         value = settings[name]
@@ -34,6 +38,6 @@ def settings(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str)
         kinds = {bool: bool, str: str, tuple: (list, tuple), type(None): OPTIONAL.get(name)}
         kind = kinds.get(type(default), (int, float))
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            like = "a list" if kind == (list, tuple) and default is None else f"like {default!r}"
-            raise CheckpointError(f"{where}: {name} must be {like}, got {files.shown(value)}")
+            expected = "a list" if kind == (list, tuple) and default is None else f"of the same type as {default!r}"
+            raise CheckpointError(f"{where}: {name} must be {expected}, got {files.shown(value)}")
     return settings

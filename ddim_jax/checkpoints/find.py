@@ -1,4 +1,4 @@
-"""A checkpoint at a path, or under an id of the Hugging Face hub, whatever its format."""
+"""Opens a checkpoint of any supported format, from a path or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from ddim_jax.checkpoints.info import CheckpointInfo
 from ddim_jax.utils.errors import CheckpointError
 
 SUPPORTED = (
-    "a diffusers folder (with model_index.json), a repository of it on the hub (owner/name), a folder with the "
-    "official code's ckpt.pth, a .pth, .ckpt or .safetensors file, a workdir"
+    "a diffusers folder (with model_index.json), a hub repository of one (owner/name), a folder with the ckpt.pth of "
+    "the official code, a .pth, .ckpt or .safetensors file, a workdir"
 )
 
 
 def open_checkpoint(where: str) -> CheckpointInfo:
-    """What the checkpoint at a path, or under an id of the Hugging Face hub ("owner/name", "owner/name@revision"),
-    says of itself. CheckpointError if there is none of a format that is supported.
+    """Reads the description of a checkpoint, without the tensors.
+
+    where: a path, or an id of the Hugging Face hub ("owner/name", "owner/name@revision"). CheckpointError if there is
+    no checkpoint of a supported format.
     """
     path = pathlib.Path(where)
     if path.is_dir():
@@ -33,7 +35,7 @@ def open_checkpoint(where: str) -> CheckpointInfo:
         return safetensors_file.open_file(path) if safetensors_file.is_ours(path) else official.open_file(path)
     repository = hub_repository(where)
     if repository is None:
-        raise CheckpointError(f"there is no file or folder {where}; supported: {SUPPORTED}")
+        raise CheckpointError(f"no file or folder {where} exists; supported: {SUPPORTED}")
     if not diffusers_folder.is_there(repository):
         raise CheckpointError(f"{where} has no model_index.json{repository.why_missing()}; supported: {SUPPORTED}")
     return diffusers_folder.open_folder(repository)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, in a folder or in a repository of the Hugging Face hub."""
+"""The files of a checkpoint in a folder, or in a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?
 
 
 class Folder:
-    """Files of a folder."""
+    """The files of a folder."""
 
     def __init__(self, path: pathlib.Path):
         self.name, self.source, self._path = files.name_from(path.resolve().name), str(path), path
 
     def find(self, *names: str) -> pathlib.Path | None:
-        """The first of these that is there, None if none is. DamagedError if it is not what the hub gave."""
-        found = next((self._path / name for name in names if (self._path / name).is_file()), None)
-        return found and _checked(found)
+        """The path of the first name that exists, None if none does. DamagedError if a file of the hub's cache does not
+        match its digest.
+        """
+        path = next((self._path / name for name in names if (self._path / name).is_file()), None)
+        return path and _checked(path)
 
     def why_missing(self) -> str:
+        """The end of a message about a missing file, "" if nothing explains it."""
         return ""
 
 
 class Repository:
-    """Files of a repository of the hub: fetched when they are asked for, kept in huggingface_hub's own cache."""
+    """The files of a hub repository. `find` downloads them into the cache of huggingface_hub."""
 
     def __init__(self, repository: str, revision: str | None):
         self.name = files.name_from(repository.split("/")[1])
@@ -38,24 +41,24 @@ class Repository:
         self._repository, self._revision, self._offline = repository, revision, ""
 
     def find(self, *names: str) -> pathlib.Path | None:
-        """The first of these that is there, fetched; None if none is. CheckpointError if the repository cannot be
-        asked; DamagedError if the file is not what the hub gave.
+        """The path of the first name that exists, downloaded; None if none does. CheckpointError if the repository
+        cannot be read. DamagedError if the file does not match its digest.
         """
-        # In here: it is slow to import, and reads HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT then.
+        # Imported here, because the import is slow and reads HF_HUB_OFFLINE, HF_HOME and HF_ENDPOINT.
         from huggingface_hub import constants, errors, hf_hub_download
 
-        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+        logging.getLogger("huggingface_hub").propagate = False  # this logger has a handler already
         for name in names:
             try:
-                found = hf_hub_download(
+                path = hf_hub_download(
                     self._repository, name, revision=self._revision, local_files_only=bool(self._offline)
                 )
-                return _checked(pathlib.Path(found))
+                return _checked(pathlib.Path(path))
             except errors.LocalEntryNotFoundError:
                 self._offline = (
-                    "HF_HUB_OFFLINE is set and the file is not in its cache"
+                    "HF_HUB_OFFLINE is set and the file is not in the cache"
                     if constants.HF_HUB_OFFLINE
-                    else "the hub cannot be reached and the file is not in its cache"
+                    else "the hub cannot be reached and the file is not in the cache"
                 )
             except errors.EntryNotFoundError:
                 pass
@@ -65,38 +68,39 @@ class Repository:
                 raise CheckpointError(f"{self._repository} on the hub has no revision {self._revision!r}") from error
             except errors.RepositoryNotFoundError as error:
                 raise CheckpointError(
-                    f"{self._repository} is neither a file or folder here nor a repository on the hub that you may read"
+                    f"{self._repository} is neither a local file or folder nor a hub repository that you have access to"
                 ) from error
             except (errors.HFValidationError, OSError) as error:
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise CheckpointError(f"{self.source} cannot be fetched from the hub: {reason}") from error
+                raise CheckpointError(f"{self.source} cannot be downloaded from the hub: {reason}") from error
         return None
 
     def why_missing(self) -> str:
+        """The end of a message about a missing file, "" if nothing explains it."""
         return f" ({self._offline})" if self._offline else ""
 
 
 def hub_repository(where: str) -> Repository | None:
-    """The repository that "owner/name" or "owner/name@revision" means, None if it is no such id."""
+    """The repository for an id "owner/name" or "owner/name@revision", None if `where` is not of this form."""
     match = _HUB_ID.fullmatch(where)
     return Repository(match["repository"], match["revision"]) if match else None
 
 
 def _checked(path: pathlib.Path) -> pathlib.Path:
-    """The path. DamagedError if it is a file of huggingface_hub's cache that has not the digest that it is kept by: the
-    SHA-256 of a large file, Git's of a small one.
+    """The path itself. DamagedError if it is a file of the cache of huggingface_hub that does not match the digest in
+    its name: the SHA-256 of a large file, the digest of Git (SHA-1) of a small one.
     """
     blob = path.resolve()
-    of_git = lambda: hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest()
-    digest_of = {64: lambda: files.sha256(blob), 40: of_git}.get(len(blob.name))
-    if blob.parent.name == "blobs" and digest_of and re.fullmatch("[0-9a-f]+", blob.name):
-        if digest_of() != blob.name:
-            raise DamagedError(f"{path} is damaged: it is not what the hub gave; remove {blob} to fetch it again")
+    git_digest = lambda: hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest()
+    digest = {64: lambda: files.sha256(blob), 40: git_digest}.get(len(blob.name))
+    if blob.parent.name == "blobs" and digest and re.fullmatch("[0-9a-f]+", blob.name):
+        if digest() != blob.name:
+            raise DamagedError(f"{path} is damaged: it does not match its digest; remove {blob} to download a new copy")
     return path
 
 
 def load_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, or CheckpointError."""
+    """The JSON object in a file. CheckpointError if there is none."""
     try:
         content = files.read_json(path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint is of, whatever its format."""
+"""The description of a checkpoint, which is the same for all formats."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class CheckpointInfo(NamedTuple):
-    """A trained network as its files describe it: values of a stranger, not checked, and no tensor is read yet."""
+    """The description of a trained network, from its files. The values are untrusted and not checked. No tensor is read
+    yet.
+    """
 
-    source: str  # where it is, for people
+    source: str  # its path or id, for messages
     read: Callable[[Any, bool], Any]  # (like, ema) -> params, in float32; see `tensors.read`
-    config: Mapping[str, Any] | None = None  # the config that ddim_jax saved with it; None: of another program, and
-    name: str = ""  # these say what it is: a name for output folders,
-    model: Mapping[str, Any] = NOTHING  # fields of config.model,
-    schedule: Mapping[str, Any] = NOTHING  # of config.schedule,
-    sample: Mapping[str, Any] = NOTHING  # and of config.sample: how its authors sample it
-    step: int | None = None  # how many updates made it, where that is known
-    note: str = ""  # which settings of its files have no influence here, for people; "" for none
+    config: Mapping[str, Any] | None = None  # the config that ddim_jax saved with it, None for another program
+    # If config is None, the next four fields describe the network.
+    name: str = ""  # a name for output folders
+    model: Mapping[str, Any] = NOTHING  # fields of config.model
+    schedule: Mapping[str, Any] = NOTHING  # fields of config.schedule
+    sample: Mapping[str, Any] = NOTHING  # fields of config.sample: the sampling settings of its authors
+    step: int | None = None  # the number of updates, None if it is not known
+    note: str = ""  # a message about settings in its files that are ignored, "" if there are none
 
 
 def no_raw_parameters(source: str, ema: bool) -> None:
-    """CheckpointError if the raw parameters are asked of a checkpoint that holds one set alone."""
+    """CheckpointError if ema is False. For a checkpoint that holds only one set of parameters."""
     if not ema:
-        raise CheckpointError(f"config.sample.ema: {source} holds one set of parameters, False is not possible")
+        raise CheckpointError(f"config.sample.ema: must be True, got False: {source} holds one set of parameters")

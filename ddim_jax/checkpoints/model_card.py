@@ -1,4 +1,4 @@
-"""The README.md of a network that leaves the project: what it is, how to sample it, how it was made."""
+"""The model card of an exported network, README.md: what the network is, how to sample it, and its config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ddim_jax.checkpoints.diffusers_scheduler import TAUS
 from ddim_jax.utils import files
 
-MARK = "tags: [ddim, ddpm, jax, ddim_jax]"  # on every card
+MARK = "tags: [ddim, ddpm, jax, ddim_jax]"  # in every model card
 
 _CARD = """\
 ---
@@ -21,10 +21,10 @@ pipeline_tag: unconditional-image-generation
 
 # {name}
 
-A U-Net of DDPM with {count:,} parameters for images of {size}x{size}x{channels}, which predicts {prediction}, \
-written by ddim_jax{updates}.
+The U-Net of DDPM with {count:,} parameters, for images of {size}x{size}x{channels}. It predicts {prediction}. \
+Exported by ddim_jax{updates}.
 
-## Sample it
+## Sampling
 
 With diffusers:
 
@@ -35,13 +35,13 @@ pipeline = DDIMPipeline.from_pretrained("THIS_FOLDER")
 image = pipeline(batch_size=1, num_inference_steps=50, eta=0.0{clipped}).images[0]
 ```
 
-{notes}With ddim_jax, any process of the DDIM family over any tau:
+{notes}With ddim_jax, by any process of the DDIM family and with any tau:
 
 ```bash
 python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_FOLDER --config.sample.steps=50
 ```
 
-## How it was made
+## Config
 
 ```json
 {config}
@@ -50,7 +50,7 @@ python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_F
 
 
 def is_ours(file: pathlib.Path) -> bool:
-    """Whether a file begins as a model card of `markdown`."""
+    """Whether `markdown` wrote the model card in a file."""
     if not file.is_file():
         return False
     with open(file, "rb") as card:
@@ -58,21 +58,23 @@ def is_ours(file: pathlib.Path) -> bool:
 
 
 def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
-    """Markdown with the front matter of the Hugging Face hub. config: a name that `files.check_name` accepts; model,
-    schedule and sample, of the right types; and all else that may be known of it, as `config.public` gives it. step:
-    the number of updates, where it is known. count: of parameters.
+    """The model card: Markdown with the front matter of the Hugging Face hub.
+
+    config: name, accepted by `files.check_name`; model, schedule and sample, with values of the right types; and all
+    other fields that `config.public` returns. step: the number of updates, None if it is not known. count: the number
+    of parameters.
     """
     model, sample = config["model"], config["sample"]
     notes = []
     if sample["tau"] not in TAUS:
         tau = files.printable(sample["tau"][:100]).replace("`", "'")
-        notes.append(f"Its tau was `{tau}`, which diffusers does not have; its own spacing stands in for it.")
+        notes.append(f"The tau `{tau}` does not exist in diffusers. The scheduler has a similar timestep spacing.")
     if sample["clip_x0"]:
-        notes.append("The predicted x_0 is clipped, and eps derived again from it, which that argument asks for.")
+        notes.append("With `use_clipped_model_output=True`, eps is computed from the clipped prediction of x_0.")
     if model["num_classes"]:
-        notes.append("The network is class-conditional: the pipeline cannot pass classes, its unet takes class_labels.")
+        notes.append("The network is class-conditional. Its unet takes `class_labels`; the pipeline does not.")
     if model["label_dropout"]:
-        notes.append(f"Class {model['num_classes']} says nothing of the image: it is for classifier-free guidance.")
+        notes.append(f"Class {model['num_classes']} means that no class is given. Classifier-free guidance needs it.")
     return _CARD.format(
         mark=MARK,
         name=config["name"],

@@ -1,9 +1,10 @@
-"""Checkpoints of the official DDIM code, and the bare state dicts of the PyTorch port of Ho's models: the same
-network, `Model`, under the same names.
+"""Checkpoints of the official DDIM code, and the state dicts of the PyTorch port of Ho's models. Both hold the same
+network, `Model`, with the same parameter names.
 
-`ckpt.pth` is a list: state dict, optimizer, epoch, step, and, last, the moving average's state dict. The code
-writes its `config.yml` beside it. Tensors alone do not tell the size of the images, where attention is, or the noise: a
-file without a config is read if it has the name of one of Ho's networks, for which these are known.
+`ckpt.pth` is a list: state dict, optimizer, epoch, step, and, last, the state dict of the moving average. The official
+code writes `config.yml` into the same folder. The tensors do not determine the size of the images, the attention
+resolutions and the noise schedule. A file without a config.yml is read only if it has the name of one of Ho's networks,
+for which these are known.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ddim_jax.checkpoints import parameter_names, tensors
+from ddim_jax.checkpoints import guided_diffusion, parameter_names, tensors, torch_file
 from ddim_jax.checkpoints.info import CheckpointInfo, no_raw_parameters
 from ddim_jax.checkpoints.tensors import Tensors
 from ddim_jax.utils import files
@@ -23,38 +24,41 @@ from ddim_jax.utils.errors import CheckpointError
 
 CHECKPOINT, CONFIG = "ckpt.pth", "config.yml"
 
-CONFIG_BYTES = 1 << 16  # its own have 2000
+CONFIG_BYTES = 1 << 16  # the limit for config.yml; those of the official code have about 2000 bytes
 
 SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "sigmoid": "sigmoid", "const": "linear"}
 
 
 def open_file(path: pathlib.Path) -> CheckpointInfo:
-    """What a file of tensors in the official layout says, with the config.yml beside it. CheckpointError if it is
-    none.
+    """Reads the description of a file of tensors with the names of the official code, from the config.yml in the same
+    folder. CheckpointError if the file is not of this kind.
     """
     if path.suffix == ".safetensors":
-        found, _ = tensors.open_safetensors(path)
-        sets = {True: found}
+        state, _ = tensors.open_safetensors(path)
+        sets = {True: state}
     else:
         sets = _parameter_sets(path)
-    for found in sets.values():
-        if "conv_in.weight" not in found.shapes or "temb.dense.0.weight" not in found.shapes:
+    if guided_diffusion.is_there(sets[True]):
+        return guided_diffusion.open_file(path, sets[True])
+    for state in sets.values():
+        if "conv_in.weight" not in state.shapes or "temb.dense.0.weight" not in state.shapes:
             raise CheckpointError(
-                f"{path} holds tensors named {', '.join(list(found.shapes)[:3])} ...; supported beside a diffusers "
+                f"{path} holds tensors named {', '.join(list(state.shapes)[:3])} ...; supported, except in a diffusers "
                 f"folder: those of the official DDIM code (temb.dense.0.weight, conv_in.weight, ...)"
             )
 
-    beside = path.with_name(CONFIG)
-    if beside.is_file():
-        config = _load_config(beside)
-        model, noise, said = _network_fields(config, beside), _noise_fields(config, beside), f"the {CONFIG} beside it"
+    config_file = path.with_name(CONFIG)
+    if config_file.is_file():
+        config = _load_config(config_file)
+        model, noise = _network_fields(config, config_file), _noise_fields(config, config_file)
+        expected_by = f"the {CONFIG} in its folder"
     else:
-        model, noise, said = _of_ho(path), _noise_fields({}, path), "the network of that name"
+        model, noise, expected_by = _of_ho(path), _noise_fields({}, path), "the network of that name"
 
     def read(like: Any, ema: bool) -> Any:
         if len(sets) == 1:
             no_raw_parameters(str(path), ema)
-        return tensors.read(sets[ema]._replace(layout=parameter_names.OFFICIAL), like, said)
+        return tensors.read(sets[ema]._replace(layout=parameter_names.OFFICIAL), like, expected_by)
 
     name = path.parent.resolve().name if path.name == CHECKPOINT else path.stem
     return CheckpointInfo(
@@ -62,12 +66,12 @@ def open_file(path: pathlib.Path) -> CheckpointInfo:
     )
 
 
-# Ho's networks, by what their files are called: the size of images, and config.model.channel_mult.
+# Ho's networks, by their file names: the size of the images, and config.model.channel_mult.
 HO_FILE = re.compile(r"(?:ema_)?diffusion_(\w+)_model(?:-|/model-)\d+")
 LSUN = (256, (1, 1, 2, 2, 4, 4))
 HO = {"cifar10": (32, (1, 2, 2, 2)), "lsun_bedroom": LSUN, "lsun_cat": LSUN, "lsun_church": LSUN}
 
-# What no config of the official code can change.
+# Fields that are the same for every config of the official code.
 FIXED = {
     "middle_attention": True,
     "head_channels": 0,
@@ -84,8 +88,8 @@ SAMPLE = {"tau": "uniform", "tau_offset": 0, "tau_end": 0, "clip_x0": False, "cl
 
 
 def _parameter_sets(path: pathlib.Path) -> dict[bool, Tensors]:
-    """Whether it is a moving average -> tensors. A file with one set alone holds what is to be sampled, so True."""
-    content = tensors.load_torch(path)
+    """{whether it is the moving average: tensors}. The only set of a file is used for sampling: it counts as True."""
+    content = torch_file.load(path)
     if not isinstance(content, (list, tuple)):
         return {True: tensors.from_torch(str(path), content)}
     raw = tensors.from_torch(str(path), content[0] if content else None)
@@ -95,13 +99,14 @@ def _parameter_sets(path: pathlib.Path) -> dict[bool, Tensors]:
 
 
 class _Plain(yaml.SafeLoader):
-    """Safe YAML in which a Python object is the mapping of its attributes, and any other one is None. Without aliases,
-    which the official code does not write, and with which a few lines stand for any number of values.
+    """A safe YAML loader. A Python object becomes the mapping of its attributes, any other Python value becomes None.
+    Aliases raise an error: the official code does not write them, and a few lines of them expand to any number of
+    values.
     """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read")
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
         return super().compose_node(parent, index)
 
 
@@ -114,17 +119,17 @@ _Plain.add_multi_constructor(
 def _load_config(path: pathlib.Path) -> Mapping[str, Any]:
     try:
         if (size := path.stat().st_size) > CONFIG_BYTES:
-            raise ValueError(f"it has {size} bytes, at most {CONFIG_BYTES} are read")
+            raise ValueError(f"it must have at most {CONFIG_BYTES} bytes, got {size}")
         config = yaml.load(path.read_text(), Loader=_Plain)
         sections = {name: config[name] for name in ("data", "model", "diffusion")}
         if all(isinstance(section, Mapping) for section in sections.values()):
             return sections
-        reason = "the sections data, model and diffusion must hold fields"
+        reason = "the sections data, model and diffusion must be mappings"
     except RecursionError:
         reason = "it is too deeply nested"
-    except Exception as error:  # a YAML text can fail in any way
+    except Exception as error:  # a YAML text can raise any exception
         reason = repr(error)
-    raise CheckpointError(f"{path} is no config of the official code: {reason}")
+    raise CheckpointError(f"{path} is not a config of the official code: {reason}")
 
 
 def _network_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
@@ -141,8 +146,8 @@ def _network_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
     require(model, "out_ch", model.get("in_channels"), None)
     require(data, "rescaled", True, True)
     require(data, "logit_transform", False, False)
-    wanted = {"ch": int, "ch_mult": list, "num_res_blocks": int, "attn_resolutions": list, "in_channels": int}
-    for name, kind in wanted.items():
+    required = {"ch": int, "ch_mult": list, "num_res_blocks": int, "attn_resolutions": list, "in_channels": int}
+    for name, kind in required.items():
         if not isinstance(model.get(name), kind):
             raise CheckpointError(
                 f"{path}: model.{name} must be of type {kind.__name__}, got {files.shown(model.get(name))}"
@@ -159,11 +164,13 @@ def _network_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
 
 
 def _noise_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    usual = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
-    noise = {**usual, **config.get("diffusion", {})}
+    defaults = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_diffusion_timesteps": 1000}
+    noise = {**defaults, **config.get("diffusion", {})}
     for name in noise:
-        if name not in usual:
-            raise CheckpointError(f"{path}: diffusion has no field {files.shown(name)}; it has {', '.join(usual)}")
+        if name not in defaults:
+            raise CheckpointError(
+                f"{path}: diffusion: expected the fields {', '.join(defaults)}, got {files.shown(name)}"
+            )
     name = noise["beta_schedule"]
     if not isinstance(name, str) or name not in SCHEDULES:
         raise CheckpointError(
@@ -179,15 +186,15 @@ def _noise_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, An
 
 
 def _of_ho(path: pathlib.Path) -> dict[str, Any]:
-    """The fields of config.model of that of Ho's networks that a file is named after. CheckpointError if it is none."""
+    """The fields of config.model of the network of Ho that has the name of this file. CheckpointError if none has."""
     stem = path.absolute().with_suffix("")
-    known = HO_FILE.fullmatch(stem.name) or HO_FILE.fullmatch(f"{stem.parent.name}/{stem.name}")
-    if known is None or known[1] not in HO:
+    match = HO_FILE.fullmatch(stem.name) or HO_FILE.fullmatch(f"{stem.parent.name}/{stem.name}")
+    if match is None or match[1] not in HO:
         raise CheckpointError(
-            f"{path} does not tell the size of its images; put the {CONFIG} of the official code beside it (without "
-            f"it, Ho's networks are known, by names like ema_diffusion_cifar10_model-790000.ckpt)"
+            f"{path} does not determine the size of its images; put the {CONFIG} of the official code into its folder "
+            f"(only Ho's networks, with names such as ema_diffusion_cifar10_model-790000.ckpt, do not need it)"
         )
-    size, mult = HO[known[1]]
+    size, mult = HO[match[1]]
     return {
         "image_size": size,
         "image_channels": 3,

@@ -1,7 +1,7 @@
-"""How published checkpoints call the modules of `ddim_jax.models.unet.UNet`: one table, read both ways.
+"""Parameter names of `ddim_jax.models.unet.UNet` in PyTorch checkpoints: one table that is used in both directions.
 
-{level} counts resolutions from the full one, 0, downwards; {depth} counts them from the lowest upwards. {i} counts
-from 0, {j} from 1. The official DDIM code and the PyTorch port of Ho's models share their names.
+{level} numbers the resolutions from the full one, 0, downwards; {depth} numbers them from the lowest upwards. {i}
+counts from 0, {j} from 1. The official DDIM code and the PyTorch port of Ho's models use the same names.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ Path = tuple[str, ...]
 
 
 class Layout(NamedTuple):
-    """One way to name the tensors of a network, and to lay them out. Convolutions are (out, in, H, W) in all."""
+    """The names and shapes of a network's tensors in a PyTorch checkpoint. Convolutions are (out, in, H, W)."""
 
-    name: Callable[[Path, int], str]  # (path of our parameter, number of resolutions) -> their name
-    convolutions: frozenset[str] = frozenset()  # modules that we compute as matrices: (out, in, 1, 1) there
+    name: Callable[[Path, int], str]  # (path of a ddim_jax parameter, number of resolutions) -> name of the tensor
+    convolutions: frozenset[str] = frozenset()  # modules with kernels (out, in, 1, 1), which are matrices in ddim_jax
 
 
 _NUMBER = r"(?P<\1>\\d+)"
-_OURS = {re.compile(re.sub(r"\{(\w+)\}", _NUMBER, row[0])): row[0] for row in NETWORK}
+_PATTERNS = {re.compile(re.sub(r"\{(\w+)\}", _NUMBER, row[0])): row[0] for row in NETWORK}
 
 
 def _layout(column: int, attention_column: int, convolutions: tuple[str, ...]) -> Layout:
     network = {row[0]: row[column] for row in NETWORK}
     inner = {row[0]: row[column] for row in BLOCK} | {row[0]: row[attention_column] for row in ATTENTION}
-    return Layout(partial(_theirs, network, inner), frozenset(convolutions))
+    return Layout(partial(_torch_name, network, inner), frozenset(convolutions))
 
 
-def _theirs(network: Mapping[str, str | None], inner: Mapping[str, str], path: Path, num_levels: int) -> str:
-    """("up_0_block_1", "conv_0", "kernel") is "up_blocks.3.resnets.1.conv1.weight" in diffusers, for num_levels 4.
-    KeyError where the layout has no such module.
+def _torch_name(network: Mapping[str, str | None], inner: Mapping[str, str], path: Path, num_levels: int) -> str:
+    """The name of a parameter's tensor: for diffusers and num_levels 4, ("up_0_block_1", "conv_0", "kernel") gives
+    "up_blocks.3.resnets.1.conv1.weight". KeyError if the layout does not have the module.
     """
     top, *modules, leaf = path
-    match, row = next((found, row) for pattern, row in _OURS.items() if (found := pattern.fullmatch(top)))
+    match, row = next((match, row) for pattern, row in _PATTERNS.items() if (match := pattern.fullmatch(top)))
     numbers = {name: int(value) for name, value in match.groupdict().items()}
     numbers["depth"], numbers["j"] = num_levels - 1 - numbers.get("level", 0), numbers.get("i", 0) + 1
     if network[row] is None:
@@ -87,15 +87,19 @@ DIFFUSERS_OLD = _layout(1, 2, ("shortcut",))
 OFFICIAL = _layout(2, 3, ("shortcut", "query", "key", "value", "out"))
 
 
-def to_ours(path: Path, tensor: np.ndarray, ndim: int) -> np.ndarray:
-    """Their tensor as our parameter of ndim axes: channels last; matrices, and 1x1 convolutions, as (in, out)."""
+def from_torch_layout(path: Path, tensor: np.ndarray, ndim: int) -> np.ndarray:
+    """Converts a tensor of a PyTorch checkpoint to a ddim_jax parameter with `ndim` axes.
+
+    Convolutions (out, in, H, W) become (H, W, in, out). Matrices (out, in), and 1x1 convolutions if ndim is 2, become
+    (in, out). Other tensors are unchanged.
+    """
     if path[-1] != "kernel":
         return tensor
     return tensor.transpose(2, 3, 1, 0) if ndim == 4 else tensor.reshape(tensor.shape[:2]).T
 
 
-def to_theirs(path: Path, array: np.ndarray, layout: Layout) -> np.ndarray:
-    """The inverse of `to_ours`."""
+def to_torch_layout(path: Path, array: np.ndarray, layout: Layout) -> np.ndarray:
+    """Converts a ddim_jax parameter to a tensor of a PyTorch checkpoint. The inverse of `from_torch_layout`."""
     if path[-1] != "kernel":
         return array
     if array.ndim == 4:

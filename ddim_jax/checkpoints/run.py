@@ -1,11 +1,10 @@
-"""Checkpoints of training, by Orbax: asynchronous, a folder per step in WORKDIR/checkpoints, the config
-beside the arrays.
+"""Training checkpoints, by Orbax: saved asynchronously, one folder per step in WORKDIR/checkpoints.
 
-The items of a step are `params`, `ema_params`, `optimizer` (the step, the updates left out and the optimizer's state),
-`config` and `record` (JSON), so that sampling reads the one it needs. The record holds the shapes of the parameters, a
-checksum of every array, the config's, and its own. They are compared when an item is read: what changed on the disk is
-a DamagedError that names it. A checkpoint that was written before there was a record, or one of these in it, is read
-without.
+The items of a step are `params`, `ema_params`, `optimizer` (the step, the number of skipped updates and the optimizer's
+state), `config` and `record` (JSON). Sampling reads only the items that it needs. The record holds the shapes of the
+parameters, and checksums of every array, of the config, and of itself. Reading an item verifies its checksum: a
+DamagedError names what has changed on the disk. The record, or fields of it, can be missing in checkpoints of earlier
+versions: these are read without that check.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from ddim_jax.checkpoints.shapes import check_shapes, checksum, shapes_of
 from ddim_jax.utils import files, sharding
 from ddim_jax.utils.errors import CheckpointError, DamagedError
 
-JSON_FILE = "metadata"  # of the items config and record
-RECORD = {"checksums": dict, "shapes": dict, "config": str, "data": str, "digest": str}  # what a record holds
+JSON_FILE = "metadata"  # the file of the items config and record
+RECORD = {"checksums": dict, "shapes": dict, "config": str, "data": str, "digest": str}  # the types of its fields
 
 
 class State(Protocol):
@@ -45,18 +44,18 @@ class State(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run. A context manager: leaving it waits for saves that are under way."""
+    """The checkpoints of one run. A context manager: its exit waits until all saves are complete."""
 
-    _failed = False  # whether a save did
+    _failed = False  # whether a save has failed
 
     def __init__(self, workdir: pathlib.Path, keep: int | None = None, keep_every: int = 0):
-        """keep: how many of the latest steps survive, and keep_every: which multiples survive for ever (0: none).
-        Without keep the folder is only read."""
+        """keep: how many of the latest steps are kept; None opens the folder read-only. keep_every: multiples of it are
+        always kept (0: none)."""
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._check_regular("*/_CHECKPOINT_METADATA")  # which Orbax reads of every step
+        self._check_regular("*/_CHECKPOINT_METADATA")  # Orbax reads this file of every step
         if keep is None:
             if not self._folder.is_dir():
-                raise CheckpointError(f"{workdir} holds no checkpoints: no folder {self._folder}")
+                raise CheckpointError(f"{workdir} holds no checkpoints: the folder {self._folder} does not exist")
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
             policies = [LatestN(keep)] + ([EveryNSteps(keep_every)] if keep_every else [])
@@ -78,37 +77,38 @@ class Checkpoints:
                 return
             except Exception as error:
                 failure = self._unwritable(error)
-        for end in (self._manager.wait_until_finished, self._manager.close):  # each says again what was said
+        for finish in (self._manager.wait_until_finished, self._manager.close):  # each raises the same error once more
             with contextlib.suppress(Exception):
-                end()
-        deadline = time.monotonic() + 10  # threads of a save that failed may write on; it would fill the disk
-        while halves := list(self._folder.glob("*.orbax-checkpoint-tmp*")):
-            for half in halves:
-                shutil.rmtree(half, ignore_errors=True)
+                finish()
+        deadline = time.monotonic() + 10  # threads of a failed save may still be writing, and would fill the disk
+        while incomplete := list(self._folder.glob("*.orbax-checkpoint-tmp*")):
+            for folder in incomplete:
+                shutil.rmtree(folder, ignore_errors=True)
             if time.monotonic() > deadline:
                 break
             time.sleep(0.5)
-        if failure and not exception[0]:  # the first error counts
+        if failure and not exception[0]:  # an exception that is already raised comes first
             raise failure
 
     def latest(self) -> int | None:
-        """The last complete step, None if there is none."""
+        """The latest complete step, None if there is none."""
         return self._manager.latest_step()
 
     def require_latest(self) -> int:
+        """The latest complete step. CheckpointError if there is none."""
         step = self.latest()
         if step is None:
             raise CheckpointError(f"{self._folder} holds no complete checkpoint")
         return step
 
     def steps(self) -> list[int]:
-        """All complete steps, ascending."""
+        """All complete steps, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: State, config: dict[str, Any], data: str = "") -> None:
-        """Writes a step in the background. config: JSON values. data: the fingerprint of what it is trained on.
+        """Starts an asynchronous save. config: JSON values. data: the fingerprint of the training data.
 
-        CheckpointError if it, or the one before it, cannot be written.
+        CheckpointError if this save or the previous one fails.
         """
         items = {"params": _item(state.params), "ema_params": _item(state.ema_params), "optimizer": _optimizer(state)}
         record = {
@@ -132,7 +132,7 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def wait(self) -> None:
-        """Until everything is written; CheckpointError if it cannot be."""
+        """Waits until all saves are complete. CheckpointError if one fails."""
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -140,21 +140,21 @@ class Checkpoints:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: Exception) -> CheckpointError:
-        """What is wrong, in one line."""
+        """The error of a failed save, with its reason in one line."""
         self._failed = True
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # the rest of that save
-        # On the disk: Orbax counts the one that failed too.
-        whole = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
-        said = str(error) or repr(error)
-        full = "No space left" in said or "RESOURCE_EXHAUSTED" in said
-        code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", said)
-        reason = os.strerror(int(code[1] or code[2])) if code else said.splitlines()[0][:300]
-        reason = "the disk is full" if full else reason
-        last = f"the last complete one is step {whole[-1]}" if whole else "there is none yet"
-        return CheckpointError(f"{self._folder}: a checkpoint cannot be written: {reason}; {last}")
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # of the failed save
+        # Read from the disk, because Orbax counts the failed save as a step.
+        complete = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        text = str(error) or repr(error)
+        is_full = "No space left" in text or "RESOURCE_EXHAUSTED" in text
+        code = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", text)
+        reason = os.strerror(int(code[1] or code[2])) if code else text.splitlines()[0][:300]
+        reason = "the disk is full" if is_full else reason
+        latest = f"the latest complete one is step {complete[-1]}" if complete else "no complete one exists"
+        return CheckpointError(f"{self._folder}: a checkpoint cannot be written: {reason}; {latest}")
 
     def set_aside(self, step: int) -> pathlib.Path:
-        """Moves a step out of the way, into WORKDIR/damaged."""
+        """Moves a step to WORKDIR/damaged and returns its new folder."""
         aside = self._folder.parent / "damaged" / str(step)
         if sharding.is_main_process():
             aside.parent.mkdir(exist_ok=True)
@@ -164,30 +164,30 @@ class Checkpoints:
         return aside
 
     def data(self, step: int) -> str:
-        """The fingerprint of the data that the step was trained on, "" where none was saved."""
+        """The fingerprint of the training data that was saved with the step, "" if none was saved."""
         return self._record(step).get("data", "")
 
     def config(self, step: int) -> dict[str, Any]:
-        """The config (JSON values) that the step was saved with."""
+        """The config (JSON values) that was saved with the step."""
         config = self._json(step, "config")
         if _differs(self._record(step), "config", files.json_digest(config)):
-            raise self._damaged(step, "its config is not what was saved")
+            raise self._damaged(step, "its config does not match its checksum")
         return config
 
     def check_network(self, step: int, params: Any) -> None:
-        """CheckpointError, naming the first leaf that differs, if the step's parameters have other names or shapes."""
+        """CheckpointError, naming the first leaf that differs, if `params` has other names or shapes than the step."""
         saved = self._record(step).get("shapes")
         if saved is None:
             try:
                 saved = shapes_of(self._manager.item_metadata(step)["params"].tree)
             except Exception as error:
                 raise self._unreadable(step, error) from error
-        there = {name: tuple(shape) if isinstance(shape, (list, tuple)) else shape for name, shape in saved.items()}
-        check_shapes(there, shapes_of(params), str(self._folder / str(step)))
+        saved = {name: tuple(shape) if isinstance(shape, (list, tuple)) else shape for name, shape in saved.items()}
+        check_shapes(saved, shapes_of(params), str(self._folder / str(step)))
 
     def _record(self, step: int) -> dict[str, Any]:
-        """The record of a step, {} where none was saved. DamagedError if it is not what was saved, or not this step's,
-        or if something in the step's folder cannot be read.
+        """The record of a step, {} if none was saved. DamagedError if it does not match its checksum, if it belongs to
+        another step, or if a file in the step's folder cannot be read.
         """
         folder = self._folder / str(step)
         self._check_regular(f"{step}/**/*")
@@ -197,12 +197,12 @@ class Checkpoints:
                     raise self._damaged(step, "its record is missing")
             return {}
         record = self._json(step, "record")
-        described = {name: value for name, value in record.items() if name != "digest"}
-        right = all(isinstance(value, RECORD.get(name, object)) for name, value in record.items())
-        if not right or _differs(record, "digest", files.json_digest(described)):
-            raise self._damaged(step, "its record is not what was saved")
+        content = {name: value for name, value in record.items() if name != "digest"}
+        has_types = all(isinstance(value, RECORD.get(name, object)) for name, value in record.items())
+        if not has_types or _differs(record, "digest", files.json_digest(content)):
+            raise self._damaged(step, "its record does not match its checksum")
         if step >= 2**31 or _differs(record.get("checksums", {}), "optimizer/step", checksum(np.int32(step))):
-            raise self._damaged(step, "what it holds is another step: the folder was renamed or copied")
+            raise self._damaged(step, "it holds another step: the folder was renamed or copied")
         return record
 
     def _json(self, step: int, item: str) -> dict[str, Any]:
@@ -211,20 +211,20 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._unreadable(step, error) from error
         if not isinstance(value, dict):
-            raise self._damaged(step, f"its {item} is not what was saved")
+            raise self._damaged(step, f"its {item} must be a JSON object, got {type(value).__name__}")
         return value
 
     def _check_regular(self, pattern: str) -> None:
-        """DamagedError if one of these files is something else, which may never end when it is read."""
+        """DamagedError if a path is neither a regular file nor a folder: reading a pipe may never end."""
         try:
             for path in self._folder.glob(pattern):
-                with contextlib.suppress(FileNotFoundError):  # a trainer removes what it does not keep
+                with contextlib.suppress(FileNotFoundError):  # a running training removes old steps
                     files.check_regular(path)
         except (OSError, ValueError) as error:
             raise DamagedError(f"{self._folder} cannot be read: {error}") from error
 
     def restore(self, step: int, like: State) -> State:
-        """The state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
+        """The training state of a step. like: its shapes, dtypes and shardings (arrays or ShapeDtypeStructs)."""
         targets = {"params": _item(like.params), "ema_params": _item(like.ema_params), "optimizer": _optimizer(like)}
         items = self._restore_arrays(step, targets)
         optimizer = items["optimizer"]
@@ -238,30 +238,30 @@ class Checkpoints:
         )
 
     def restore_params(self, step: int, like: Any, ema: bool = True) -> Any:
-        """The parameters of a step, or their moving average. like: their shapes, dtypes and shardings."""
+        """The parameters of a step, or (ema) their moving average. like: their shapes, dtypes and shardings."""
         item = "ema_params" if ema else "params"
         return _tree(self._restore_arrays(step, {item: _item(like)})[item], like)
 
     def _restore_arrays(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
-        """Items of a step, whole and as they were saved; DamagedError, naming the first array that is not, or that is
-        not finite and a network's parameter.
+        """The verified items of a step. DamagedError, naming the first array, if one does not match its checksum, or if
+        a parameter of the network is not finite.
         """
         expected = self._record(step).get("checksums", {})
-        wanted = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+        requested = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**wanted))
-        except Exception as error:  # damage shows as many kinds of exception
+            restored = self._manager.restore(step, args=ocp.args.Composite(**requested))
+        except Exception as error:  # damaged files raise exceptions of many types
             raise self._unreadable(step, error) from error
         items = {name: restored[name] for name in targets}
         for name, array in _on_host(items):
             if _differs(expected, name, checksum(array)):
-                raise self._damaged(step, f"{name} is not what was saved")
+                raise self._damaged(step, f"{name} does not match its checksum")
             if not name.startswith("optimizer/") and not np.isfinite(array).all():
                 raise self._damaged(step, f"{name} holds values that are not finite")
         return items
 
-    def _damaged(self, step: int, what: str) -> DamagedError:
-        return DamagedError(f"{self._folder / str(step)} is damaged: {what}")
+    def _damaged(self, step: int, reason: str) -> DamagedError:
+        return DamagedError(f"{self._folder / str(step)} is damaged: {reason}")
 
     def _unreadable(self, step: int, error: Exception) -> DamagedError:
         return DamagedError(
@@ -269,32 +269,32 @@ class Checkpoints:
         )
 
 
-def _differs(saved: Mapping[str, Any], name: str, found: str) -> bool:
-    """Whether something was saved under the name, and it is not what was found."""
-    return name in saved and saved[name] != found
+def _differs(saved: Mapping[str, Any], name: str, current: str) -> bool:
+    """Whether a value was saved under the name, and it differs from the current one."""
+    return name in saved and saved[name] != current
 
 
 def _item(tree: Any) -> Any:
-    """A tree as Orbax takes it: an array alone becomes a dict of one."""
+    """A tree as an item of Orbax: a single array becomes a dict with one entry."""
     return {"array": tree} if jax.tree_util.all_leaves([tree]) else tree
 
 
 def _tree(item: Any, like: Any) -> Any:
-    """The tree that `_item` made an item of."""
+    """The inverse of `_item`."""
     return item["array"] if jax.tree_util.all_leaves([like]) else item
 
 
 def _optimizer(state: State) -> dict[str, Any]:
-    remembered = {"objective": state.objective} if jax.tree.leaves(state.objective) else {}
-    return {"step": state.step, "skipped": state.skipped, "state": state.opt_state, **remembered}
+    objective = {"objective": state.objective} if jax.tree.leaves(state.objective) else {}
+    return {"step": state.step, "skipped": state.skipped, "state": state.opt_state, **objective}
 
 
 def _checksums(items: Mapping[str, Any]) -> dict[str, str]:
-    """SHA-256 of every array, by names "item/module/leaf"."""
+    """The SHA-256 of every array, with names "item/module/leaf"."""
     return {name: checksum(array) for name, array in _on_host(items)}
 
 
 def _on_host(items: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array with its name "item/module/leaf": all of it, however it is divided over devices."""
+    """(name "item/module/leaf", complete array on the host) of every array, whatever its sharding."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]:
         yield jax.tree_util.keystr(path, simple=True, separator="/"), sharding.to_host(leaf)

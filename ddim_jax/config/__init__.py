@@ -1,4 +1,4 @@
-"""What a config may say (`schema`), the objects that it names (`build`), and saved configs (`compatibility`)."""
+"""The fields of a config (`schema`), the objects built from it (`build`), and saved configs (`compatibility`)."""
 
 from ddim_jax.config.build import (
     denoiser,
@@ -11,6 +11,7 @@ from ddim_jax.config.build import (
     pipeline,
     process,
     recipe,
+    training_data,
 )
 from ddim_jax.config.compatibility import (
     FIELDS_ADDED_LATER,
@@ -88,6 +89,7 @@ __all__ = [
     "process",
     "public",
     "section",
+    "training_data",
     "type_of",
     "typed",
     "with_text",

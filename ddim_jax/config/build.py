@@ -1,4 +1,4 @@
-"""The objects that a config names."""
+"""Builds the objects that a config describes: schedule, network, optimizer, objective, data, sampling process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ddim_jax import registry, samplers, trajectory
+from ddim_jax import data, registry, samplers, trajectory
 from ddim_jax.config.schema import Config, ModelConfig, SampleConfig, ScheduleConfig, TrainConfig
 from ddim_jax.gaussian import Denoise, clip_x0, from_eps, threshold_x0
 from ddim_jax.models import NETWORKS
@@ -29,24 +29,24 @@ from ddim_jax.training.objectives import OBJECTIVES, Objective
 from ddim_jax.training.recipe import Recipe
 from ddim_jax.training.times import TIMES
 from ddim_jax.utils import ranges
-from ddim_jax.utils.errors import error_context
+from ddim_jax.utils.errors import ConfigError, error_context
 
 
 def noise_schedule(config: ScheduleConfig) -> Schedule:
-    """The schedule that config.schedule names. Its factory gets those fields that its signature names, and
-    config.schedule.options.
+    """The noise schedule of config.schedule. Its factory receives the fields that are in its signature, and
+    config.schedule.options. ConfigError if the factory rejects them.
     """
     with error_context("config.schedule.name"):
         factory = registry.resolve(registry.SCHEDULES, config.name)
     with error_context("config.schedule"):
-        made = _built(factory, config)
+        schedule = _call_factory(factory, config)
     with error_context("config.schedule.zero_terminal_snr"):
-        return zero_terminal_snr(made) if config.zero_terminal_snr else made
+        return zero_terminal_snr(schedule) if config.zero_terminal_snr else schedule
 
 
-@functools.lru_cache(maxsize=16)  # it is asked for by every batch
+@functools.lru_cache(maxsize=16)  # called for every batch
 def network(config: ModelConfig) -> Network:
-    """The network that config.model describes. ConfigError if its sizes do not fit together."""
+    """The network of config.model. ConfigError if its fields are inconsistent."""
     with error_context("config.model.name"):
         factory = registry.resolve(NETWORKS, config.name)
     with error_context("config.model"):
@@ -55,47 +55,48 @@ def network(config: ModelConfig) -> Network:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimizer that config.train describes, on clipped gradients. ConfigError where it cannot be made."""
-    chosen = config.optimizer
+    """The optimizer of config.train, with gradient clipping. ConfigError if a factory rejects its arguments."""
+    section = config.optimizer
     with error_context("config.train.optimizer.schedule"):
-        rate_of = registry.resolve(optimizers.RATES, chosen.schedule)
+        make_rate = registry.resolve(optimizers.RATES, section.schedule)
     with error_context("config.train.optimizer.schedule_options"):
-        rate = registry.build(rate_of, _named(config, "learning_rate", "warmup", "num_steps"), chosen.schedule_options)
+        common = {name: getattr(config, name) for name in ("learning_rate", "warmup", "num_steps")}
+        rate = registry.build(make_rate, common, section.schedule_options)
     with error_context("config.train.optimizer.name"):
-        factory = registry.resolve(optimizers.OPTIMIZERS, chosen.name)
+        factory = registry.resolve(optimizers.OPTIMIZERS, section.name)
     with error_context("config.train.optimizer"):
-        fields = {"learning_rate": rate} | dataclasses.asdict(chosen)
+        fields = {"learning_rate": rate} | dataclasses.asdict(section)
         return optimizers.clipped(factory(**ranges.arguments(factory, fields)), config.clip_norm)
 
 
 def objective(config: Config) -> Objective:
-    """The objective that config.train.objective describes. ConfigError where it cannot be made."""
-    chosen = config.train.objective
+    """The training objective of config.train.objective. ConfigError if a factory rejects its arguments."""
+    section = config.train.objective
     parts = {}
     for name, table in (("weight", registry.WEIGHTS), ("time", TIMES)):
         with error_context(f"config.train.objective.{name}"):
-            factory = registry.resolve(table, getattr(chosen, name))
+            factory = registry.resolve(table, getattr(section, name))
         with error_context(f"config.train.objective.{name}_options"):
-            parts[name] = registry.build(factory, {}, getattr(chosen, f"{name}_options"))
+            parts[name] = registry.build(factory, {}, getattr(section, f"{name}_options"))
     with error_context("config.train.objective.name"):
-        factory = registry.resolve(OBJECTIVES, chosen.name)
-    made_of = {
+        factory = registry.resolve(OBJECTIVES, section.name)
+    fields = {
         "network": network(config.model),
         "noise_schedule": noise_schedule(config.schedule),
         "prediction": config.model.prediction,
         **parts,
     }
     with error_context("config.train.objective"):
-        made = registry.build(factory, made_of, chosen.options)
-        if not isinstance(made, Objective):
-            raise ValueError(f"{chosen.name} must return an Objective, got {type(made).__name__}")
-    return made
+        result = registry.build(factory, fields, section.options)
+        if not isinstance(result, Objective):
+            raise ValueError(f"{section.name} must return an Objective, got {type(result).__name__}")
+    return result
 
 
 def recipe(config: Config, objective_of: Callable[[Config], Objective] = objective) -> Recipe:
-    """The training that a config describes. objective_of: what makes its objective."""
+    """The training recipe of a config. objective_of: the function that builds the objective from a config."""
     train, model = config.train, config.model
-    counted = None
+    counted = None  # the objective without rematerialisation, see Recipe
     if getattr(model, "remat", False):
         counted = objective_of(dataclasses.replace(config, model=dataclasses.replace(model, remat=False)))
     return Recipe(
@@ -118,17 +119,41 @@ def recipe(config: Config, objective_of: Callable[[Config], Objective] = objecti
 
 
 def ema_decay(config: TrainConfig) -> Callable[[Any], Any]:
-    """step -> the decay of the moving average."""
+    """The EMA decay as a function of the step. ConfigError if config.train.ema_schedule is unknown."""
     with error_context("config.train.ema_schedule"):
         return registry.build(registry.resolve(optimizers.EMAS, config.ema_schedule), {"decay": config.ema_decay})
 
 
-def _named(config: Any, *names: str) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in names}
+def training_data(config: Config, mesh: Mesh) -> data.Source:
+    """The training images of config.data. ConfigError if they cannot be read, if their shape or their number of classes
+    is not that of config.model, or if the batch cannot be divided over the devices of the mesh.
+    """
+    with error_context("config.data"):
+        source = data.load(config.data.name, config.data.path, "train", config.data.options)
+        source = data.in_memory(source) if config.data.in_memory else source
+    expected = image_shape(config.model)
+    if source.image_shape != expected:
+        raise ConfigError(
+            f"config.model.image_size and image_channels: the network takes {'x'.join(map(str, expected))}, the images "
+            f"of data set {config.data.name!r} are {'x'.join(map(str, source.image_shape))}"
+        )
+    if config.model.num_classes and source.num_classes != config.model.num_classes:
+        raise ConfigError(
+            f"config.model.num_classes: is {config.model.num_classes}, data set {config.data.name!r} "
+            f"has {source.num_classes}"
+        )
+    if config.train.batch_size // config.train.accumulate % mesh.size:
+        parts = f" x {config.train.accumulate} accumulation steps" if config.train.accumulate > 1 else ""
+        raise ConfigError(
+            f"config.train.batch_size: must be a multiple of {mesh.size} devices{parts}, got {config.train.batch_size}"
+        )
+    return source
 
 
-def _built(factory: Any, config: Any) -> Any:
-    """What a factory makes of the fields of a section that it names, and of its options, whose types it annotates."""
+def _call_factory(factory: Any, config: Any) -> Any:
+    """Calls a factory with those fields of a section that are in its signature, and with config.options. Each option
+    is converted to the annotated type of its parameter.
+    """
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("name", "options")}
     options, parameters = {}, ranges.parameters(factory)
     for name, value in config.options.items():
@@ -140,20 +165,21 @@ def _built(factory: Any, config: Any) -> Any:
 
 
 def process(config: SampleConfig, schedule: Schedule) -> SamplingProcess:
-    """Sampler, tau and transitions of config.sample; ConfigError if they do not fit together or the schedule.
+    """The sampling process of config.sample: sampler, tau and transitions. ConfigError if they are inconsistent with
+    each other or with the schedule.
 
-    config.tau is a name in registry.TAUS or registry.SPACINGS, a function of the user's, "module:function", from
-    (schedule, steps) to (S+1,) numbers, or the levels themselves: "1,10,99.5,1000"; tau_offset and tau_end: see
-    `trajectory.shift_and_truncate`. The sampler's factory gets those fields that its signature names, and
+    config.tau is a name in registry.TAUS or registry.SPACINGS, a user's function "module:function" from (schedule,
+    steps) to (S + 1,) numbers, or a list of custom timesteps: "1,10,99.5,1000". tau_offset, tau_end: see
+    `trajectory.shift_and_truncate`. The factory of the sampler receives the fields that are in its signature, and
     config.options.
     """
     with error_context("config.sample.tau"):
-        given = _numbers(config.tau)
-        if given:
-            tau = trajectory.explicit(schedule.num_steps, given)
+        timesteps = _numbers(config.tau)
+        if timesteps:
+            tau = trajectory.explicit(schedule.num_steps, timesteps)
         else:
             make_tau = registry.resolve(registry.NAMED_TAUS, config.tau)
-    if not given:
+    if not timesteps:
         with error_context("config.sample.steps"):
             tau = make_tau(schedule.num_steps if config.tau in registry.TAUS else schedule, config.steps)
     stride = schedule.num_steps // (len(tau) - 1) if config.fixed_stride else 0
@@ -161,18 +187,18 @@ def process(config: SampleConfig, schedule: Schedule) -> SamplingProcess:
         tau = trajectory.shift_and_truncate(schedule.num_steps, tau, config.tau_offset, config.tau_end)
     with error_context("config.sample.fixed_stride" if stride else "config.sample.tau"):
         transitions = trajectory.descend(schedule, tau, config.tau_end, stride)
-    with _named_in_message({"eta": "eta", "steps": "tau" if given else "steps", "tau": "tau"}):
+    with _context_from_message({"eta": "eta", "steps": "tau" if timesteps else "steps", "tau": "tau"}):
         factory = registry.resolve(registry.SAMPLERS, config.sampler)
-        sampler = _built(factory, config)
+        sampler = _call_factory(factory, config)
         samplers.check_sampler(sampler)
         sampler.check(transitions)
     return SamplingProcess(sampler, tau, transitions, schedule, config.tau_end, stride)
 
 
 def pipeline(config: Config, params: Any, mesh: Mesh, sampling_process: SamplingProcess | None = None) -> Pipeline:
-    """The network of config.model with these parameters, replicated over the mesh, sampled as config.sample says.
+    """The network of config.model with its sampling process, guidance and clipping.
 
-    sampling_process: default: that of config.sample.
+    params: replicated over the mesh. sampling_process: None for that of config.sample.
     """
     sample = config.sample
     if sampling_process is None:
@@ -190,12 +216,12 @@ def pipeline(config: Config, params: Any, mesh: Mesh, sampling_process: Sampling
 
 
 def denoiser(config: Config, params: Any) -> Denoiser:
-    """The network of config.model with these parameters, without guidance and bounds."""
+    """The denoiser of config.model with these parameters, without guidance and clipping."""
     return Denoiser(network(config.model), params, config.model.prediction, lowest=_lowest(config.schedule))
 
 
 def _bound_x0(config: SampleConfig) -> Callable[[Denoise], Denoise] | None:
-    """What bounds the predicted x_0, None where config.clip_x0 is False."""
+    """The combinator that clips the predicted x_0. None if config.clip_x0 is False."""
     if not config.clip_x0:
         return None
     if not config.clip_quantile:
@@ -204,36 +230,38 @@ def _bound_x0(config: SampleConfig) -> Callable[[Denoise], Denoise] | None:
         threshold_x0, quantile=config.clip_quantile, maximum=config.clip_range, keep_eps=config.keep_eps
     )
     with error_context("config.sample.clip_range"):
-        bound(from_eps(lambda x, t: x))  # a mistake shows here
+        bound(from_eps(lambda x, t: x))  # raises an error for an invalid clip_range
     return bound
 
 
 @functools.lru_cache(maxsize=16)
 def _lowest(config: ScheduleConfig) -> Level:
-    """The lowest level that a network is trained on."""
+    """The noise level at t = 1, the lowest one that a network is trained on."""
     return jax.tree.map(np.float32, noise_schedule(config).level(1))._replace(t=np.int32(1))
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """(H, W, C) of the images of a network."""
+    """(H, W, C) of the network's images."""
     return config.image_size, config.image_size, config.image_channels
 
 
 @contextlib.contextmanager
-def _named_in_message(fields: Mapping[str, str]) -> Iterator[None]:
-    """`error_context` of the field of config.sample that stands for the first of these words in the error's message; of
-    the sampler itself, if there is none.
+def _context_from_message(fields: Mapping[str, str]) -> Iterator[None]:
+    """Turns a ValueError of a sampler into a ConfigError that names a field of config.sample: the field of the first
+    argument in the message, or config.sample.sampler if the message has none of the arguments.
+
+    fields: argument -> field.
     """
     try:
         yield
     except ValueError as error:
-        word = next((word for word in re.findall(r"\w+", str(error)) if word in fields), None)
-        with error_context(f"config.sample.{fields.get(word, 'sampler')}"):
+        argument = next((name for name in re.findall(r"\w+", str(error)) if name in fields), None)
+        with error_context(f"config.sample.{fields.get(argument, 'sampler')}"):
             raise
 
 
 def _numbers(text: str) -> list[float]:
-    """Those of a list with commas; none if it is something else."""
+    """The numbers of a comma-separated list; an empty list if the text is not such a list."""
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Configs that were saved: by earlier versions, by others, for others."""
+"""Saved configs: reading those of earlier versions, comparing them, and removing private fields."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ddim_jax.utils import files, ranges
 from ddim_jax.utils.errors import ConfigError
 from ddim_jax.utils.files import shown
 
-# What held before a field was there: configs saved by earlier versions do not have it.
+# field -> the value that reproduces the behaviour of the versions before the field existed. Their saved configs do not
+# have the field.
 FIELDS_ADDED_LATER = {
     "pretrained": "",
-    "data": {"in_memory": False, "workers": 0},
+    "data": {"in_memory": False, "workers": 0, "options": {}},
     "model": {"name": "unet"},
     "schedule": {"log_snr_max": 13.3, "log_snr_min": -10.0, "zero_terminal_snr": False, "options": {}},
     "train": {
@@ -54,13 +55,14 @@ FIELDS_ADDED_LATER = {
 }
 
 
-RENAMED = {"halve_padding": "downsample_padding"}  # fields of config.model, by their earlier names
+RENAMED = {"halve_padding": "downsample_padding"}  # fields of config.model: earlier name -> name
 
 
 def parse_saved(values: Mapping[str, Any]) -> Config:
-    """The Config that was saved as JSON, also by an earlier version. Raises ConfigError.
+    """The Config of a saved JSON object, also of an earlier version. Raises ConfigError.
 
-    Earlier versions took any name: the nearest that is one now stands for it. What has no effect is no mistake here.
+    Earlier versions accepted any name: an invalid one is replaced by the nearest valid name. Unlike `parsing.parse`, it
+    accepts fields without effect.
     """
     values = filled(values)
     if isinstance(values, Mapping) and isinstance(values.get("name"), str):
@@ -69,34 +71,35 @@ def parse_saved(values: Mapping[str, Any]) -> Config:
 
 
 def filled(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Saved values with the fields that came later, and under the names that they have now."""
+    """The saved values of a config, with the fields that were added or renamed since then."""
     if isinstance(values, Mapping) and isinstance(model := values.get("model"), Mapping) and "halve_padding" in model:
         values = {**values, "model": {RENAMED.get(name, name): value for name, value in model.items()}}
     values = _fill(FIELDS_ADDED_LATER, values)
     if isinstance(values, Mapping) and isinstance(train := values.get("train"), Mapping) and "objective" not in train:
         time = "real" if train.get("real_time") else "uniform"
         objective = {"name": "noise_prediction", "weight": train.get("gamma", "one"), "time": time}
-        kept = {name: value for name, value in train.items() if name not in ("gamma", "real_time")}
-        values = {**values, "train": {**kept, "objective": objective}}
+        other = {name: value for name, value in train.items() if name not in ("gamma", "real_time")}
+        values = {**values, "train": {**other, "objective": objective}}
     return values
 
 
 def _fill(defaults: Any, values: Any) -> Any:
-    """values, with what they lack taken from defaults; both nested dicts."""
+    """The nested dict `values`; missing entries are taken from `defaults`."""
     if not isinstance(defaults, Mapping) or not isinstance(values, Mapping):
         return values
     return {**defaults, **{name: _fill(defaults.get(name), value) for name, value in values.items()}}
 
 
-# Where things lie on this machine, and accounts: nothing that the use of a network needs.
+# Fields that hold paths of this machine, account names or the user's code. A trained network works without them.
 PRIVATE = (
     "pretrained",
     "data.path",
     "train.wandb",
-    "evaluate.features",  # a module of the user's, where it is none of ours
+    "evaluate.features",  # may name a module of the user
     "evaluate.weights",
     "evaluate.reference",
-    "sample.options",  # arguments of the user's own code, which may be paths
+    "data.options",  # arguments of the user's code, which may be paths
+    "sample.options",
     "train.objective.options",
     "train.objective.weight_options",
     "train.objective.time_options",
@@ -105,15 +108,15 @@ PRIVATE = (
 
 
 def public(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a config's nested values to give to others: the fields of PRIVATE hold their defaults, and what is no
-    field of a config, or of another type, is left out. It takes any part of a config.
+    """A copy of a config's nested dict that can be published: the fields of PRIVATE have their defaults, and entries
+    that are not a field of a config, or have an invalid type, are removed. Fields may be missing.
     """
     return _public(Config, values, FIELDS_ADDED_LATER, "")
 
 
 def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> dict[str, Any]:
     copy = {}
-    with contextlib.suppress(ConfigError, TypeError):  # TypeError: values are no fields
+    with contextlib.suppress(ConfigError, TypeError):  # TypeError: values is not a dict
         kind = kind_of(kind, {**defaults, **values}, path, trusted=False)
     kinds = typing.get_type_hints(kind)
     for name in kinds:
@@ -128,7 +131,7 @@ def _public(kind: type, values: Any, defaults: Mapping[str, Any], path: str) -> 
     return copy
 
 
-# What a run that continues must not change, and what a network must be sampled with as it was trained.
+# Fields that must not change when a run resumes, and those that must be equal in training and sampling.
 MUST_MATCH_TO_RESUME = (
     "pretrained",
     "model",
@@ -142,13 +145,15 @@ MUST_MATCH_TO_SAMPLE = ("schedule", "model")
 
 
 def check_resumed(config: Config, saved: Config, where: str) -> None:
-    """ConfigError, naming the first field that differs, unless the run in `where` can continue with this config."""
+    """ConfigError with the first field that differs, unless a run can resume with this config. where: the run, for the
+    message.
+    """
     _check_same(config, saved, MUST_MATCH_TO_RESUME, where)
 
 
 def check_sampled(config: Config, saved: Any, where: str) -> None:
-    """ConfigError, naming the first field that differs, unless the config is of the network and the schedule saved in
-    `where`: fields .model and .schedule.
+    """ConfigError with the first field that differs, unless the config has the network and the schedule of a
+    checkpoint. saved: with attributes .model and .schedule. where: the checkpoint, for the message.
     """
     _check_same(config, saved, MUST_MATCH_TO_SAMPLE, where, ignored=NOT_ARCHITECTURE)
 
@@ -157,33 +162,38 @@ def _check_same(current: Any, expected: Any, fields: Iterable[str], where: str, 
     for field in fields:
         a, b = current, expected
         for name in field.split("."):
-            a, b = (getattr(section, name, "no field of it") for section in (a, b))
+            a, b = (getattr(section, name, "no such field") for section in (a, b))
         if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
-            names = dict.fromkeys(one.name for section in (a, b) for one in dataclasses.fields(section))
+            names = dict.fromkeys(item.name for section in (a, b) for item in dataclasses.fields(section))
             _check_same(a, b, [name for name in names if name not in ignored], where, ignored, f"{path}.{field}")
         elif a != b:
-            raise ConfigError(f"{path}.{field} is {shown(a)}, but {where} was made with {shown(b)}")
+            raise ConfigError(f"{path}.{field}: must be {shown(b)}, as in {where}, got {shown(a)}")
 
 
-def code_of(found: Any) -> dict[str, str]:
-    """field -> "module:attribute", of what a checkpoint needs that is code of its author. found: what its file says,
-    with .model, .schedule and .sample.
+def code_of(checkpoint: Any) -> dict[str, str]:
+    """field -> "module:attribute": the code of its author that a checkpoint needs.
+
+    checkpoint: its description, with attributes .model, .schedule and .sample.
     """
     names = {
-        "model.name": found.model.name,
-        "schedule.name": found.schedule.name,
-        "sample.tau": found.sample.get("tau") or "",
+        "model.name": checkpoint.model.name,
+        "schedule.name": checkpoint.schedule.name,
+        "sample.tau": checkpoint.sample.get("tau") or "",
     }
     return {field: name for field, name in names.items() if registry.is_code(name)}
 
 
-def check_trusted(values: Mapping[str, Any], found: Any, where: str) -> None:
-    """ConfigError where a checkpoint needs code of its author that the config does not name too: a file alone imports
-    nothing. A tau that the config gives itself stands for the file's.
+def check_trusted(values: Mapping[str, Any], checkpoint: Any, where: str) -> None:
+    """ConfigError if a checkpoint needs code of its author that the config does not name: a file alone never imports
+    code. A config with another tau does not need the code of the checkpoint's tau.
+
+    values: of the config. checkpoint: see `code_of`. where: the checkpoint, for the message.
     """
-    for field, name in code_of(found).items():
+    for field, name in code_of(checkpoint).items():
         section, _, last = field.partition(".")
         inner = values.get(section)
-        given = inner.get(last) if isinstance(inner, Mapping) else None
-        if given != name and not (field == "sample.tau" and given is not None):
-            raise ConfigError(f"{where} needs {name}, which is code of its author; --config.{field}={name} runs it")
+        current = inner.get(last) if isinstance(inner, Mapping) else None
+        if current != name and not (field == "sample.tau" and current is not None):
+            raise ConfigError(
+                f"{where} needs the code {name} of the checkpoint's author; to run it, add --config.{field}={name}"
+            )

@@ -1,4 +1,4 @@
-"""The evaluator that a config describes: a feature network, metrics, and real images or statistics of them."""
+"""Builds the evaluator of a config: the feature network, the metrics, and the real images or their statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ddim_jax.utils.errors import CheckpointError, ConfigError, error_context
 
 
 def accepted_fields(text: str) -> list[str]:
-    """The fields of About that --accept lists; ConfigError for one that is none."""
+    """The fields of About in the comma-separated value of --accept. ConfigError for an unknown field."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     fields = {field.name: None for field in dataclasses.fields(About)}
     with error_context("--accept"):
@@ -34,7 +34,7 @@ def accepted_fields(text: str) -> list[str]:
 
 
 def metric_names(config: Config) -> list[str]:
-    """The names in config.evaluate.metrics; ConfigError for one that is none."""
+    """The names in config.evaluate.metrics. ConfigError for an unknown metric."""
     names = [name.strip() for name in config.evaluate.metrics.split(",")]
     with error_context("config.evaluate.metrics"):
         for name in names:
@@ -43,7 +43,7 @@ def metric_names(config: Config) -> list[str]:
 
 
 def open_network(config: Config) -> FeatureNetwork:
-    """The network that extracts features; ConfigError if it, or its weights, cannot be had."""
+    """The feature network of config.evaluate. ConfigError if the network or its weights cannot be loaded."""
     path = pathlib.Path(config.evaluate.weights)
     if config.evaluate.weights and path.exists():
         with error_context("config.evaluate.weights"):
@@ -56,7 +56,7 @@ def open_network(config: Config) -> FeatureNetwork:
 
 
 def load_samples(path: str, config: Config) -> Source:
-    """The images at a path; ConfigError if there are fewer than config.evaluate.num_images."""
+    """The images of --samples. ConfigError if there are fewer than config.evaluate.num_images."""
     source = load_images(path, "--samples")
     warn_of_jpegs(source, path)
     check_enough(source, config, path)
@@ -64,28 +64,49 @@ def load_samples(path: str, config: Config) -> Source:
 
 
 def check_enough(source: Source, config: Config, path: str) -> None:
+    """ConfigError if the source has fewer than config.evaluate.num_images images. path: for the message."""
     if len(source) < config.evaluate.num_images:
         raise ConfigError(
-            f"{path} holds {len(source)} images, and config.evaluate.num_images asks for {config.evaluate.num_images}"
+            f"{path} holds {len(source)} images, but config.evaluate.num_images is {config.evaluate.num_images}"
         )
 
 
 def load_images(path: str, option: str) -> Source:
+    """The images of a folder or an .npz file. ConfigError that names the option if they cannot be read."""
     if not pathlib.Path(path).exists():
         raise ConfigError(f"{option}: there is no file or folder {path}")
     with error_context(option):
         return data.load("folder" if pathlib.Path(path).is_dir() else "npz", path)
 
 
+def real_images(config: Config) -> tuple[Source, str]:
+    """The real images, and the field that names them: config.evaluate.reference if it is set, else config.data.
+    ConfigError if they cannot be read, or if the reference holds statistics.
+    """
+    evaluate = config.evaluate
+    if not evaluate.reference:
+        with error_context("config.data"):
+            return data.load(config.data.name, config.data.path, evaluate.split, config.data.options), "config.data"
+    field, path = "config.evaluate.reference", pathlib.Path(evaluate.reference)
+    if path.exists():
+        with error_context(field):
+            is_statistics = holds_statistics(path)
+        if is_statistics:
+            raise ConfigError(f"{field}: must hold images, {path} holds statistics")
+    return load_images(evaluate.reference, field), field
+
+
 def warn_of_jpegs(source: Source, path: str) -> None:
+    """Prints a warning if images of the source are JPEG files."""
     if source.jpegs:
         warn(
-            f"{source.jpegs} of {len(source)} images of {path} are JPEG files: what compression leaves moves every "
-            f"distance (for the same samples FID was 2.50 with PNG references and 5.80 with JPEG); use lossless files"
+            f"{source.jpegs} of {len(source)} images of {path} are JPEG files: compression artifacts change every "
+            f"metric (for the same samples, FID was 2.50 with PNG references and 5.80 with JPEG); use lossless files"
         )
 
 
 def warn(message: str) -> None:
+    """Prints a warning to stderr in the main process."""
     if sharding.is_main_process():
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
@@ -100,9 +121,12 @@ def evaluator(
 ) -> Evaluator:
     """The evaluator of config.evaluate.
 
-    shape: (H, W, C) of the samples, None if there are none. accepted: fields of About in which statistics of a file
-    may differ. stored: a file of this command's own that keeps what has once been computed. ConfigError where the
-    reference does not belong to the samples.
+    network: the feature network, see `open_network`.
+    shape: (H, W, C) of the samples, None without samples.
+    accepted: the fields of About in which statistics from a file may differ from the samples.
+    stored: a file in which the computed statistics are cached.
+
+    ConfigError if the reference does not match the samples.
     """
     metrics = metric_names(config)
     evaluate = config.evaluate
@@ -113,45 +137,45 @@ def evaluator(
     if path is not None and not path.exists():
         raise ConfigError(f"config.evaluate.reference: there is no file or folder {path}")
     with error_context("config.evaluate.reference"):
-        statistics = path is not None and holds_statistics(path)
-        found = reference.load(path) if statistics else None
-    if accepted and not statistics:
-        raise ConfigError("--accept: has no effect where config.evaluate.reference is not a file of statistics")
-    if statistics and found.about is None:
-        warn(f"{path} does not say what it is of (data, crop, resize, feature network): its origin is unknown")
-    if not statistics and stored is not None and stored.exists():
-        found = _stored(stored)
-    if found is None:
-        found = _compute(config, path, network, metrics, mesh, shape)
+        is_statistics = path is not None and holds_statistics(path)
+        real = reference.load(path) if is_statistics else None
+    if accepted and not is_statistics:
+        raise ConfigError("--accept: has no effect unless config.evaluate.reference is a file of statistics")
+    if is_statistics and real.about is None:
+        warn(f"{path} has no metadata (data, crop, resize, feature network): its origin is unknown")
+    if not is_statistics and stored is not None and stored.exists():
+        real = _stored(stored)
+    if real is None:
+        real = _compute(config, path, network, metrics, mesh, shape)
         if stored is not None and sharding.is_main_process():
-            reference.save(stored, found)
+            reference.save(stored, real)
     with error_context("config.evaluate.reference"):
-        metrics_lib.check(metrics, found.features)
-        if shape is not None and len(found.features.moments.mean) != size:
+        metrics_lib.check(metrics, real.features)
+        if shape is not None and len(real.features.moments.mean) != size:
             raise ConfigError(
-                f"{path or 'the data set'} does not belong to the samples: it has {len(found.features.moments.mean)} "
+                f"{path or 'the data set'} does not match the samples: it has {len(real.features.moments.mean)} "
                 f"features, {network.name} has {size}"
             )
-        if shape is not None and found.about is not None:
-            expected = _expected_about(config, network, shape) if statistics else found.about
+        if shape is not None and real.about is not None:
+            expected = _expected_about(config, network, shape) if is_statistics else real.about
             expected = dataclasses.replace(expected, resolution=reference.resolution(shape))
-            if different := reference.difference(found.about, expected, accepted):
-                raise ConfigError(f"{path or 'the data set'} does not belong to the samples: {different}")
-    return Evaluator(network, metrics, found, mesh, evaluate.batch_size)
+            if different := reference.difference(real.about, expected, accepted):
+                raise ConfigError(f"{path or 'the data set'} does not match the samples: {different}")
+    return Evaluator(network, metrics, real, mesh, evaluate.batch_size)
 
 
 def holds_statistics(path: pathlib.Path) -> bool:
-    """Whether a reference is statistics; a folder, and an .npz of images, is not. ValueError for anything else."""
+    """True for a file of statistics, False for a folder or an .npz file of images. ValueError for any other file."""
     files.check_regular(path)
     return path.is_file() and reference.is_there(path)
 
 
 def _stored(path: pathlib.Path) -> Reference | None:
-    """Statistics that an earlier command stored to save time; None, with a warning, if they are damaged."""
+    """The statistics that an earlier command cached. None, after a warning, if the file is damaged."""
     try:
         return reference.load(path)
     except ValueError as error:
-        warn(f"{error}; they are computed again")
+        warn(f"{error}; the statistics are recomputed")
         return None
 
 
@@ -163,13 +187,15 @@ def _compute(
     mesh: Mesh,
     shape: tuple[int, int, int] | None,
 ) -> Reference:
-    """Statistics of the images at a path, or of those of config.data, which must be of the samples' shape."""
+    """The statistics of the images at `path`, or of config.data if it is None. ConfigError if the shape of the images
+    is not `shape`, that of the samples.
+    """
     if path is not None:
         source, name, split = load_images(str(path), "config.evaluate.reference"), str(path.name), None
     else:
         name, split = _data_name(config), config.evaluate.split
         with error_context("config.data"):
-            source = data.load(config.data.name, config.data.path, split)
+            source = data.load(config.data.name, config.data.path, split, config.data.options)
     if shape is not None and source.image_shape != shape:
         raise ConfigError(
             f"the real images ({name}) are {reference.resolution(source.image_shape)}, the samples "
@@ -177,7 +203,7 @@ def _compute(
         )
     warn_of_jpegs(source, name)
     with error_context("the real images"):
-        found = features_lib.extract(
+        features = features_lib.extract(
             network,
             source,
             mesh,
@@ -185,21 +211,23 @@ def _compute(
             metrics_lib.needed_of_reference(metrics),
             doing="real images",
         )
-    return Reference(found, reference.about(source, reference.resolution(source.image_shape), network, name, split))
+    return Reference(features, reference.about(source, reference.resolution(source.image_shape), network, name, split))
 
 
 def _expected_about(config: Config, network: FeatureNetwork, shape: tuple[int, int, int]) -> About:
-    """What statistics that belong to samples of this config are of; of the data set as much as is known here."""
+    """The metadata that statistics must have to match samples of this config. If the data set is not available on this
+    machine, its crop and count are None.
+    """
     try:
-        source = data.load(config.data.name, config.data.path, config.evaluate.split)
+        source = data.load(config.data.name, config.data.path, config.evaluate.split, config.data.options)
     except ValueError:
         source = None
     return reference.about(source, reference.resolution(shape), network, _data_name(config), config.evaluate.split)
 
 
 def _data_name(config: Config) -> str | None:
-    """The name of config.data in statistics. A folder's or a file's is its own, without where it lies, and that of a
-    data set of tensorflow-datasets the one it has there.
+    """The name of config.data in the metadata of statistics: the base name of a folder or a file, the name in
+    tensorflow-datasets for "tfds", else config.data.name.
     """
     if config.data.name in ("folder", "npz"):
         return pathlib.Path(config.data.path).name or None

@@ -1,5 +1,5 @@
-"""What results depend on: JSON values that an output folder records, and that are compared before anything in it is
-used again. Fields that change no image are not in them.
+"""Fingerprints: JSON values that describe everything that results depend on. An output folder records them, and they
+are compared before a result in the folder is reused. Fields that do not change the images are not part of them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,26 @@ from ddim_jax.samplers import Sampler, SamplingProcess
 from ddim_jax.trajectory import Transitions
 from ddim_jax.utils import files
 
-PROBED_STEPS = 6  # of a process: more than the steps that a multistep method remembers
-PROBED_VALUES = 10_000  # of its results
-FAR = 1e12  # what is infinite
+PROBED_STEPS = 6  # steps of a process that are computed: more than the history of any multistep method
+PROBED_VALUES = 10_000  # values of their results that are hashed
+FAR = 1e12  # larger values, also infinity, are clipped to it
 
-# Fields of config.sample that images do not depend on, or through tau and the weights alone.
+# Fields of config.sample that do not change the images, or only through tau and the weights.
 WITHOUT_EFFECT = ("batch_size", "refine", "steps", "tau_offset", "ema")
-# Fields that folders of earlier versions do not record: they are recorded where they are set.
+# Fields that earlier versions do not record: they are recorded only if they differ from their default.
 ADDED_LATER = ("keep_eps", "fixed_stride", "options")
+MODEL_FIELDS_ADDED_LATER = {  # the same for config.model -> their defaults
+    "num_heads": 0,
+    "scale_shift": False,
+    "resample": "conv",
+    "time_channels": 0,
+    "time_scale": 1.0,
+    "learn_sigma": False,
+}
 
 
 def of_images(config: Config, process: SamplingProcess) -> dict[str, Any]:
-    """All that the images of a config depend on but the parameters of its network."""
+    """Everything that the images of a config depend on, except the parameters of the network."""
     return {
         "sample": sample(config) | {"tau": process.tau.tolist()},
         "schedule": schedule(config.schedule),
@@ -43,7 +51,7 @@ def of_images(config: Config, process: SamplingProcess) -> dict[str, Any]:
 
 
 def sample(config: Config) -> dict[str, Any]:
-    """The fields of config.sample that change its images."""
+    """The fields of config.sample that change the images, and their values."""
     fields = dataclasses.asdict(config.sample)
     unused = set(WITHOUT_EFFECT) | {name for name in ADDED_LATER if not fields[name]}
     if not config.sample.clip_x0:
@@ -54,52 +62,55 @@ def sample(config: Config) -> dict[str, Any]:
 
 
 def model(config: ModelConfig) -> dict[str, Any]:
-    """The fields of config.model that change the network's output: not what matters in training alone."""
+    """The fields of config.model that change the network's output in sampling, and their values."""
     unused = set(NOT_ARCHITECTURE) - {"dtype"}
-    if config.name == "unet":  # folders of earlier versions do not record the only network that there was
+    if config.name == "unet":  # not recorded by earlier versions, which had no other network
         unused |= {"name"}
-    recorded = {new: old for old, new in RENAMED.items()}  # as folders of earlier versions have it
-    return {recorded.get(name, name): value for name, value in dataclasses.asdict(config).items() if name not in unused}
+    fields = dataclasses.asdict(config)
+    if config.name == "unet":
+        unused |= {name for name, default in MODEL_FIELDS_ADDED_LATER.items() if fields[name] == default}
+    recorded = {new: old for old, new in RENAMED.items()}  # the names that earlier versions record
+    return {recorded.get(name, name): value for name, value in fields.items() if name not in unused}
 
 
 def schedule(config: ScheduleConfig) -> dict[str, Any]:
-    """The name of a schedule, and the fields that its factory takes."""
+    """The name of a schedule, the fields that are parameters of its factory, and their values."""
     taken = registry.accepts(registry.resolve(registry.SCHEDULES, config.name)) | {"name"}
     taken |= {name for name in ("zero_terminal_snr", "options") if getattr(config, name)}
     return {name: value for name, value in dataclasses.asdict(config).items() if name in taken}
 
 
 def of_process(sampler: Sampler, transitions: Transitions, shape: tuple[int, ...]) -> str:
-    """SHA-256 of what a process computes: its coefficients, and x_s of some steps from a fixed x_T with a fixed eps and
-    fixed noise, in float64 and rounded to five digits. shape: of one image.
+    """SHA-256 of what a process computes: the coefficients of its transitions, and x_s of some steps for a fixed x_T, a
+    fixed eps_fn and fixed noise, in float64 and rounded to five digits. shape: of one image.
 
-    It knows a sampler by its results, not by its name or its source: an edited one differs, and the same mathematics
-    has the same fingerprint on every machine and in every version of JAX.
+    It identifies a sampler by its results, not by its name or its source code. An edited sampler therefore has another
+    fingerprint, and equal mathematics has the same fingerprint on every machine and in every version of JAX.
     """
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     for leaf in transitions:
-        total.update(_rounded(leaf, 9))
+        digest.update(_rounded(leaf, 9))
     try:
-        found, digits = _probe(sampler, transitions, shape, True), 5
-    except TypeError:  # a sampler that is written for float32 alone
-        found, digits = _probe(sampler, transitions, shape, False), 3
-    total.update(_rounded(found[:: max(1, found.size // PROBED_VALUES)], digits))
-    return total.hexdigest()
+        x_s, digits = _probe(sampler, transitions, shape, True), 5
+    except TypeError:  # the sampler supports only float32
+        x_s, digits = _probe(sampler, transitions, shape, False), 3
+    digest.update(_rounded(x_s[:: max(1, x_s.size // PROBED_VALUES)], digits))
+    return digest.hexdigest()
 
 
 def _rounded(values: Any, digits: int) -> bytes:
     values = np.clip(np.nan_to_num(np.asarray(values, np.float64)), -FAR, FAR)
-    return (np.round(values, digits) + 0.0).tobytes()  # + 0.0: no -0.0
+    return (np.round(values, digits) + 0.0).tobytes()  # + 0.0 turns -0.0 into 0.0
 
 
 def _probe(sampler: Sampler, transitions: Transitions, shape: tuple[int, ...], x64: bool) -> np.ndarray:
-    """x_s of some steps, the first and the last among them, as (n,)."""
-    chosen = np.unique(np.linspace(0, len(transitions.t) - 1, PROBED_STEPS).round().astype(int))
-    some = jax.tree.map(lambda leaf: np.asarray(leaf)[chosen], transitions)
+    """x_s of PROBED_STEPS steps, including the first and the last one, as (n,)."""
+    indices = np.unique(np.linspace(0, len(transitions.t) - 1, PROBED_STEPS).round().astype(int))
+    subset = jax.tree.map(lambda leaf: np.asarray(leaf)[indices], transitions)
     waves = np.arange(1.0, 1.0 + np.prod(shape)).reshape(1, *shape) ** 2
     with jax.enable_x64(x64), _on_cpu():
         x, noise = (jnp.asarray(array) for array in (2 * np.sin(waves), np.cos(waves)))
-        return np.asarray(_run(sampler, some, x, noise if sampler.stochastic else None)).reshape(-1)
+        return np.asarray(_run(sampler, subset, x, noise if sampler.stochastic else None)).reshape(-1)
 
 
 @jax.jit
@@ -115,7 +126,7 @@ def _run(sampler, transitions, x, noise):
 
 
 def _on_cpu() -> contextlib.AbstractContextManager:
-    """The CPU beside an accelerator, where JAX was not told to leave it out."""
+    """A context that computes on the CPU. It has no effect if the CPU backend of JAX is disabled."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:
@@ -123,8 +134,10 @@ def _on_cpu() -> contextlib.AbstractContextManager:
 
 
 def folder_name(config: Config, process: SamplingProcess, step: int | None, made_from: Mapping[str, Any]) -> str:
-    """A name for each way to sample: what people look for, and eight digits of all that the images depend on, so that
-    two different runs never have the same. step: of the checkpoint.
+    """The name of an output folder: the main settings, and eight hex digits of the digest of `made_from`, so that
+    different settings have different names.
+
+    step: of the checkpoint, None without one. made_from: everything that the images depend on.
     """
     fields = config.sample
     takes_eta = "eta" in registry.accepts(registry.resolve(registry.SAMPLERS, fields.sampler))

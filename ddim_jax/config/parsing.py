@@ -1,5 +1,6 @@
-"""Values of a config, checked: nested dicts become the dataclasses of `schema`; a mistake is one line that names the
-field. A section that names a factory, as config.model does, has the parameters of that factory as its fields.
+"""Parses and checks the values of a config: nested dicts become the dataclasses of `schema`. An error is one line that
+names the field. A section with the name of a factory, such as config.model, also has the parameters of that factory as
+fields.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from ddim_jax.utils.errors import ConfigError, error_context
 from ddim_jax.utils.files import shown
 from ddim_jax.utils.ranges import Options
 
-_types = functools.cache(typing.get_type_hints)  # of a section: field -> type
+_types = functools.cache(typing.get_type_hints)  # section -> {field: type}
 
 
 def parse(values: Mapping[str, Any]) -> Config:
-    """The checked Config of nested dicts (a ConfigDict's `to_dict()`). Raises ConfigError, also for a field that has no
-    effect beside the others.
+    """The Config of nested dicts (`ConfigDict.to_dict()`). ConfigError for an invalid field, for fields that are
+    inconsistent, and for a field that has no effect in combination with the others.
     """
     config = typed(values)
     train, sample, model = config.train, config.sample, config.model
     if train.checkpoint_every % train.log_every:
         raise ConfigError(
             f"config.train.checkpoint_every: must be a multiple of log_every ({train.log_every}), so that a resumed "
-            f"run logs what an undisturbed one logs; got {train.checkpoint_every}"
+            f"run logs the same metrics as an uninterrupted one; got {train.checkpoint_every}"
         )
     if train.batch_size % train.accumulate:
         raise ConfigError(
@@ -43,12 +44,12 @@ def parse(values: Mapping[str, Any]) -> Config:
         factory = registry.resolve(registry.SAMPLERS, sample.sampler)
     if sample.eta and "eta" not in registry.accepts(factory):
         raise ConfigError(
-            f"config.sample.eta: the sampler {sample.sampler!r} has no eta, leave it at 0; got {sample.eta}"
+            f"config.sample.eta: must be 0, because the sampler {sample.sampler!r} has no eta; got {sample.eta}"
         )
     if config.schedule.zero_terminal_snr and model.prediction == "eps":
         raise ConfigError(
-            "config.schedule.zero_terminal_snr: needs config.model.prediction x0 or v: at T nothing of x_0 follows "
-            "from eps"
+            "config.schedule.zero_terminal_snr: requires config.model.prediction x0 or v, because at T eps does not "
+            "determine x_0"
         )
     if sample.keep_eps and not sample.clip_x0:
         raise ConfigError("config.sample.keep_eps: has no effect without config.sample.clip_x0=True; got True")
@@ -56,89 +57,94 @@ def parse(values: Mapping[str, Any]) -> Config:
         check_without_effect(dataclasses.asdict(sample), "clip_x0", "without config.sample.clip_x0=True")
     if sample.label >= max(model.num_classes, 1) or (sample.label >= 0 and not model.num_classes):
         raise ConfigError(
-            f"config.sample.label: must be -1 (all in turn) or a class of the network, which has "
-            f"{model.num_classes}; got {sample.label}"
+            f"config.sample.label: must be -1 (all classes in turn) or a class of the network, which has "
+            f"{model.num_classes} classes; got {sample.label}"
         )
     if sample.guidance != 1 and not (model.num_classes and model.label_dropout):
         raise ConfigError(
-            f"config.sample.guidance: must be 1 for a network without classes, or trained without "
-            f"config.model.label_dropout: it cannot tell what a class adds; got {sample.guidance}"
+            f"config.sample.guidance: must be 1 for an unconditional network, and for a network trained without "
+            f"config.model.label_dropout, because it has no unconditional output; got {sample.guidance}"
         )
     return config
 
 
 def typed(values: Mapping[str, Any], trusted: bool = True) -> Config:
-    """The Config of nested dicts, of which each field by itself has the right type and range. Raises ConfigError.
+    """The Config of nested dicts. It checks the type and the range of each field, but not their combination. Raises
+    ConfigError.
 
-    trusted: whether modules that the values name may be imported: those of a user, not of a file.
+    trusted: whether modules that the values name may be imported: True for the user's config, False for a file.
     """
-    return _parse(Config, _closed(values), "config", trusted)
+    return _parse(Config, _with_defaults(values), "config", trusted)
 
 
-def _closed(values: Any) -> Any:
-    """The values with what config.sample leaves open as it is without a checkpoint."""
+def _with_defaults(values: Any) -> Any:
+    """The values, in which an unset field (None) of config.sample has the default that it has without a checkpoint."""
     if not isinstance(values, Mapping) or not isinstance(values.get("sample"), Mapping):
         return values
     sample = values["sample"]
-    closed = {name: field.value for name, field in DEFAULT_IF_UNSET.items() if name in sample and sample[name] is None}
-    return {**values, "sample": {**sample, **closed}}
+    filled = {name: unset.value for name, unset in DEFAULT_IF_UNSET.items() if name in sample and sample[name] is None}
+    return {**values, "sample": {**sample, **filled}}
 
 
 def decided(sample: Mapping[str, Any], published: Mapping[str, Any]) -> dict[str, Any]:
-    """config.sample with what it leaves open as a checkpoint is sampled. ConfigError for a field that is given though
-    the checkpoint decides it.
+    """config.sample, in which the unset fields (None) and their dependent fields have the values of a checkpoint.
+    ConfigError if a dependent field of an unset field is set.
+
+    sample: fields of config.sample. published: the same fields, from the checkpoint.
     """
-    for name, field in DEFAULT_IF_UNSET.items():
+    for name, unset in DEFAULT_IF_UNSET.items():
         if name in sample and sample[name] is None:
-            check_without_effect(sample, name, f"while config.sample.{name} is open: config.pretrained decides both")
-            given = {name: published[name]} | {other: published[other] for other in field.beside}
-            sample = {**sample, **(given if given[name] else given | field.beside)}
+            check_without_effect(sample, name, f"if config.sample.{name} is not set: config.pretrained sets both")
+            values = {name: published[name]} | {other: published[other] for other in unset.dependent}
+            sample = {**sample, **(values if values[name] else values | unset.dependent)}
     return dict(sample)
 
 
 def check_without_effect(sample: Mapping[str, Any], name: str, why: str) -> None:
-    """ConfigError if a field that goes with the open field `name` of config.sample is given."""
-    for other, neutral in DEFAULT_IF_UNSET[name].beside.items():
+    """ConfigError if a dependent field of the field `name` of config.sample is set. why: for the message."""
+    for other, neutral in DEFAULT_IF_UNSET[name].dependent.items():
         if sample.get(other, neutral) != neutral:
             raise ConfigError(f"config.sample.{other}: has no effect {why}; got {shown(sample[other])}")
 
 
 def section(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """One section, checked: a ModelConfig or a ScheduleConfig. ConfigError, beginning with `where`, if it is not
-    right.
+    """The section of the given kind, such as ModelConfig, with all fields checked. ConfigError that begins with `where`
+    for an invalid field.
     """
     return _parse(kind, values, where, trusted=False)
 
 
 def part_of_section(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Some fields of a section, checked. ConfigError, beginning with `where`, for one that is not right."""
+    """The given fields of a section, checked. ConfigError that begins with `where` for an invalid field."""
     return _checked(kind, values, where, trusted=False)
 
 
 def with_text(values: Mapping[str, Any], field: str, text: str) -> dict[str, Any]:
-    """Nested values with the field (dotted, "sample.seed") set to what the text says. ConfigError if there is no such
-    field, or if it cannot be that.
+    """The nested values, with a field (dotted, "sample.seed") set to the value that the text stands for. ConfigError
+    for an unknown field and for a text that is not of the field's type.
     """
     with error_context(f"config.{field}"):
         return with_value(values, field, _from_text(type_of(field, values), text))
 
 
 def with_value(values: Mapping[str, Any], field: str, value: Any) -> dict[str, Any]:
-    """Nested values with the field (dotted) set."""
+    """The nested values, with a field (dotted) set to a value."""
     name, _, rest = field.partition(".")
     inner = values.get(name, {})
     return {**values, name: with_value(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value}
 
 
 def is_open(field: str) -> bool:
-    """Whether a field (dotted) belongs to a factory, so that its config decides whether there is one."""
+    """Whether a field (dotted) is in a section with the parameters of a factory. Whether such a field exists depends on
+    the factory that the config names.
+    """
     section, _, _ = field.rpartition(".")
     return section in ("model", "train.optimizer") or bool(re.search(r"[._]options(\.|$)", field))
 
 
 def type_of(field: str, values: Mapping[str, Any]) -> Any:
-    """The type of a field (dotted, "sample.seed") of a config with these values. ConfigError, with the nearest name, if
-    there is no such field.
+    """The type of a field (dotted, "sample.seed") in a config with these values. ConfigError with the nearest name for
+    an unknown field.
     """
     kind, path = Config, "config"
     for name in field.split("."):
@@ -169,7 +175,7 @@ def _from_text(kind: Any, text: str) -> Any:
 
 
 def literal(text: str) -> Any:
-    """The value that a text is in Python, where it is a number, a text in quotes or a tuple; else the text itself."""
+    """The value of a Python literal: a number, a quoted string or a tuple. Any other text is returned unchanged."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -179,8 +185,8 @@ def literal(text: str) -> Any:
 
 
 def kind_of(kind: type, values: Any, path: str, trusted: bool) -> type:
-    """The dataclass of a section with these values: where its name is that of a factory, one with the parameters of the
-    factory beside the common fields. A factory that is not to be imported may have any.
+    """The dataclass of a section with these values. If the section names a factory, the dataclass has the parameters of
+    the factory in addition to the common fields. A factory that must not be imported may have any parameters.
     """
     if kind not in FACTORIES or not isinstance(values, Mapping) or "name" not in values:
         return kind
@@ -189,13 +195,15 @@ def kind_of(kind: type, values: Any, path: str, trusted: bool) -> type:
         ranges.typed(str, name)
         registry.check_name(FACTORIES[kind], name)
         if registry.is_code(name) and not trusted:
-            return _free_section(kind, tuple(Options.of({other: 0 for other in values})))
+            return _untyped_section(kind, tuple(Options.of({other: 0 for other in values})))
         return section_of(kind, registry.resolve(FACTORIES[kind], name))
 
 
 @functools.cache
 def section_of(kind: type, factory: Any) -> type:
-    """A section with the parameters of a factory as fields beside the common ones; not those that no config can say."""
+    """The dataclass of a section: the common fields, and the parameters of a factory. Parameters whose default is not a
+    config value (for example a function) are left out.
+    """
     common = {field.name for field in dataclasses.fields(kind)}
     fields = [
         (name, parameter.kind, ranges.field(parameter.default, parameter.check))
@@ -206,7 +214,8 @@ def section_of(kind: type, factory: Any) -> type:
 
 
 @functools.cache
-def _free_section(kind: type, names: tuple[str, ...]) -> type:
+def _untyped_section(kind: type, names: tuple[str, ...]) -> type:
+    """The dataclass of a section whose factory is not imported: the common fields, and `names` with any type."""
     common = {field.name for field in dataclasses.fields(kind)}
     fields = [(name, Any, ranges.field()) for name in names if name not in common]
     return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
@@ -245,13 +254,14 @@ def _checked(kind: type, values: Any, path: str, trusted: bool) -> dict[str, Any
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
+    """A hint for an error message: the closest of the names, or all of them if none is close."""
     close = difflib.get_close_matches(str(name)[:100], names, 1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f"; it has {', '.join(names) or 'none'}"
 
 
 def field_names(kind: type = Config, path: str = "") -> Iterator[str]:
-    """All fields of the sections of a config, dotted: "name", "data.path". Of a section that names a factory those of
-    the first one.
+    """The dotted names of all fields of a config: "name", "data.path", ... For a section with the parameters of a
+    factory, the factory is the first one of its table.
     """
     if kind in FACTORIES:
         kind = section_of(kind, next(iter(FACTORIES[kind].values())))

@@ -1,8 +1,8 @@
-"""What a config may say, checked.
+"""The fields of a config, with their types and ranges.
 
-`configs/*.py` are ml_collections files with the defaults and a comment for every field. They become the frozen
-dataclasses below at once: here stand the type and the range of each field, and a mistake is one line that names the
-field. A section that names a factory, as config.model does, has the parameters of that factory as its fields.
+`configs/*.py` are ml_collections files with the default and a comment for every field. `parsing` converts them to the
+frozen dataclasses below. An error is one line that names the field. A section with the name of a factory, such as
+config.model, also has the parameters of that factory as fields.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ddim_jax.training.times import TIMES
 from ddim_jax.utils import files, ranges
 from ddim_jax.utils.ranges import Options
 
-MOST_STEPS = 1_000_000  # T: a file may ask for any, and is refused before anything of that size is made
+MOST_STEPS = 1_000_000  # the maximum of T: a larger one is rejected before any array of that size is allocated
 
 
 def entry_of(table: Mapping[str, Any], default: Any = ranges.MISSING) -> Any:
-    """A field that names an entry of a table, or "package.module:attribute". Nothing is imported here."""
+    """A field whose value is the name of a table entry, or "package.module:attribute". The check imports nothing."""
     return ranges.field(default, lambda name: registry.check_name(table, name))
 
 
@@ -35,12 +35,13 @@ class DataConfig:
     flip: bool = ranges.field()
     in_memory: bool = ranges.field()
     workers: int = ranges.at_least(0, 1024)
+    options: Options = ranges.field(Options())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is common to all networks. The other fields are the parameters of the factory that `name` is of, with their
-    types, ranges and defaults; see `of_network`.
+    """The fields that all networks have. The other fields of config.model are the parameters of the factory `name`,
+    with their types, ranges and defaults; see `parsing.section_of`.
     """
 
     name: str = entry_of(NETWORKS)
@@ -66,7 +67,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Beside these, the parameters of the factory that `name` is of."""
+    """The fields that all optimizers have. The other fields are the parameters of the factory `name`."""
 
     name: str = entry_of(OPTIMIZERS)
     schedule: str = entry_of(RATES, "constant")
@@ -160,22 +161,22 @@ class Config:
     evaluate: EvaluateConfig = ranges.field()
 
 
-# Sections with the parameters of a factory as their fields -> the table that their name is looked up in.
+# Sections that also have the parameters of a factory as fields -> the table of the factories.
 FACTORIES = {ModelConfig: NETWORKS, OptimizerConfig: OPTIMIZERS}
-GIVEN = ("learning_rate",)  # parameters of factories that another field of the config gives
+GIVEN = ("learning_rate",)  # parameters of factories that another field of the config sets
 
-# How a network is computed, which its parameters do not depend on.
+# Fields of config.model that do not change the parameters of the network.
 NOT_ARCHITECTURE = ("dropout", "dtype", "remat")
 
 
-class Open(NamedTuple):
-    """A field that may be left open, as None: a published checkpoint then decides it, and what goes with it."""
+class DefaultIfUnset(NamedTuple):
+    """A field that may be unset (None). A published checkpoint then sets the field and its dependent fields."""
 
     value: Any  # without a checkpoint
-    beside: Mapping[str, Any]  # the fields that are decided with it -> their values where they say nothing
+    dependent: Mapping[str, Any]  # the dependent fields -> their defaults, with which they have no effect
 
 
-DEFAULT_IF_UNSET = {  # of config.sample
-    "tau": Open("uniform", {"tau_offset": 0, "tau_end": 0}),
-    "clip_x0": Open(False, {"clip_range": 1.0, "clip_quantile": 0.0}),
+DEFAULT_IF_UNSET = {  # fields of config.sample
+    "tau": DefaultIfUnset("uniform", {"tau_offset": 0, "tau_end": 0}),
+    "clip_x0": DefaultIfUnset(False, {"clip_range": 1.0, "clip_quantile": 0.0}),
 }

@@ -1,5 +1,5 @@
-"""Trained networks: what a checkpoint is of, checked, and its parameters. A run's checkpoint, a published one, or the
-weights that ship with the package.
+"""Trained networks: the checked description of a checkpoint, and its parameters. The checkpoint is that of a run, a
+published one, or the weights shipped with the package.
 """
 
 from __future__ import annotations
@@ -25,101 +25,109 @@ from ddim_jax.schedule import Schedule
 from ddim_jax.utils import files, ranges, sharding
 from ddim_jax.utils.errors import CheckpointError, ConfigError, error_context
 
-# Fields of config.sample that go with a network: two groups, each decided by its first field.
-SAMPLED = tuple((name, *field.beside) for name, field in schema.DEFAULT_IF_UNSET.items())
+# Fields of config.sample that a checkpoint may set: two groups, each of a field and its dependent fields.
+SAMPLED = tuple((name, *unset.dependent) for name, unset in schema.DEFAULT_IF_UNSET.items())
 
 
 class Checkpoint(NamedTuple):
-    """A trained network whose description is checked; no tensor is read yet."""
+    """The checked description of a trained network. No tensor is read yet."""
 
-    name: str  # for output folders
-    source: str  # where it is, for people
+    name: str  # for the names of output folders
+    source: str  # its location, for messages
     model: ModelConfig
     schedule: ScheduleConfig
-    sample: Mapping[str, Any]  # the fields SAMPLED of config.sample: how its authors sample it
-    config: Mapping[str, Any]  # all of the config that it was trained with, where ddim_jax saved it; else nothing
-    step: int | None  # how many updates made it, where that is known
+    sample: Mapping[str, Any]  # the fields SAMPLED of config.sample, with which its authors sample it
+    config: Mapping[str, Any]  # the complete config of training if ddim_jax saved the checkpoint, else empty
+    step: int | None  # the number of updates, None if it is unknown
     read: Callable[[Any, bool], Any]  # (like, ema) -> params, in float32
-    note: str = ""  # which settings of its files have no influence here, for people
+    note: str = ""  # the settings of its files that ddim_jax ignores, for messages
 
 
 class Weights(NamedTuple):
+    """The parameters of a trained network."""
+
     params: Any  # replicated over the mesh
-    source: str  # where they are from, for people
-    step: int | None = None  # how many updates made them, where that is known
+    source: str  # their location, for messages
+    step: int | None = None  # the number of updates, None if it is unknown
 
     @property
     def digest(self) -> str:
+        """SHA-256 of the parameters."""
         return tensors.digest(self.params)
 
 
 class Loaded(NamedTuple):
-    """A trained network, ready to sample. Nothing of it is clipped: see `gaussian.clip_x0`."""
+    """A trained network that is ready to sample. Its denoiser does not clip x_0: see `gaussian.clip_x0`."""
 
     denoiser: Denoiser
     schedule: Schedule
     shape: tuple[int, ...]  # of one image, (H, W, C)
-    num_classes: int  # 0 for a network without labels; see `Denoiser.with_labels`
+    num_classes: int  # 0 for an unconditional network; see `Denoiser.with_labels`
     clips: bool  # whether its authors clip the predicted x_0
-    source: str  # where it is from, for people
+    source: str  # its location, for messages
 
 
 def load(where: str, *, ema: bool = True, code: Sequence[str] = ()) -> Loaded:
-    """The network of a workdir, a .safetensors file, a diffusers folder or hub id, a checkpoint of the official code,
-    or the name of weights that ship ("digits").
+    """Loads a trained network onto the first local device.
 
-    ema: the moving average of the parameters, or the raw ones. code: names "package.module:attribute" of the
-    checkpoint's author that may be imported, a network or a schedule: a file alone imports nothing. CheckpointError
-    where it cannot be used.
+    where: a workdir, a .safetensors file, a diffusers folder or hub id, a checkpoint of the official code, or the name
+        of shipped weights ("digits").
+    ema: True for the EMA parameters, False for the raw parameters.
+    code: the names "package.module:attribute" of networks and schedules of the checkpoint's author that may be
+        imported. A file alone never imports code.
+
+    CheckpointError if the checkpoint cannot be used.
     """
     shipped = checkpoints.shipped(where) if where in checkpoints.shipped_names() else None
-    found = read_info(str(shipped or where))
-    needed = {field: name for field, name in compatibility.code_of(found).items() if field != "sample.tau"}
+    checkpoint = read_info(str(shipped or where))
+    needed = {field: name for field, name in compatibility.code_of(checkpoint).items() if field != "sample.tau"}
     if missing := [name for name in needed.values() if name not in code]:
-        raise CheckpointError(f"{where} needs {missing[0]}, which is code of its author; code={missing} runs it")
-    network = build.network(found.model)
-    noise_schedule = build.noise_schedule(found.schedule)
-    placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = found.read(_shapes(found.model, placed), ema)
+        raise CheckpointError(
+            f"{where} needs the code {missing[0]} of the checkpoint's author; to run it, pass code={missing}"
+        )
+    network = build.network(checkpoint.model)
+    noise_schedule = build.noise_schedule(checkpoint.schedule)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = checkpoint.read(_shapes(checkpoint.model, device), ema)
     lowest = jax.tree.map(jnp.asarray, noise_schedule.level(1))
-    denoiser = Denoiser(network, params, found.model.prediction, lowest=lowest)
-    clips = bool(found.sample.get("clip_x0"))
-    return Loaded(denoiser, noise_schedule, network.shape, network.num_classes, clips, found.source)
+    denoiser = Denoiser(network, params, checkpoint.model.prediction, lowest=lowest)
+    clips = bool(checkpoint.sample.get("clip_x0"))
+    return Loaded(denoiser, noise_schedule, network.shape, network.num_classes, clips, checkpoint.source)
 
 
 def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
-    """The latest checkpoint of workdir; without one what config.pretrained names, or the weights that ship for
-    config.name.
+    """The weights that a command samples: the latest checkpoint of workdir; without a workdir those of
+    config.pretrained, else the shipped weights of config.name.
 
-    Raises CheckpointError or ConfigError where there are none, where they are of another network or not finite, or
-    where the network was trained with another schedule or prediction than the config says; DamagedError where they are
-    not what was written.
+    Raises CheckpointError or ConfigError if they do not exist, belong to another network, are not finite, or were
+    trained with another schedule or prediction than that of the config; DamagedError if a file was changed after it was
+    written.
     """
     if workdir is not None and config.pretrained:
-        raise ConfigError(f"config.pretrained is {config.pretrained!r} and --workdir is {workdir!r}: give one of them")
+        raise ConfigError(f"config.pretrained is {config.pretrained!r} and --workdir is {workdir!r}: set only one")
     shipped = checkpoints.shipped(config.name)
     if workdir is not None:
-        found = checked(info_of_run(workdir))
+        checkpoint = checked(info_of_run(workdir))
     elif config.pretrained:
-        found = read_info(config.pretrained)
+        checkpoint = read_info(config.pretrained)
     elif shipped is not None:
-        found = checked(checkpoints.open_checkpoint(str(shipped)))
-        found = found._replace(source=f"weights shipped with ddim_jax ({shipped.name})")
+        checkpoint = checked(checkpoints.open_checkpoint(str(shipped)))
+        checkpoint = checkpoint._replace(source=f"weights shipped with ddim_jax ({shipped.name})")
     else:
         raise ConfigError(
-            f"no weights for config.name {config.name!r} ship with ddim_jax (those that do: "
-            f"{', '.join(checkpoints.shipped_names())}); give --config.pretrained, or --workdir of a trained run"
+            f"no weights for config.name {config.name!r} are shipped with ddim_jax (available: "
+            f"{', '.join(checkpoints.shipped_names())}); set --config.pretrained, or --workdir of a trained run"
         )
-    compatibility.check_sampled(config, found, found.source)
-    params = found.read(params_like(config.model, mesh), config.sample.ema)
-    show_note(found)
-    return Weights(params, found.source, found.step)
+    compatibility.check_sampled(config, checkpoint, checkpoint.source)
+    params = checkpoint.read(params_like(config.model, mesh), config.sample.ema)
+    show_note(checkpoint)
+    return Weights(params, checkpoint.source, checkpoint.step)
 
 
-def show_note(found: Checkpoint) -> None:
-    """Prints which settings of a checkpoint's files have no influence here, if there are any."""
-    if found.note and sharding.is_main_process():
-        print(files.printable(f"note: {found.note}"), file=sys.stderr)
+def show_note(checkpoint: Checkpoint) -> None:
+    """Prints the note of a checkpoint to stderr, if it has one."""
+    if checkpoint.note and sharding.is_main_process():
+        print(files.printable(f"note: {checkpoint.note}"), file=sys.stderr)
 
 
 def params_like(config: ModelConfig, mesh: Mesh) -> Any:
@@ -127,21 +135,22 @@ def params_like(config: ModelConfig, mesh: Mesh) -> Any:
     return _shapes(config, sharding.replicated(mesh))
 
 
-def _shapes(config: ModelConfig, placed: jax.sharding.Sharding) -> Any:
+def _shapes(config: ModelConfig, placement: jax.sharding.Sharding) -> Any:
     like = param_shapes(build.network(config))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), like)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), like)
 
 
 def read_info(where: str) -> Checkpoint:
-    """What the checkpoint at a path, or under a hub id, is of: a run's, or a published one. CheckpointError where there
-    is none, or none of a network that can be.
+    """The checked description of a checkpoint: that of a run, or a published one.
+
+    where: a path or a hub id. CheckpointError if there is no checkpoint, or if its network is invalid.
     """
     is_run = (pathlib.Path(where) / "checkpoints").is_dir()
     return checked(info_of_run(where) if is_run else checkpoints.open_checkpoint(where))
 
 
 def info_of_run(workdir: str) -> CheckpointInfo:
-    """What the latest checkpoint of a run is of."""
+    """The description of the latest checkpoint of a run."""
     with Checkpoints(pathlib.Path(workdir)) as run:
         step = run.require_latest()
         config = run.config(step)
@@ -155,15 +164,15 @@ def info_of_run(workdir: str) -> CheckpointInfo:
 
 
 def checked(info: CheckpointInfo) -> Checkpoint:
-    """The same, with its fields of a config checked: CheckpointError for those that no network can have, and for a name
-    that cannot be part of a path.
+    """Checks the description of a checkpoint. CheckpointError for fields that no network can have, and for a name that
+    cannot be part of a path.
     """
     if info.config is not None:
         info = _of_saved_config(info)
     try:
         with error_context("name"):
             if not isinstance(info.name, str):
-                raise ValueError(f"must be a text, got {files.shown(info.name)}")
+                raise ValueError(f"must be a string, got {files.shown(info.name)}")
             files.check_name(info.name)
         with error_context("step"):
             if info.step is not None and not 0 <= info.step < 2**63:
@@ -172,7 +181,7 @@ def checked(info: CheckpointInfo) -> Checkpoint:
         assumed = {"name": "unet", "dropout": 0.0} if "name" not in info.model else {}
         model = parsing.section(ModelConfig, {**assumed, **info.model}, "model")
         schedule = parsing.section(ScheduleConfig, info.schedule, "schedule")
-        if not registry.is_code(model.name):  # else it is code, which a file alone does not run
+        if not registry.is_code(model.name):  # a file alone does not run code
             build.network(model)
         if not registry.is_code(schedule.name):
             build.noise_schedule(schedule)
@@ -184,29 +193,42 @@ def checked(info: CheckpointInfo) -> Checkpoint:
 
 
 def _of_saved_config(info: CheckpointInfo) -> CheckpointInfo:
-    """The same, with the fields of the config that was saved with it, also by an earlier version."""
+    """The description, with the fields of the saved config, which may be that of an earlier version."""
     try:
         config = compatibility.filled(info.config)
         name, model, schedule, sample = (config[section] for section in ("name", "model", "schedule", "sample"))
         sampled = {field: sample[field] for group in SAMPLED for field in group}
         return info._replace(name=name, model=dict(model), schedule=dict(schedule), sample=sampled, config=config)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the config of {info.source} is not whole: {error!r}") from error
+        raise CheckpointError(f"the config of {info.source} is incomplete: {error!r}") from error
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config in which config.pretrained decides: name, schedule and model (but for dropout, dtype and
-    remat) are the checkpoint's, and so is what config.sample leaves open.
+    """The values of a config, completed from the checkpoint of config.pretrained. The checkpoint sets the name, the
+    schedule, the model (except dropout, dtype and remat), and the fields of config.sample that are unset.
     """
     with error_context("config.pretrained"):
-        found = read_info(ranges.typed(str, values["pretrained"]))
-    given, model = values["model"], dataclasses.asdict(found.model)
-    compatibility.check_trusted(values, found, found.source)
-    computed = {field: given[field] for field in schema.NOT_ARCHITECTURE if field in given and field in model}
+        checkpoint = read_info(ranges.typed(str, values["pretrained"]))
+    current, model = values["model"], dataclasses.asdict(checkpoint.model)
+    compatibility.check_trusted(values, checkpoint, checkpoint.source)
+    from_config = {field: current[field] for field in schema.NOT_ARCHITECTURE if field in current and field in model}
     return {
         **values,
-        "name": found.name,
-        "model": model | computed,
-        "schedule": dataclasses.asdict(found.schedule),
-        "sample": parsing.decided(values["sample"], found.sample),
+        "name": checkpoint.name,
+        "model": model | from_config,
+        "schedule": dataclasses.asdict(checkpoint.schedule),
+        "sample": parsing.decided(values["sample"], checkpoint.sample),
     }
+
+
+def as_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config to save with the parameters of a checkpoint: the complete config of its training if the checkpoint
+    holds it, else the fields that are known.
+    """
+    known = {
+        "name": checkpoint.name,
+        "model": dataclasses.asdict(checkpoint.model),
+        "schedule": dataclasses.asdict(checkpoint.schedule),
+        "sample": {**checkpoint.config.get("sample", {}), **checkpoint.sample},
+    }
+    return {**checkpoint.config, **known}

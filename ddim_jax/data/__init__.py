@@ -1,7 +1,9 @@
-"""Real images by name: `load` gives a data set, `batches` the endless stream of uint8 batches that training reads.
+"""Data sets of real images: `load` returns a data set by its name, `batches` the infinite stream of uint8 batches for
+training.
 
-A data set is a random-access source: `len(source)` and `source[indices] -> Batch`. To add one, write a function
-`(path, split) -> Source` and put it into DATASETS.
+A data set is a source with random access: `len(source)` and `source[indices] -> Batch`. To add a data set, write a
+function `(path, split) -> Source` and add it to DATASETS. Its further arguments, with defaults, are the options of
+`load`.
 """
 
 from ddim_jax.data.batches import Plan, batches

@@ -1,7 +1,7 @@
-"""Data sets that tensorflow-datasets, or `preparing`, has prepared, read as they lie on the disk: array_record files,
-at random, without TensorFlow and without a network.
+"""Data sets that tensorflow-datasets, or `preparing`, has prepared: random access to their array_record files, without
+TensorFlow and without a network connection.
 
-They are looked for in $TFDS_DATA_DIR, else ~/tensorflow_datasets, as tensorflow-datasets does.
+The folder of the data sets is $TFDS_DATA_DIR, by default ~/tensorflow_datasets, as in tensorflow-datasets.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from PIL import Image
 
 from ddim_jax.data.source import Batch, check_labels
 from ddim_jax.utils import files
+from ddim_jax.utils.images import crop_and_resize
 
-SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # what others call them
+SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # name -> possible names in a data set
 
 
-class Cut(NamedTuple):
-    """What is made of an image as it is published."""
+class Crop(NamedTuple):
+    """The crop and resize of published images."""
 
-    words: str
-    apply: Callable[[np.ndarray], np.ndarray]  # (H, W, C) uint8 -> the same kind, of one size
+    words: str  # the text for `Source.crop`
+    apply: Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, C) -> uint8 (H', W', C) of a fixed size
 
 
 def celeba(image: np.ndarray) -> np.ndarray:
@@ -36,34 +37,30 @@ def celeba(image: np.ndarray) -> np.ndarray:
 
 
 def centre(image: np.ndarray, size: int = 256) -> np.ndarray:
-    """The middle square, resized to size x size where it is larger or smaller."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = Image.fromarray(image).crop((left, top, left + side, top + side))
-    return np.asarray(square if side == size else square.resize((size, size), Image.Resampling.LANCZOS))
+    """The largest centred square of an image, resized to size x size."""
+    return crop_and_resize(image, size, "center", "lanczos")
 
 
-WHOLE = Cut("none", lambda image: image)
-CELEBA = Cut("128x128 around (89, 121), to 64x64", celeba)
-CELEBA_DONE = CELEBA._replace(apply=WHOLE.apply)  # it was made when they were prepared
-LSUN = Cut("centre square, to 256x256", centre)
+WHOLE = Crop("none", lambda image: image)
+CELEBA = Crop("128x128 around (89, 121), to 64x64", celeba)
+CELEBA_DONE = CELEBA._replace(apply=WHOLE.apply)  # the images were cropped when the data set was prepared
+LSUN = Crop("centre square, to 256x256", centre)
 
 
 class PreparedSource:
-    """A split of a prepared data set: its first image feature, and its first class label where it has one."""
+    """A split of a prepared data set: its first image feature, and its first class label if it has one."""
 
     instant = False
 
-    def __init__(self, split: str, cuts: Mapping[str, Cut], how: str | None = None):
-        """split: "train" or "test". cuts: names as tensorflow-datasets has them, "cifar10", "lsun/church_outdoor",
-        "cifar10:3.0.2", each with what is made of its images; the first that is prepared here is read. how: what
-        prepares it. ValueError if there is none, or if it is damaged.
+    def __init__(self, split: str, crops: Mapping[str, Crop], how: str | None = None):
+        """split: "train" or "test". crops: {name in tensorflow-datasets: crop of its images}, with names such as
+        "cifar10", "lsun/church_outdoor", "cifar10:3.0.2"; the first one that is prepared is read. how: the command that
+        prepares the data set, for messages. ValueError if none is prepared, or if it is damaged.
         """
-        import tensorflow_datasets as tfds  # half a second, and only those who use it have to have it
+        import tensorflow_datasets as tfds  # optional, and its import takes half a second
 
-        name = next((name for name in cuts if _versions(name)), next(iter(cuts)))
-        cut = cuts[name]
+        name = next((name for name in crops if _versions(name)), next(iter(crops)))
+        crop = crops[name]
         folder = _folder(name, how)
         _check_classes(folder)
         with _reading(folder):
@@ -73,14 +70,14 @@ class PreparedSource:
         images, labels = keys(tfds.features.Image), keys(tfds.features.ClassLabel)
         if not images:
             raise ValueError(f"data set {name!r} has no image feature, it has {_listed(features)}")
-        found = next((called for called in SPLITS[split] if called in builder.info.splits), None)
-        if found is None:
+        split_name = next((name for name in SPLITS[split] if name in builder.info.splits), None)
+        if split_name is None:
             raise ValueError(f"data set {name!r} has no {split} split, it has {_listed(builder.info.splits)}")
-        self._name, self._cut = f"{name}, {found}", cut
+        self._name, self._crop = f"{name}, {split_name}", crop
         self._image, self._label = images[0], labels[0] if labels else None
         with _reading(folder):
-            self._records = builder.as_data_source(split=found)
-        self.crop, self.jpegs = cut.words, 0
+            self._records = builder.as_data_source(split=split_name)
+        self.crop, self.jpegs = crop.words, 0
         self.num_classes = features[self._label].num_classes if labels else 0
         self.image_shape = self[np.array([0])].images.shape[1:]
 
@@ -90,10 +87,10 @@ class PreparedSource:
     def __getitem__(self, indices: np.ndarray) -> Batch:
         try:
             records = self._records.__getitems__([int(i) for i in indices])
-        except Exception as error:  # array_record, the parser of records and the decoder of images each have their own
-            bad = _first_bad(self._records, indices)
-            raise ValueError(f"a record of {self._name} cannot be read ({bad}): {_reason(error)}") from error
-        images = [self._cut.apply(record[self._image]) for record in records]
+        except Exception as error:  # array_record, the record parser and the image decoder raise different types
+            first = _first_unreadable(self._records, indices)
+            raise ValueError(f"a record of {self._name} cannot be read ({first}): {_reason(error)}") from error
+        images = [self._crop.apply(record[self._image]) for record in records]
         for i, image in zip(indices, images, strict=True):
             if image.shape != images[0].shape:
                 raise ValueError(f"image {i} of {self._name} is {_size(image)}, others are {_size(images[0])}")
@@ -105,18 +102,18 @@ class PreparedSource:
 
 
 def _check_classes(folder: pathlib.Path) -> None:
-    """ValueError if the description of the features names a class of another package: that would be imported."""
+    """ValueError if features.json names a class of another package: tensorflow-datasets would import it."""
     if not (folder / "features.json").is_file():
         return
-    waiting = [files.read_json(folder / "features.json")]
-    while waiting:
-        value = waiting.pop()
+    stack = [files.read_json(folder / "features.json")]
+    while stack:
+        value = stack.pop()
         if isinstance(value, dict):
             name = value.get("pythonClassName", "")
             if name and not str(name).startswith("tensorflow_datasets."):
-                raise ValueError(f"{folder} has features of another package, {files.shown(name)}")
+                raise ValueError(f"{folder} must have features of tensorflow_datasets, got {files.shown(name)}")
             value = [*value.values()]
-        waiting += value if isinstance(value, list) else []
+        stack += value if isinstance(value, list) else []
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -125,24 +122,24 @@ def _listed(names: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def _reading(folder: pathlib.Path) -> Iterator[None]:
-    """Whatever tensorflow-datasets, protobuf and array_record raise for a damaged folder becomes a ValueError."""
+    """Turns the exceptions of tensorflow-datasets, protobuf and array_record for a damaged folder into a ValueError."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{folder} cannot be read as a data set: {_reason(error)}; prepare it again") from error
+        raise ValueError(f"{folder} cannot be read as a data set: {_reason(error)}; prepare a new copy") from error
 
 
 def _reason(error: Exception) -> str:
     return files.printable((str(error).splitlines() or [type(error).__name__])[0][:200])
 
 
-def _first_bad(records, indices: np.ndarray) -> str:
+def _first_unreadable(records, indices: np.ndarray) -> str:
     for i in indices:
         try:
             records.__getitems__([int(i)])
         except Exception:
             return f"number {i}"
-    return "not always"
+    return "each can be read alone"
 
 
 def _size(image: np.ndarray) -> str:
@@ -150,11 +147,12 @@ def _size(image: np.ndarray) -> str:
 
 
 def root() -> pathlib.Path:
+    """The folder of the prepared data sets."""
     return pathlib.Path(os.environ.get("TFDS_DATA_DIR") or pathlib.Path.home() / "tensorflow_datasets")
 
 
 def _versions(name: str) -> dict[tuple[int, ...], pathlib.Path]:
-    """The folders of all versions of a data set that are here."""
+    """The folders of all prepared versions of a data set."""
     home = root() / name.partition(":")[0]
     return {
         tuple(map(int, path.name.split("."))): path
@@ -164,21 +162,21 @@ def _versions(name: str) -> dict[tuple[int, ...], pathlib.Path]:
 
 
 def _folder(name: str, how: str | None) -> pathlib.Path:
-    """The folder of the latest version that is prepared; ValueError, with what to do, if there is none that can be
-    read.
+    """The folder of the latest prepared version. ValueError, with the command that prepares one, if none can be read.
+
+    name: "NAME" or "NAME:VERSION". how: the command, None for that of tensorflow-datasets.
     """
     plain, _, version = name.partition(":")
     versions = _versions(name)
-    found = {key: path for key, path in versions.items() if version in ("", path.name)}
+    matching = {key: path for key, path in versions.items() if version in ("", path.name)}
     prepare = how or f"pip install 'ddim-jax[prepare]' && tfds build {plain or 'NAME'} --file_format=array_record"
-    if not found:
+    if not matching:
         others = f", only {', '.join(path.name for path in versions.values())}" if versions else ""
         raise ValueError(f"data set {name!r} is not prepared in {root()}{others}: {prepare}")
-    path = found[max(found)]
+    path = matching[max(matching)]
     info = files.read_json(path / "dataset_info.json")
-    kept = info.get("fileFormat", "tfrecord") if isinstance(info, dict) else "unknown"
-    if kept != "array_record":
-        raise ValueError(
-            f"{path} is in the format {files.printable(str(kept)[:100])}, which cannot be read at random: {prepare}"
-        )
+    file_format = info.get("fileFormat", "tfrecord") if isinstance(info, dict) else "unknown"
+    if file_format != "array_record":
+        got = files.printable(str(file_format)[:100])
+        raise ValueError(f"{path} must be in the format array_record, for random access, got {got}: {prepare}")
     return path

@@ -1,5 +1,5 @@
-"""The paper's data sets, from the files that their authors publish into what `prepared.PreparedSource` reads: by
-tensorflow-datasets, without TensorFlow.
+"""Preparation of the paper's data sets: converts the files that their authors publish to array_record files for
+`prepared.PreparedSource`, by tensorflow-datasets without TensorFlow.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from ddim_jax.utils.files import check_regular, printable
 
 Examples = Iterator[tuple[str, dict[str, Any]]]  # key -> features
 
-LARGEST = 1 << 26  # bytes of a file in an archive, and pixels of an image
+LARGEST = 1 << 26  # the limit for the bytes of a file in an archive, and for the pixels of an image
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class Recipe(NamedTuple):
-    """How a data set is made."""
+    """How to prepare a data set."""
 
     version: str
-    files: tuple[str, ...]  # what is read, in the folder that is given
-    where: str  # who publishes them
-    splits: Callable[[pathlib.Path], dict[str, Examples]]
-    features: Callable[[Any], dict[str, Any]]  # of the module tfds.features
+    files: tuple[str, ...]  # the names of the published files
+    where: str  # the site that publishes them
+    splits: Callable[[pathlib.Path], dict[str, Examples]]  # folder of the published files -> {split: examples}
+    features: Callable[[Any], dict[str, Any]]  # the module tfds.features -> features
 
 
 def cifar10(folder: pathlib.Path) -> dict[str, Examples]:
-    """Records of 3,073 bytes: the class, then 32x32 red, green and blue."""
+    """Reads records of 3,073 bytes: the class, then the planes red, green and blue of 32x32 bytes."""
 
     def examples(split: str, files: list[str]) -> Examples:
         with tarfile.open(folder / "cifar-10-binary.tar.gz") as archive:
             members = [archive.getmember(f"cifar-10-batches-bin/{file}.bin") for file in files]
             _check_size(members[0].name, max(member.size for member in members))
-            packed = b"".join(archive.extractfile(member).read() for member in members)
-        rows = np.frombuffer(packed, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+            records = b"".join(archive.extractfile(member).read() for member in members)
+        rows = np.frombuffer(records, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
         images = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for i, (label, image) in enumerate(zip(rows[:, 0], images, strict=True)):
             key = f"{split}_{i:05d}"
@@ -52,12 +52,12 @@ def cifar10(folder: pathlib.Path) -> dict[str, Examples]:
 
 
 def celeba64(folder: pathlib.Path) -> dict[str, Examples]:
-    """The aligned faces, cut as the paper does, and kept without loss."""
+    """Crops the aligned faces as in the paper, for lossless storage."""
     lines = [line.split() for line in (folder / "list_eval_partition.txt").read_text().splitlines() if line.strip()]
 
-    def examples(part: str) -> Examples:
+    def examples(partition: str) -> Examples:
         with zipfile.ZipFile(folder / "img_align_celeba.zip") as archive:
-            for name in (name for name, number in lines if number == part):
+            for name in (name for name, number in lines if number == partition):
                 member = archive.getinfo(f"img_align_celeba/{name}")
                 _check_size(name, member.file_size)
                 face = _decoded(archive.read(member), name)
@@ -67,37 +67,37 @@ def celeba64(folder: pathlib.Path) -> dict[str, Examples]:
 
 
 def _check_size(name: str, size: int) -> None:
-    """ValueError if a file of an archive is larger than any of those that are published."""
+    """ValueError if a file in an archive is larger than any published one."""
     if size > LARGEST:
-        raise ValueError(f"{name} has {size} bytes")
+        raise ValueError(f"{name} must have at most {LARGEST} bytes, got {size}")
 
 
 def _decoded(content: bytes, name: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
             if image.width * image.height > LARGEST:
-                raise ValueError(f"it has {image.width}x{image.height} pixels")
+                raise ValueError(f"it must have at most {LARGEST} pixels, got {image.width}x{image.height}")
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 def lsun(category: str) -> Callable[[pathlib.Path], dict[str, Examples]]:
-    """The images as they are published, byte for byte; they are cut when they are read."""
+    """Copies the bytes of the published images. They are cropped on access, by `prepared.LSUN`."""
 
     def splits(folder: pathlib.Path) -> dict[str, Examples]:
         try:
             import lmdb
         except ImportError as error:
-            raise ValueError("LSUN is published as lmdb: pip install 'ddim-jax[lsun]' reads it") from error
+            raise ValueError("LSUN is published as lmdb; to read it, pip install 'ddim-jax[lsun]'") from error
 
         def examples(path: pathlib.Path) -> Examples:
             with lmdb.open(str(path), readonly=True, lock=False) as database, database.begin() as view:
                 for key, content in view.cursor():
                     yield key.decode(), {"image": bytes(content)}
 
-        parts = {"train": "train", "validation": "val"}
-        return {split: examples(folder / f"{category}_{part}_lmdb") for split, part in parts.items()}
+        suffixes = {"train": "train", "validation": "val"}
+        return {split: examples(folder / f"{category}_{suffix}_lmdb") for split, suffix in suffixes.items()}
 
     return splits
 
@@ -108,9 +108,9 @@ def _lsun(category: str) -> Recipe:
     return Recipe("1.0.0", files, "github.com/fyu/lsun, its zip files unpacked", lsun(category), any_size)
 
 
-RECIPES = {  # by the name in DATASETS
+RECIPES = {  # name in DATASETS -> Recipe
     "cifar10": Recipe(
-        "3.0.2",  # what tensorflow-datasets calls the same
+        "3.0.2",  # the version of the same data set in tensorflow-datasets
         ("cifar-10-binary.tar.gz",),
         "www.cs.toronto.edu/~kriz/cifar.html",
         cifar10,
@@ -133,20 +133,20 @@ RECIPES = {  # by the name in DATASETS
 
 
 def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
-    """Makes the data set of RECIPES from the files in a folder, and returns where it is. What was interrupted leaves
-    nothing that would be read. ValueError where a file is missing or broken.
+    """Prepares the data set with this name in RECIPES from the published files in a folder, and returns its folder. An
+    interrupted preparation leaves nothing that `PreparedSource` reads. ValueError if a file is missing or damaged.
     """
     import tensorflow_datasets as tfds
 
     recipe = RECIPES[name]
     for file in recipe.files:
         if not (folder / file).exists():
-            raise ValueError(f"{folder} holds no {file}; {name} is made of {', '.join(recipe.files)} ({recipe.where})")
+            raise ValueError(f"{folder} holds no {file}; {name} needs {', '.join(recipe.files)} ({recipe.where})")
         check_regular(folder / file)
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(recipe.version)
-        pkg_dir_path = folder  # where it would look for a description
+        pkg_dir_path = folder  # the folder in which tensorflow-datasets looks for a description
 
         def _info(self):
             features = tfds.features.FeaturesDict(recipe.features(tfds.features))
@@ -156,14 +156,14 @@ def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
             return recipe.splits(folder)
 
         def _generate_examples(self):
-            raise NotImplementedError  # the splits are given
+            raise NotImplementedError  # not called: `_split_generators` returns the examples
 
     Builder.name = name
     builder = Builder(data_dir=str(prepared.root()), file_format="array_record")
     try:
         builder.download_and_prepare()
-    except Exception as error:  # zipfile, tarfile, gzip and lmdb each have their own
-        if isinstance(error, OSError) and error.errno:  # the disk is full
+    except Exception as error:  # zipfile, tarfile, gzip and lmdb raise exceptions of different types
+        if isinstance(error, OSError) and error.errno:  # an error of the disk, not of the files
             raise
         reason = printable((str(error).splitlines() or [type(error).__name__])[0][:500])
         raise ValueError(f"the files in {folder} are not those that are published: {reason}") from error

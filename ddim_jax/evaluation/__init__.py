@@ -1,4 +1,4 @@
-"""Evaluation: feature networks, metrics, statistics of real images, and `evaluate`, which needs no config."""
+"""Evaluation of samples: feature networks, metrics, reference statistics, and `evaluate`, which needs no config."""
 
 from __future__ import annotations
 

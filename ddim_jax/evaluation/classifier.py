@@ -1,4 +1,4 @@
-"""Classifiers fitted on real images alone, whose features measure distance: judges of data far from ImageNet."""
+"""Classifiers that are fitted on real images only: feature networks for data sets that are unlike ImageNet."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ Shape = tuple[int, int, int]
 
 
 def fit(model: nn.Module, source: Source, steps: int, batch_size: int = 128, seed: int = 0, flip: bool = False) -> Any:
-    """The parameters of a module (x in [-1, 1], train) -> Output, fitted on a labelled source."""
+    """Fits a module (x in [-1, 1], train) -> Output to a labelled source and returns its parameters. flip: whether to
+    flip images horizontally with probability 1/2.
+    """
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-4)
 
     @jax.jit
@@ -33,8 +35,8 @@ def fit(model: nn.Module, source: Source, steps: int, batch_size: int = 128, see
             logits = model.apply({"params": params}, to_unit(images), train=True, rngs={"dropout": key}).logits
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        steps_, state = optimizer.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, steps_), state
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
 
     key = jax.random.key(seed)
     params = jax.jit(lambda key: _init(model, source.image_shape, key))(key)
@@ -48,28 +50,31 @@ def fit(model: nn.Module, source: Source, steps: int, batch_size: int = 128, see
 
 
 def accuracy(model: nn.Module, params: Any, source: Source, batch_size: int = 500) -> float:
-    """The fraction of a labelled source that is classified right."""
-    said = jax.jit(lambda params, images: model.apply({"params": params}, to_unit(images)).logits.argmax(-1))
-    right = 0
+    """The fraction of the images of a labelled source that are classified correctly."""
+    predict = jax.jit(lambda params, images: model.apply({"params": params}, to_unit(images)).logits.argmax(-1))
+    correct = 0
     for begin in range(0, len(source), batch_size):
         batch = source[np.arange(begin, min(begin + batch_size, len(source)))]
-        right += int((np.asarray(said(params, batch.images)) == batch.labels).sum())
-    return right / len(source)
+        correct += int((np.asarray(predict(params, batch.images)) == batch.labels).sum())
+    return correct / len(source)
 
 
 def write(file: pathlib.Path, params: Any) -> None:
-    """The parameters as .safetensors, with checksums."""
+    """Writes the parameters as .safetensors, with checksums."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     with files.replacing(file) as content:
         content.write(tensors.to_safetensors({name: np.asarray(leaf) for name, leaf in flat.items()}, {}))
 
 
-def read(file: pathlib.Path, model: nn.Module, shape: Shape, called: str) -> Any:
-    """What `write` wrote; CheckpointError if it is missing, damaged, or of another network."""
+def read(file: pathlib.Path, model: nn.Module, shape: Shape, name: str) -> Any:
+    """Reads the parameters that `write` wrote. CheckpointError if the file is missing, damaged, or of another network.
+
+    shape: (H, W, C) of the images. name: the name of the network, for messages.
+    """
     if not file.is_file():
-        raise CheckpointError(f"there is no file {file}: {called} as .safetensors is wanted")
+        raise CheckpointError(f"file {file} does not exist: expected {name} as .safetensors")
     like = on_one_device(jax.eval_shape(lambda key: _init(model, shape, key), jax.random.key(0)))
-    return tensors.read(tensors.open_safetensors(file)[0], like, called)
+    return tensors.read(tensors.open_safetensors(file)[0], like, name)
 
 
 def _init(model: nn.Module, shape: Shape, key: jax.Array) -> Any:

@@ -1,7 +1,8 @@
-"""A judge for the digits: a small convolutional classifier. Inception features mean nothing for 8x8 strokes.
+"""The feature network for the digits: a small convolutional classifier. Inception features are not meaningful for
+images of 8x8 pixels.
 
-It ships with the package, so that distances compare from one machine to the next; `python -m
-experiments.fit_classifier --data digits` makes it again.
+Its parameters ship with the package, so that distances are comparable between machines. They were fitted by `python -m
+experiments.fit_classifier --data digits`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STEPS = 1500  # about 10 s on two CPU cores
 
 
 class Classifier(nn.Module):
-    """(B, 8, 8, 1) in [-1, 1] -> Output: 64 features, of the layer before the classes, and 10 logits."""
+    """(B, 8, 8, 1) in [-1, 1] -> Output: the 64 activations of the last hidden layer, and 10 logits."""
 
     @nn.compact
     def __call__(self, x, train=False) -> Output:
@@ -35,8 +36,8 @@ class Classifier(nn.Module):
 
 
 def open_network(path: str = "") -> FeatureNetwork:
-    """The classifier that ships with the package, or one that was fitted anew. CheckpointError if it is missing or
-    damaged.
+    """The digits classifier. path: the file of its parameters, "" for those that ship with the package. CheckpointError
+    if the file is missing or damaged.
     """
     params = classifier.read(pathlib.Path(path or SHIPPED), Classifier(), SHAPE, "the digits classifier")
     return feature_network("digits-classifier", apply, params)

@@ -1,4 +1,4 @@
-"""Samples evaluated against real images."""
+"""Evaluation of samples against real images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ddim_jax.utils.errors import error_context
 
 
 class Evaluator(NamedTuple):
-    """A feature network, the metrics to compute, and the real images that samples are compared with."""
+    """The settings of an evaluation: a feature network, the metrics to compute, and the statistics of real images."""
 
     network: FeatureNetwork
     metrics: Sequence[str]  # names in `metrics.METRICS`, or "package.module:function"
@@ -30,9 +30,11 @@ class Evaluator(NamedTuple):
 
 
 def evaluate_samples(evaluator: Evaluator, samples: Source, count: int, where: str) -> dict[str, Any]:
-    """The numbers of the first `count` samples. ConfigError, beginning with `where`, where they cannot be evaluated."""
+    """{metric: value} of the first `count` samples. ConfigError, which begins with `where`, if they cannot be
+    evaluated.
+    """
     with error_context(where):
-        found = features_lib.extract(
+        sample_features = features_lib.extract(
             evaluator.network,
             samples,
             evaluator.mesh,
@@ -41,7 +43,7 @@ def evaluate_samples(evaluator: Evaluator, samples: Source, count: int, where: s
             count,
             "samples",
         )
-        return metrics_lib.compute(evaluator.metrics, found, evaluator.reference.features)
+        return metrics_lib.compute(evaluator.metrics, sample_features, evaluator.reference.features)
 
 
 def evaluate(
@@ -54,25 +56,27 @@ def evaluate(
     batch_size: int = 50,
     mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
-    """The numbers of the metrics, by name.
+    """Computes metrics of samples against real images and returns {metric: value}.
 
-    samples: images, uint8 (N, H, W, C), or a `data.Source`. real: the same of real images, or a file of statistics of
-    them. features: a name in `features.FEATURES`, "module:function", or a `FeatureNetwork`; weights: the file of its
-    parameters, "" for the usual ones. metrics: names in `metrics.METRICS`, or "module:function". mesh: of devices;
-    default: all. ValueError where samples and real images do not belong together, and for what these cannot be.
+    samples: images, uint8 (N, H, W, C), or a `data.Source`. real: real images of the same kind, or a file of reference
+    statistics. features: a name in `features.FEATURES`, "module:function", or a `FeatureNetwork`. weights: the file of
+    its parameters, "" for the default. metrics: names in `metrics.METRICS`, or "module:function". mesh: the devices;
+    default: all. ValueError if samples and real images have features of different sizes, and for a wrong argument.
     """
     network = features_lib.open_features(features, weights) if isinstance(features, str) else features
     mesh = sharding.data_mesh() if mesh is None else mesh
-    of = lambda images, kept, doing: features_lib.extract(network, _source(images), mesh, batch_size, kept, doing=doing)
-    found = of(samples, metrics_lib.needed_of_samples(metrics), "samples")
+    extract = lambda images, keep, doing: features_lib.extract(
+        network, _source(images), mesh, batch_size, keep, doing=doing
+    )
+    sample_features = extract(samples, metrics_lib.needed_of_samples(metrics), "samples")
     if isinstance(real, (str, pathlib.Path)):
-        known = reference.load(pathlib.Path(real)).features
+        real_features = reference.load(pathlib.Path(real)).features
     else:
-        known = of(real, metrics_lib.needed_of_reference(metrics), "real images")
-    if len(found.moments.mean) != len(known.moments.mean):
-        sizes = f"{len(found.moments.mean)} and {len(known.moments.mean)}"
+        real_features = extract(real, metrics_lib.needed_of_reference(metrics), "real images")
+    if len(sample_features.moments.mean) != len(real_features.moments.mean):
+        sizes = f"{len(sample_features.moments.mean)} and {len(real_features.moments.mean)}"
         raise ValueError(f"samples and real must have features of one network, got {sizes} features")
-    return metrics_lib.compute(metrics, found, known)
+    return metrics_lib.compute(metrics, sample_features, real_features)
 
 
 def _source(images: Source | np.ndarray) -> Source:

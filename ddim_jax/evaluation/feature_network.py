@@ -1,6 +1,4 @@
-"""What a network must be to judge images: a function from pixels to features, and what is said of it beside every
-number.
-"""
+"""The interface of a feature network: a function from pixels to image features, and the metadata of its results."""
 
 from __future__ import annotations
 
@@ -14,29 +12,28 @@ from ddim_jax.schedule import Array
 
 
 class Output(NamedTuple):
-    features: Array  # (B, D): what distances are measured between
-    logits: Array  # (B, K): classes before the softmax
+    features: Array  # (B, D): image features, the input of distances
+    logits: Array  # (B, K): class logits
 
 
 class FeatureNetwork(NamedTuple):
-    """A classifier of images, ready to run.
+    """An image classifier with its parameters, which extracts features.
 
-    name, weights and resize are written into every file of statistics, and distances are computed between equal ones
-    alone.
+    name, weights and resize are saved with all reference statistics. Features are compared only if these are equal.
     """
 
     name: str
     weights: str  # SHA-256 of the parameters
-    resize: str  # what it does to images first, in words
-    feature_fn: Partial  # images (B, H, W, C), uint8, -> Output; pure. It holds the parameters
+    resize: str  # how it resizes its input images, as text
+    feature_fn: Partial  # pure: images (B, H, W, C), uint8, -> Output; a Partial that holds the parameters
 
 
 def feature_network(name: str, feature_fn: Any, params: Any, resize: str = "none") -> FeatureNetwork:
-    """A FeatureNetwork of any pure function (params, images) -> Output."""
+    """Makes a FeatureNetwork from a pure function (params, images) -> Output."""
     return FeatureNetwork(name, digest(params), resize, Partial(feature_fn, params))
 
 
 def on_one_device(shapes: Any) -> Any:
-    """Shapes and dtypes with the placement of parameters that are about to be read."""
-    placed = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), shapes)
+    """The same ShapeDtypeStructs, with the sharding of a single device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)

@@ -1,4 +1,4 @@
-"""Image features: what the metrics read, extracted in one pass through a feature network."""
+"""Extraction of image features, the input of the metrics, in one pass through a feature network."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from ddim_jax.evaluation.frechet import Moments
 from ddim_jax.registry import resolve
 from ddim_jax.utils import files, sharding
 
-FEATURES = {  # (path of the weights, "" for the usual ones) -> FeatureNetwork
+FEATURES = {  # (path of the weights, "" for the default) -> FeatureNetwork
     "inception": inception.open_network,
     "digits": digits_classifier.open_network,
 }
 
 
 def open_features(name: str, weights: str = "") -> FeatureNetwork:
-    """The network called name in FEATURES, or what the function of yours that "package.module:function" names makes of
-    the path of the weights. ValueError, or CheckpointError, if there is none.
+    """Opens a feature network.
+
+    name: a name in FEATURES, or "package.module:function" for a function (path of the weights) -> FeatureNetwork.
+    weights: the path of its weights, "" for the default. ValueError if there is no such function, CheckpointError if
+    the weights cannot be read.
     """
     network = resolve(FEATURES, name)(weights)
     if not isinstance(network, FeatureNetwork):
@@ -35,19 +38,19 @@ def open_features(name: str, weights: str = "") -> FeatureNetwork:
 
 
 def num_features(network: FeatureNetwork, image_shape: tuple[int, int, int]) -> int:
-    """How many features it has; ValueError if it does not take images (H, W, C) of this shape."""
+    """The number of features D of a network. ValueError if it does not take images of this shape (H, W, C)."""
     images = jax.ShapeDtypeStruct((1, *image_shape), np.uint8)
     return jax.eval_shape(network.feature_fn, images).features.shape[-1]
 
 
 class ImageFeatures(NamedTuple):
-    """Of a set of images: all that the metrics read."""
+    """The features of a set of images. The arrays are None unless a metric needs them."""
 
     count: int
     moments: Moments  # of the features
-    features: np.ndarray | None = None  # (N, D) float32, where a metric needs them
-    logits: np.ndarray | None = None  # (N, K) float32, likewise
-    labels: np.ndarray | None = None  # (N,) ints, the classes that the images were drawn as, likewise
+    features: np.ndarray | None = None  # (N, D) float32
+    logits: np.ndarray | None = None  # (N, K) float32
+    labels: np.ndarray | None = None  # (N,) ints, the class labels of the images
 
 
 def extract(
@@ -59,10 +62,11 @@ def extract(
     count: int | None = None,
     doing: str = "features",
 ) -> ImageFeatures:
-    """The first `count` images of a source (default: all) as the network sees them, in batches over the mesh: the
-    moments are summed in float64, and what `keep` names, "features", "logits" or "labels", is kept beside them.
+    """Extracts the features of the first `count` images of a source (default: all), in batches over the mesh.
 
-    ValueError, naming the image, where features are not finite, and where labels are to be kept of images without.
+    The moments are accumulated in float64. keep: the arrays to return with them: "features", "logits", "labels". doing:
+    the text of the progress bar. ValueError, naming the image, if a feature is not finite, and if "labels" are kept of
+    images without labels.
     """
     count = len(source) if count is None else count
     kept, total, done = {name: [] for name in keep}, None, 0
@@ -70,7 +74,7 @@ def extract(
         for output, labels in outputs(network, source, mesh, batch_size, count):
             if "labels" in kept:
                 if labels is None:
-                    raise ValueError("the images have no classes (arr_1 of the .npz), which agreement is with")
+                    raise ValueError("the images have no classes (arr_1 of the .npz): agreement needs class labels")
                 kept["labels"].append(labels)
             for name, array in output._asdict().items():
                 bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
@@ -79,33 +83,33 @@ def extract(
                 if name in kept:
                     kept[name].append(array)
             if not done:
-                row = sum(array.nbytes // len(array) for name, array in output._asdict().items() if name in kept)
-                files.check_memory(count * row, f"what is kept of {count} images")
-            part = frechet.scatter(output.features)
-            total = part if total is None else frechet.merged(total, part)
+                per_image = sum(array.nbytes // len(array) for name, array in output._asdict().items() if name in kept)
+                files.check_memory(count * per_image, f"{' and '.join(kept)} of {count} images")
+            scatter = frechet.scatter(output.features)
+            total = scatter if total is None else frechet.merged(total, scatter)
             done += len(output.features)
             bar.update(len(output.features))
-    arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
+    arrays = {name: np.concatenate(batches) for name, batches in kept.items()}
     return ImageFeatures(count, frechet.moments(total), **arrays)
 
 
 def outputs(
     network: FeatureNetwork, source: Source, mesh: Mesh, batch_size: int, count: int
 ) -> Iterator[tuple[Output, np.ndarray | None]]:
-    """Output on the host, batch by batch, of the first `count` images of a source, and their labels if they have any.
-    While a batch is computed the next is read.
+    """Yields (Output on the host, labels or None) of each batch of the first `count` images of a source. The next batch
+    is read while a batch is computed.
     """
     size = -(-min(batch_size, count) // mesh.size) * mesh.size
     feature_fn = sharding.put_replicated(mesh, network.feature_fn)
-    waiting = None
+    pending = None
     for begin in range(0, count, size):
         index = np.arange(begin, begin + size)
         images, labels = source[np.minimum(index, count - 1)]
         images = sharding.split_batch(mesh, images)
-        if waiting is not None:
-            yield _to_host(*waiting)
-        waiting = _compute(feature_fn, images), labels, min(size, count - begin)
-    yield _to_host(*waiting)
+        if pending is not None:
+            yield _to_host(*pending)
+        pending = _compute(feature_fn, images), labels, min(size, count - begin)
+    yield _to_host(*pending)
 
 
 @jax.jit

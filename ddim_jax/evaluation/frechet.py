@@ -1,5 +1,5 @@
-"""The Fréchet distance between Gaussians fitted to features, the mathematics of FID (Heusel et al. 2017).
-Host, float64.
+"""The Fréchet distance between Gaussians fitted to image features, as in FID (Heusel et al. 2017). It is computed on
+the host in float64.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import numpy as np
 
 
 class Moments(NamedTuple):
+    """The mean and covariance of image features."""
+
     mean: np.ndarray  # (D,) float64
     cov: np.ndarray  # (D, D) float64, unbiased
     factor: np.ndarray | None = None  # (R, D) float64, R <= D, with factor^T factor = cov; None for more images than D
 
 
 class Scatter(NamedTuple):
-    """What moments are computed from, of features that come batch by batch."""
+    """The sums from which moments are computed. Those of several batches can be merged."""
 
     count: int
     mean: np.ndarray  # (D,) float64
     squares: np.ndarray  # (D, D) float64: sum of (x - mean)(x - mean)^T
-    rows: np.ndarray | None  # (R, D) float64 with rows^T rows = squares; None for R > D, where squares says as much
+    rows: np.ndarray | None  # (R, D) float64 with rows^T rows = squares; None if R > D, where it has no advantage
 
 
 def checked(*sets: np.ndarray) -> list[np.ndarray]:
-    """Float64 (N, D) each, of one D, finite; ValueError otherwise."""
+    """Sets of features as float64. ValueError unless all are (N, D) with the same D, and finite."""
     sets = [np.asarray(features, np.float64) for features in sets]
     for features in sets:
         if features.ndim != 2 or features.shape[1] != sets[0].shape[1]:
@@ -37,7 +39,7 @@ def checked(*sets: np.ndarray) -> list[np.ndarray]:
 
 
 def scatter(features: np.ndarray) -> Scatter:
-    """Of features (N, D), N >= 1, finite; ValueError otherwise."""
+    """The Scatter of features (N, D). ValueError unless N >= 1 and all are finite."""
     (features,) = checked(features)
     if not len(features):
         raise ValueError(f"features must be (N, D) with N at least 1, got shape {features.shape}")
@@ -47,23 +49,24 @@ def scatter(features: np.ndarray) -> Scatter:
 
 
 def merged(a: Scatter, b: Scatter) -> Scatter:
-    """That of both sets together (Chan, Golub, LeVeque 1979): nothing cancels, as it would in E[x^2] - E[x]^2."""
-    count, apart = a.count + b.count, b.mean - a.mean
+    """The Scatter of the union of two sets (Chan, Golub, LeVeque 1979). It has no cancellation, unlike
+    E[x^2] - E[x]^2.
+    """
+    count, difference = a.count + b.count, b.mean - a.mean
     weight = a.count * b.count / count
-    squares = a.squares + b.squares + np.outer(apart, apart) * weight
-    both = a.rows is not None and b.rows is not None
-    rows = _few(np.concatenate([a.rows, b.rows, np.sqrt(weight) * apart[None]])) if both else None
-    return Scatter(count, a.mean + apart * (b.count / count), squares, rows)
+    squares = a.squares + b.squares + np.outer(difference, difference) * weight
+    have_rows = a.rows is not None and b.rows is not None
+    rows = _few(np.concatenate([a.rows, b.rows, np.sqrt(weight) * difference[None]])) if have_rows else None
+    return Scatter(count, a.mean + difference * (b.count / count), squares, rows)
 
 
 def _few(rows: np.ndarray) -> np.ndarray | None:
+    """The rows (R, D), None if R > D."""
     return rows if len(rows) <= rows.shape[1] else None
 
 
 def moments(features: np.ndarray | Scatter) -> Moments:
-    """Mean and covariance of features (N, D), N >= 2, finite, or of what `scatter` made of them; ValueError
-    otherwise.
-    """
+    """The mean and covariance of features (N, D), or of their Scatter. ValueError unless N >= 2 and all are finite."""
     total = features if isinstance(features, Scatter) else scatter(features)
     if total.count < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {total.count}")
@@ -72,12 +75,12 @@ def moments(features: np.ndarray | Scatter) -> Moments:
 
 
 def distance(a: Moments, b: Moments) -> float:
-    """`|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))`, at least 0.
+    """The Fréchet distance `|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))`, at least 0.
 
-    With `cov = F^T F` for both, the trace of the root is the nuclear norm of `F_a F_b^T`, the sum of its singular
-    values. That keeps all digits for fewer images than features, where the covariances are singular and the root of
-    what rounding left of an eigenvalue 0 is 1e-8 of the largest. Where neither has a factor it is the sum of the roots
-    of the eigenvalues of the symmetric `cov_a^(1/2) cov_b cov_a^(1/2)`, which is less work.
+    With `cov = F^T F` for both, the trace of the square root is the nuclear norm of `F_a F_b^T`, the sum of its
+    singular values. This is also accurate for fewer images than features. The covariances are then singular, and the
+    square root of a zero eigenvalue, after rounding, would be 1e-8 of the largest. If neither has a factor, the trace
+    is the sum of the square roots of the eigenvalues of the symmetric `cov_a^(1/2) cov_b cov_a^(1/2)`: this costs less.
     """
     if a.factor is None and b.factor is None:
         root = _root(a.cov)
@@ -90,6 +93,6 @@ def distance(a: Moments, b: Moments) -> float:
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
-    """The symmetric square root."""
+    """The symmetric square root of a covariance."""
     values, vectors = np.linalg.eigh(cov)
     return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T

@@ -1,8 +1,8 @@
-"""The network in whose features FID is measured: Inception-v3 of the TensorFlow graph of 2015-12-05.
+"""The feature network of FID: Inception-v3 from the TensorFlow graph of 2015-12-05.
 
-It differs from the Inception-v3 of torchvision: average pooling leaves the padding out of the mean, the last block
-takes a maximum instead, there are 1008 classes, and images are resized as TensorFlow 1 does. The modules have the
-names under which the PyTorch port of the weights, `pt_inception-2015-12-05-6726825d.pth`, is published.
+It differs from the Inception-v3 of torchvision: average pooling excludes the padding from the mean, the last block uses
+max pooling instead, there are 1008 classes, and images are resized as in TensorFlow 1. The modules have the same names
+as in the published PyTorch port of the weights, `pt_inception-2015-12-05-6726825d.pth`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax.checkpoints import tensors
+from ddim_jax.checkpoints import tensors, torch_file
 from ddim_jax.checkpoints.parameter_names import Layout
 from ddim_jax.evaluation.feature_network import FeatureNetwork, Output, feature_network, on_one_device
 from ddim_jax.schedule import Array
@@ -31,31 +31,33 @@ URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{W
 
 
 def resize(images: Array, size: int = SIZE) -> Array:
-    """Bilinear resize of (B, H, W, C) to (B, size, size, C) as TensorFlow 1 does: output pixel i is input pixel
-    `i H / size`, so the image is not centred. FID depends on it.
+    """Bilinear resize of (B, H, W, C) to (B, size, size, C) as in TensorFlow 1: output pixel i is at the input position
+    `i H / size`, so the image is not centred. FID depends on this detail.
     """
-    by_rows = jnp.einsum("oh,bhwc->bowc", _interpolation(images.shape[1], size), images, precision="highest")
-    return jnp.einsum("ow,bhwc->bhoc", _interpolation(images.shape[2], size), by_rows, precision="highest")
+    rows = jnp.einsum("oh,bhwc->bowc", _interpolation(images.shape[1], size), images, precision="highest")
+    return jnp.einsum("ow,bhwc->bhoc", _interpolation(images.shape[2], size), rows, precision="highest")
 
 
 def _interpolation(length: int, size: int) -> np.ndarray:
-    """(size, length) float32: the two weights of each output pixel. The position is rounded to float32 as there."""
+    """The interpolation matrix (size, length), float32, with two weights per output pixel. Positions are rounded to
+    float32, as in TensorFlow 1.
+    """
     position = np.arange(size, dtype=np.float32) * np.float32(length / size)
     low = np.floor(position).astype(int)
-    share = position - low
+    fraction = position - low
     matrix = np.zeros((size, length), np.float32)
-    np.add.at(matrix, (np.arange(size), np.minimum(low, length - 1)), 1 - share)
-    np.add.at(matrix, (np.arange(size), np.minimum(low + 1, length - 1)), share)
+    np.add.at(matrix, (np.arange(size), np.minimum(low, length - 1)), 1 - fraction)
+    np.add.at(matrix, (np.arange(size), np.minimum(low + 1, length - 1)), fraction)
     return matrix
 
 
 class Conv(nn.Module):
-    """Convolution, the normalisation that training left behind, ReLU."""
+    """Convolution, batch normalization with fixed statistics, ReLU."""
 
     features: int
     kernel: tuple[int, int]
     stride: int = 1
-    pad: bool = False  # to keep the size
+    pad: bool = False  # True keeps the height and width
 
     @nn.compact
     def __call__(self, x):
@@ -83,21 +85,21 @@ def _max_pool(x: Array, stride: int = 2, pad: bool = False) -> Array:
 
 
 def _average_pool(x: Array) -> Array:
-    """Of 3x3, at every pixel, without the padding."""
+    """Average pooling, 3x3 with stride 1, without the padding in the mean."""
     return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
 
 
-def _chain(prefix: str, *links: tuple[int, int, int]) -> list[list[tuple]]:
-    """A branch of convolutions (channels, height, width) that are called prefix_1, prefix_2, ..."""
-    return [[(f"{prefix}_{i}", *link)] for i, link in enumerate(links, 1)]
+def _chain(prefix: str, *convolutions: tuple[int, int, int]) -> list[list[tuple]]:
+    """A branch of convolutions (channels, height, width) with the names prefix_1, prefix_2, ..."""
+    return [[(f"{prefix}_{i}", *convolution)] for i, convolution in enumerate(convolutions, 1)]
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions and one of pooling, side by side.
+    """Concatenates parallel branches: branches of convolutions, and one branch of pooling.
 
-    branches: each a chain of stages, a stage being one convolution (name, channels, height, width), or the last
-    two side by side. pool: channels of the 1x1 after pooling; None to halve the size, by the last stages and the
-    pooling, which then has no convolution.
+    branches: each a sequence of stages. A stage is a list of one convolution (name, channels, height, width); the last
+    stage may have two parallel ones. pool: the channels of the 1x1 convolution after the pooling. None downsamples by a
+    factor of 2: the last stages and the pooling have stride 2, and no convolution follows the pooling.
     """
 
     branches: tuple
@@ -106,24 +108,24 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        halve = self.pool is None
+        downsample = self.pool is None
 
-        def conv(link, h, stride=1):
-            name, features, *kernel = link
+        def conv(convolution, h, stride=1):
+            name, features, *kernel = convolution
             return Conv(features, tuple(kernel), stride, pad=stride == 1, name=name)(h)
 
-        parts = []
+        outputs = []
         for *stages, last in self.branches:
             h = x
-            for (link,) in stages:
-                h = conv(link, h)
-            parts += [conv(link, h, 2 if halve else 1) for link in last]
-        if halve:
-            parts.append(_max_pool(x))
+            for (convolution,) in stages:
+                h = conv(convolution, h)
+            outputs += [conv(convolution, h, 2 if downsample else 1) for convolution in last]
+        if downsample:
+            outputs.append(_max_pool(x))
         else:
             pooled = _max_pool(x, stride=1, pad=True) if self.max_pool else _average_pool(x)
-            parts.append(Conv(self.pool, (1, 1), name="branch_pool")(pooled))
-        return jnp.concatenate(parts, axis=-1)
+            outputs.append(Conv(self.pool, (1, 1), name="branch_pool")(pooled))
+        return jnp.concatenate(outputs, axis=-1)
 
 
 def _mixed_35(name: str, pool: int) -> Mixed:
@@ -167,7 +169,7 @@ def _mixed_8(name: str, max_pool: bool) -> Mixed:
 
 class Inception(nn.Module):
     """(B, 299, 299, 3) in [-1, 1] -> Output: 2048 features of the last pooling layer, for FID, KID, precision and
-    recall, and 1008 logits without the bias, as the Inception Score is computed.
+    recall, and 1008 logits without the bias, for the Inception Score.
     """
 
     @nn.compact
@@ -198,7 +200,7 @@ class Inception(nn.Module):
 
 
 def apply(params: Any, images: Array) -> Output:
-    """Features and logits of uint8 images (B, H, W, C) of any size; C is 3, or 1 for grey ones."""
+    """Features and logits of uint8 images (B, H, W, C) of any size, with C = 3, or C = 1 for grey images."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or images.dtype != jnp.uint8:
         raise ValueError(f"images must be uint8 (B, H, W, 1 or 3), got {images.dtype} {images.shape}")
     images = jnp.broadcast_to(images, (*images.shape[:-1], 3)).astype(jnp.float32)
@@ -219,25 +221,25 @@ def _name(path: tuple[str, ...], num_levels: int) -> str:
 
 
 def open_network(path: str = "") -> FeatureNetwork:
-    """FID's network with the published weights, which are in a file of the user's or, without one, fetched once into
-    the cache. CheckpointError if they cannot be had.
+    """The Inception network of FID with the published weights. path: the file of the weights; "" for a download that is
+    stored in the cache. CheckpointError if they cannot be read or downloaded.
     """
     if path and not pathlib.Path(path).is_file():
-        raise CheckpointError(f"there is no file {path}: the weights of FID's Inception network, {WEIGHTS}, are wanted")
-    found = pathlib.Path(path) if path else download.fetch(URL, SHA256, "the weights of FID's Inception network")
-    return feature_network("inception-2015-12-05", apply, load(found), f"bilinear of TensorFlow 1 to {SIZE}x{SIZE}")
+        raise CheckpointError(f"file {path} does not exist: expected {WEIGHTS}, the weights of FID's Inception network")
+    file = pathlib.Path(path) if path else download.fetch(URL, SHA256, "the weights of FID's Inception network")
+    return feature_network("inception-2015-12-05", apply, load(file), f"bilinear of TensorFlow 1 to {SIZE}x{SIZE}")
 
 
 def load(path: pathlib.Path) -> Any:
-    """The parameters in a file of the published weights: the known .pth, opened without running code in it, or the
-    same tensors as .safetensors. CheckpointError if it is damaged or of another network.
+    """Reads the parameters from a file of the published weights: the published .pth, which is opened without executing
+    code in it, or the same tensors as .safetensors. CheckpointError if it is damaged or of another network.
     """
     if path.suffix == ".safetensors":
-        found, _ = tensors.open_safetensors(path)
+        state, _ = tensors.open_safetensors(path)
     else:
-        found = tensors.from_torch(str(path), tensors.load_torch(path))
-    unused = lambda name: name == "fc.bias" or name.endswith(".num_batches_tracked")
-    shapes = {name: shape for name, shape in found.shapes.items() if not unused(name)}
+        state = tensors.from_torch(str(path), torch_file.load(path))
+    is_unused = lambda name: name == "fc.bias" or name.endswith(".num_batches_tracked")
+    shapes = {name: shape for name, shape in state.shapes.items() if not is_unused(name)}
     like = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     layout = Layout(_name)
-    return tensors.read(found._replace(shapes=shapes, layout=layout), on_one_device(like), "FID's Inception network")
+    return tensors.read(state._replace(shapes=shapes, layout=layout), on_one_device(like), "FID's Inception network")

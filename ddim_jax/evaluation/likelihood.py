@@ -1,4 +1,4 @@
-"""The likelihood of real images under a network."""
+"""Likelihood bounds of real images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ddim_jax.utils.errors import error_context
 
 
 def bits_per_dim(pipeline: Pipeline, source: Source, count: int, eta: float, where: str) -> np.ndarray:
-    """Of each of the first `count` images: J_sigma, Eq. (11), in bits a value, (count,) float64; an upper bound of the
-    negative log-likelihood under the pipeline's tau and eta > 0. ConfigError, beginning with `where`, for images that
-    cannot be read, and where a bound is not finite.
+    """J_sigma, Eq. (11), in bits per dimension, of each of the first `count` images: (count,) float64.
+
+    It is an upper bound of the negative log-likelihood, for the tau of the pipeline and eta > 0. ConfigError, which
+    begins with `where`, if an image cannot be read, and if a bound is not finite.
     """
     bits = []
     indices = list(sampling.batch_indices(pipeline.batch_size, pipeline.mesh, 0, count))

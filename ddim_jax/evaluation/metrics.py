@@ -1,5 +1,5 @@
-"""Metrics of image features: KID, Inception Score, precision and recall, and the table of all metrics by name. On the
-host, in float64.
+"""Metrics of image features: KID, Inception Score, precision and recall, and the table of all metrics. They are
+computed on the host in float64.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from ddim_jax.evaluation.frechet import Moments, checked
 from ddim_jax.registry import is_code, resolve
 from ddim_jax.utils import files
 
-BLOCK = 2048
+BLOCK = 2048  # rows of a distance matrix that are in memory at a time
 
 
 class Estimate(NamedTuple):
     mean: float
-    std: float  # over the subsets or splits, not of the mean
+    std: float  # the standard deviation over the subsets or splits, not of the mean
 
 
 def kid(a: np.ndarray, b: np.ndarray, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0) -> Estimate:
     """Kernel Inception Distance (Binkowski et al. 2018): the unbiased MMD^2 with the kernel `(x . y / D + 1)^3`.
 
-    a, b: features (N, D), N at least subset_size. Mean and standard deviation over random subsets of both, drawn by
-    `seed`; one that equals zero is estimated without bias, so the mean may be a little below 0. ValueError if there
-    are fewer images than subset_size, or for a subset_size below 2.
+    a, b: features (N, D), N at least subset_size. Returns the mean and the standard deviation over random subsets of
+    both, drawn with `seed`. The estimate is unbiased, so it can be slightly negative where the KID is 0. ValueError if
+    there are fewer images than subset_size, or if subset_size is below 2.
     """
     a, b = checked(a, b)
     if not 2 <= subset_size <= min(len(a), len(b)):
@@ -47,11 +47,10 @@ def _mmd2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> Estimate:
-    """Inception Score (Salimans et al. 2016): `exp(E KL(p(y|x) || p(y)))`, at least 1 and at most the number of
-    classes.
+    """Inception Score (Salimans et al. 2016): `exp(E KL(p(y|x) || p(y)))`, between 1 and the number of classes.
 
-    logits: (N, K), of images in no order. Mean and standard deviation over `splits` runs of neighbours. ValueError
-    if there are fewer images than splits.
+    logits: (N, K), of images in random order. Returns the mean and the standard deviation over `splits` contiguous
+    splits. ValueError if there are fewer images than splits.
     """
     (logits,) = checked(logits)
     if not 1 <= splits <= len(logits):
@@ -63,39 +62,41 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> Estimate:
     for begin, end in zip(bounds, bounds[1:], strict=False):
         p, log = np.exp(log_p[begin:end]), log_p[begin:end]
         marginal = p.mean(axis=0)
-        log_marginal = np.log(np.where(marginal > 0, marginal, 1))  # where nothing is, p is 0 too
+        log_marginal = np.log(np.where(marginal > 0, marginal, 1))  # where the marginal is 0, p is 0 as well
         scores.append(np.exp((p * (log - log_marginal)).sum(axis=1).mean()))
     return Estimate(float(np.mean(scores)), float(np.std(scores)))
 
 
 class PrecisionRecall(NamedTuple):
-    precision: float  # share of samples within reach of a real image
-    recall: float  # share of real images within reach of a sample
+    precision: float  # the fraction of samples in the manifold of the real images
+    recall: float  # the fraction of real images in the manifold of the samples
 
 
 def precision_recall(samples: np.ndarray, real: np.ndarray, neighbours: int = 3) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019): an image is within reach of a set if it is at least
-    as near to one of its members as that member's k-th neighbour in the set.
+    """Improved precision and recall (Kynkaanniemi et al. 2019). The manifold of a set is the union of balls around its
+    members; the radius of a ball is the distance of the member to its k-th nearest neighbour in the set.
 
-    samples, real: features (N, D) and (M, D), N, M above neighbours; ValueError otherwise. The two depend on N and M:
-    compare equal numbers alone.
+    samples, real: features (N, D) and (M, D). neighbours: k. ValueError unless N and M are above k. The results depend
+    on N and M: compare only results with the same N and M.
     """
     samples, real = checked(samples, real)
     if not 1 <= neighbours < min(len(samples), len(real)):
         raise ValueError(
             f"neighbours must be in 1..{min(len(samples), len(real)) - 1}, below the number of images, got {neighbours}"
         )
-    return PrecisionRecall(_within_reach(samples, real, neighbours), _within_reach(real, samples, neighbours))
+    return PrecisionRecall(
+        _fraction_in_manifold(samples, real, neighbours), _fraction_in_manifold(real, samples, neighbours)
+    )
 
 
-def _within_reach(points: np.ndarray, members: np.ndarray, neighbours: int) -> float:
-    # A member's nearest is itself, at distance 0.
-    reach = np.concatenate([np.partition(d, neighbours, axis=1)[:, neighbours] for d in _distances(members, members)])
-    return float(np.concatenate([(d <= reach).any(axis=1) for d in _distances(points, members)]).mean())
+def _fraction_in_manifold(points: np.ndarray, members: np.ndarray, neighbours: int) -> float:
+    # The nearest neighbour at index 0 is the member itself, at distance 0.
+    radii = np.concatenate([np.partition(d, neighbours, axis=1)[:, neighbours] for d in _distances(members, members)])
+    return float(np.concatenate([(d <= radii).any(axis=1) for d in _distances(points, members)]).mean())
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
-    """Squared distances (block, M), block by block of a."""
+    """Yields the squared distances (block, M) between blocks of a (N, D) and b (M, D)."""
     norms = (b**2).sum(axis=1)
     for begin in range(0, len(a), BLOCK):
         rows = a[begin : begin + BLOCK]
@@ -106,70 +107,72 @@ def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def nearest(samples: np.ndarray, real: np.ndarray) -> float:
-    """Mean distance of a sample to the nearest real image, features (N, D) and (M, D). Where it is far below that of
-    real images held out, samples are copies.
+    """The mean distance of a sample to the nearest real image, in features (N, D) and (M, D). If it is much smaller
+    than the distance for held-out real images, the samples are copies.
     """
     samples, real = checked(samples, real)
     return float(np.concatenate([np.sqrt(d.min(axis=1)) for d in _distances(samples, real)]).mean())
 
 
 class Confidence(NamedTuple):
-    confidence: float  # mean probability of the class that is seen
-    smallest_share: float  # of the images, of the class that is seen least
-    largest_share: float
+    confidence: float  # the mean probability of the predicted class
+    smallest_share: float  # the fraction of the images that are predicted as the rarest class
+    largest_share: float  # the fraction of the images that are predicted as the most frequent class
 
 
 def confidence(logits: np.ndarray) -> Confidence:
-    """How sure a classifier is of what it sees, and whether it sees all classes. logits: (N, K)."""
+    """The confidence of a classifier, and how evenly its predictions cover the classes. logits: (N, K)."""
     (logits,) = checked(logits)
-    likeliest = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
-    shares = np.bincount(logits.argmax(axis=1), minlength=logits.shape[1]) / len(logits)
-    return Confidence(float((1 / likeliest).mean()), float(shares.min()), float(shares.max()))
+    inverse_confidence = np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1)
+    fractions = np.bincount(logits.argmax(axis=1), minlength=logits.shape[1]) / len(logits)
+    return Confidence(float((1 / inverse_confidence).mean()), float(fractions.min()), float(fractions.max()))
 
 
-# --- by name ---
+# --- the table of metrics ---
 
 
 class Metric(NamedTuple):
-    samples: tuple[str, ...]  # the fields of ImageFeatures that it reads, beside count and moments, of the samples
-    reference: tuple[str, ...]  # and of the real images
-    compute: Callable[[ImageFeatures, ImageFeatures], dict[str, float]]  # (samples, real) -> numbers, main first
+    """A metric. It may read count and moments of ImageFeatures, and the fields that it names."""
+
+    samples: tuple[str, ...]  # the fields that it reads of the samples
+    reference: tuple[str, ...]  # the fields that it reads of the real images
+    compute: Callable[[ImageFeatures, ImageFeatures], dict[str, float]]  # (samples, real) -> {name: value}, main first
 
 
 def compute(names: Iterable[str], samples: ImageFeatures, real: ImageFeatures) -> dict[str, Any]:
-    """The numbers of the metrics that names lists. ValueError where the reference does not have what one needs, or for
-    fewer images than it takes.
+    """{name: value} of the metrics with these names. ValueError if the reference lacks a field that a metric needs, and
+    if there are too few images.
     """
     check(names, real)
-    return {name: value for one in names for name, value in metric(one).compute(samples, real).items()}
+    return {key: value for name in names for key, value in metric(name).compute(samples, real).items()}
 
 
 def metric(name: str) -> Metric:
-    """The metric called name in METRICS, or what the function of the user's that "package.module:function" names
-    returns. ValueError if it is no Metric of known fields.
+    """The metric with this name in METRICS, or the result of the user's function "package.module:function". ValueError
+    if it is not a Metric, or names fields that ImageFeatures does not have.
     """
-    found = resolve(METRICS, name)
-    found = found() if is_code(name) else found
+    result = resolve(METRICS, name)
+    result = result() if is_code(name) else result
     fields = ImageFeatures._fields[2:]
-    if not isinstance(found, Metric) or not {*found.samples, *found.reference} <= {*fields}:
-        raise ValueError(f"{name} must return a Metric that reads {', '.join(fields)}, got {files.shown(found)}")
-    return found
+    if not isinstance(result, Metric) or not {*result.samples, *result.reference} <= {*fields}:
+        raise ValueError(f"{name} must return a Metric that reads {', '.join(fields)}, got {files.shown(result)}")
+    return result
 
 
 def check(names: Iterable[str], real: ImageFeatures) -> None:
-    """ValueError where a metric needs more of the real images than what is there."""
+    """ValueError if a metric needs a field of the real images that is None."""
     for name in names:
         if any(getattr(real, field) is None for field in metric(name).reference):
-            raise ValueError(f"{name} needs the features of the real images, and the reference is mu and sigma alone")
+            raise ValueError(f"{name} needs the features of the real images, the reference has only mu and sigma")
 
 
 def needed_of_samples(names: Iterable[str]) -> set[str]:
-    """What `features.extract` must keep of the samples for these metrics."""
+    """The fields of the samples that these metrics need: the argument `keep` of `features.extract`."""
     return {field for name in names for field in metric(name).samples}
 
 
 def needed_of_reference(names: Iterable[str]) -> set[str]:
-    """What `features.extract` must keep of the real images for these metrics."""
+    """The fields of the real images that these metrics need: the argument `keep` of `features.extract`."""
     return {field for name in names for field in metric(name).reference}
 
 
@@ -178,7 +181,7 @@ def _fid(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
 
 
 def _with_factor(images: ImageFeatures) -> Moments:
-    """Its moments, with their factor where the features are there to take it from."""
+    """The moments of images, with the factor if it can be computed from the features."""
     moments, features = images.moments, images.features
     if moments.factor is None and features is not None and len(features) <= features.shape[1]:
         moments = moments._replace(factor=frechet.moments(features).factor)
@@ -187,14 +190,14 @@ def _with_factor(images: ImageFeatures) -> Moments:
 
 def _kid(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
     size = min(1000, samples.count, real.count)
-    found = kid(samples.features, real.features, subset_size=size)
-    return {"kid": found.mean, "kid_std": found.std, "kid_subset_size": size}
+    estimate = kid(samples.features, real.features, subset_size=size)
+    return {"kid": estimate.mean, "kid_std": estimate.std, "kid_subset_size": size}
 
 
 def _inception_score(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:
     splits = min(10, samples.count)
-    found = inception_score(samples.logits, splits)
-    return {"inception_score": found.mean, "inception_score_std": found.std, "inception_score_splits": splits}
+    estimate = inception_score(samples.logits, splits)
+    return {"inception_score": estimate.mean, "inception_score_std": estimate.std, "inception_score_splits": splits}
 
 
 def _precision_recall(samples: ImageFeatures, real: ImageFeatures) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Statistics of real images in a file that says what they are."""
+"""Reference statistics of real images, saved with metadata about the images and the feature network."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ddim_jax.evaluation.features import ImageFeatures
 from ddim_jax.evaluation.frechet import Moments
 from ddim_jax.utils import files, images
 
-VERSION = 1  # of what the numbers in the file mean
+VERSION = 1  # of the definition of the statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What statistics are of. None: not known, and not compared."""
+    """The metadata of statistics. None means not known: `difference` ignores the field."""
 
-    data: str | None  # the data set
-    split: str | None  # train | test | none, for images that are no data set
-    crop: str | None  # what was cut out of the images as they are published
-    count: int | None  # how many images
+    data: str | None  # the name of the data set
+    split: str | None  # "train" or "test", None for images that are not a data set
+    crop: str | None  # how the published images were cropped and resized
+    count: int | None  # the number of images
     resolution: str  # height x width x channels
-    resize: str  # what the feature network does to them first
-    features: str  # its name
+    resize: str  # how the feature network resizes its input
+    features: str  # the name of the feature network
     weights: str  # SHA-256 of its parameters
     version: int = VERSION
 
@@ -40,25 +40,30 @@ REQUIRED = {field.name for field in dataclasses.fields(About) if field.default i
 
 class Reference(NamedTuple):
     features: ImageFeatures
-    about: About | None  # None: nobody said
+    about: About | None  # None if the file has no metadata
 
 
 def about(
     source: Source | None, resolution: str, network: FeatureNetwork, data: str | None, split: str | None
 ) -> About:
-    """What statistics of a source are of. Without one, what is known of those of a data set that is not here."""
+    """The metadata of the statistics of a source. source: None for a data set that is not available; crop and count are
+    then not known.
+    """
     crop, count = (None, None) if source is None else (source.crop, len(source))
     return About(data, split, crop, count, resolution, network.resize, network.name, network.weights)
 
 
 def resolution(shape: tuple[int, ...]) -> str:
+    """The text for `About.resolution`."""
     return "x".join(map(str, shape))
 
 
 def save(path: pathlib.Path, reference: Reference) -> None:
-    """Writes an .npz: `mu` and `sigma` under the names that others read, `about` as JSON, and what else was kept."""
-    kept = reference.features
-    arrays = {"mu": kept.moments.mean, "sigma": kept.moments.cov, "features": kept.features}
+    """Writes an .npz with `mu` and `sigma`, which are also the names in other programs, `about` as JSON, and the
+    features if they are not None.
+    """
+    features = reference.features
+    arrays = {"mu": features.moments.mean, "sigma": features.moments.cov, "features": features.features}
     with files.replacing(path) as file:
         np.savez(
             file,
@@ -68,34 +73,34 @@ def save(path: pathlib.Path, reference: Reference) -> None:
 
 
 def is_there(path: pathlib.Path) -> bool:
-    """Whether an .npz holds statistics, and not images. ValueError if it is none."""
+    """Whether an .npz holds statistics, and not images. ValueError if it cannot be read."""
     return bool({"mu", "sigma", "about"} & {*images.npz_names(path)})
 
 
 def load(path: pathlib.Path) -> Reference:
-    """What `save` wrote, or `mu` and `sigma` of somebody else's, about which nothing is known. ValueError if it is
-    neither, or is damaged.
+    """Reads statistics that `save` wrote, or `mu` and `sigma` of another program, without metadata. ValueError if the
+    file holds neither, or is damaged.
     """
     try:
         return _reference(images.open_npz(path, verify=True))
     except ValueError as error:
         raise ValueError(
-            f"{files.printable(str(path))} cannot be read as statistics: {error}; --save_reference makes them anew"
+            f"{files.printable(str(path))} cannot be read as statistics: {error}; --save_reference writes new ones"
         ) from error
 
 
 def _reference(arrays: Mapping[str, np.ndarray]) -> Reference:
     if not {"mu", "sigma"} <= arrays.keys():
-        raise ValueError("there is no mu and sigma in it")
-    known = _about(arrays["about"]) if "about" in arrays else None
+        raise ValueError("it must hold mu and sigma")
+    metadata = _about(arrays["about"]) if "about" in arrays else None
     mu, sigma, features = arrays["mu"], arrays["sigma"], arrays.get("features")
     if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape:
         raise ValueError(f"mu must be (D,) and sigma (D, D), got {mu.shape} and {sigma.shape}")
     if features is not None and (features.ndim != 2 or features.shape[1:] != mu.shape):
         raise ValueError(f"features must be (N, {len(mu)}), got {features.shape}")
-    if features is not None and known is not None and known.count != len(features):
-        raise ValueError(f"it is of {known.count} images and has the features of {len(features)}")
-    files.check_memory(3 * 8 * sigma.size + (0 if features is None else features.nbytes), "what is in it")
+    if features is not None and metadata is not None and metadata.count != len(features):
+        raise ValueError(f"it must have the features of {metadata.count} images, got {len(features)}")
+    files.check_memory(3 * 8 * sigma.size + (0 if features is None else features.nbytes), "its arrays")
     for name, array in (("mu", mu), ("sigma", sigma), ("features", features)):
         if array is not None and (array.dtype.kind not in "fiu" or not np.isfinite(array).all()):
             raise ValueError(f"{name} must be numbers, all finite, got {array.dtype}")
@@ -103,14 +108,14 @@ def _reference(arrays: Mapping[str, np.ndarray]) -> Reference:
     features = None if features is None else np.array(features)
     if np.diagonal(sigma).min() < 0 or not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-5 * sigma.max()):
         raise ValueError("sigma must be a covariance: symmetric, and no variance below 0")
-    count = len(features) if features is not None else known.count if known else None
-    return Reference(ImageFeatures(count or 0, Moments(mu, sigma), features), known)
+    count = len(features) if features is not None else metadata.count if metadata else None
+    return Reference(ImageFeatures(count or 0, Moments(mu, sigma), features), metadata)
 
 
 def _about(array: np.ndarray) -> About:
-    """What the JSON in an array says. ValueError where it is not that."""
+    """The metadata from an array with JSON. ValueError if it is not of this kind."""
     if array.shape != () or array.dtype.kind != "U":
-        raise ValueError(f"about must be a text, got {array.dtype} {array.shape}")
+        raise ValueError(f"about must be a string, got {array.dtype} {array.shape}")
     values = files.parse_json(str(array), "about")
     types = typing.get_type_hints(About)
     if not isinstance(values, dict) or not {*values} <= {*types} or not REQUIRED <= {*values}:
@@ -121,13 +126,13 @@ def _about(array: np.ndarray) -> About:
     return About(**values)
 
 
-def difference(theirs: About, ours: About, accepted: Collection[str] = ()) -> str | None:
-    """How statistics differ from those that belong to the samples, in the first field that is not accepted and that
-    both know; None if they do not.
+def difference(saved: About, current: About, accepted: Collection[str] = ()) -> str | None:
+    """The first difference between the metadata of saved statistics and the metadata that the samples require, as text;
+    None if there is none. Fields in `accepted`, and fields that are None in one of them, are not compared.
     """
     for field in dataclasses.fields(About):
-        a, b = getattr(theirs, field.name), getattr(ours, field.name)
+        a, b = getattr(saved, field.name), getattr(current, field.name)
         if a is not None and b is not None and a != b and field.name not in accepted:
-            different = f"{field.name} is {files.shown(a)} there, {files.shown(b)} here"
-            return f"{different} (to compare all the same, --accept {field.name})"
+            text = f"{field.name} is {files.shown(a)}, expected {files.shown(b)}"
+            return f"{text} (--accept {field.name} allows this difference)"
     return None

@@ -1,5 +1,6 @@
-"""From a network to the denoiser of the mathematics. The only place that knows that published networks count time from
-0.
+"""The conversion of a network to a denoiser.
+
+Published networks count time from 0. This is the only module that converts the timestep t to the network time t - 1.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from ddim_jax.schedule import Array, Level, precision
 class Denoiser(Denoise):
     """A network with its parameters as a `gaussian.Denoise`.
 
-    network: a `Network`, or a Linen module (x, time, labels, train) -> output of the shape of x, time (B,) counting
-    0..T-1. prediction: what
-    the output is, a name in `gaussian.PREDICTIONS`. labels: (B,) ints for a class-conditional network. dropout_key:
-    given in training only, where dropout acts. lowest: the lowest level that the network was trained on,
-    `schedule.level(1)`. Below it, as at level 0 where encoding starts, the network is evaluated as at this level, and
-    eps follows from its output there. A network that predicts x_0 cannot encode without it.
+    network: a `Network`, or a Linen module (x, time, labels, train) -> output of the shape of x. time: (B,), counts
+        0..T-1.
+    params: the parameters of the network.
+    prediction: the quantity that the network outputs, a name in `gaussian.PREDICTIONS`.
+    labels: (B,) ints for a class-conditional network, else None.
+    lowest: the noise level of t = 1, `schedule.level(1)`, the lowest one in training. For t < 1, as at t = 0 where
+        encoding starts, the network is evaluated at t = 1, and eps is computed from its output with this noise level.
+        Required to encode with a network that predicts x_0.
+    dropout_key: one key in training, where dropout is active, else None.
 
-    A pytree: other params, labels or levels of the same shapes compile nothing. ValueError for labels that are not
-    integers (B,), and for an unknown prediction.
+    A denoiser is a pytree: other params, labels or noise levels of the same shapes do not trigger recompilation. Raises
+    ValueError for an unknown prediction, and for labels that are not ints (B,).
     """
 
     def __init__(
@@ -49,18 +53,19 @@ class Denoiser(Denoise):
         self.params, self.labels, self.lowest, self.dropout_key = params, labels, lowest, dropout_key
 
     def with_labels(self, labels: Array | None) -> Denoiser:
-        """The same network for these classes, (B,) ints."""
+        """The same denoiser for other classes. labels: (B,) ints."""
         return Denoiser(self.network, self.params, self.prediction, labels, self.lowest, self.dropout_key)
 
     def predict(self, x_t: Array, level: Level) -> Prediction:
         output = _output(self.network, self.params, self.labels, self.dropout_key, x_t, jnp.maximum(level.t, 1))
-        of = PREDICTIONS[self.prediction]
+        to_prediction = PREDICTIONS[self.prediction]
         if self.lowest is None:
-            return of(x_t, output, level)
+            return to_prediction(x_t, output, level)
         below = level.t < self.lowest.t
         trained = Level(level.t, *(_where(below, a, b) for a, b in zip(self.lowest[1:], level[1:], strict=True)))
-        x_0, eps = of(x_t, output, trained)
-        safe = level._replace(alpha_bar=_where(below, level.alpha_bar, 1))  # else NaN in the derivative, where it is 0
+        x_0, eps = to_prediction(x_t, output, trained)
+        # The 1 avoids NaN in the derivative where alpha_bar = 0.
+        safe = level._replace(alpha_bar=_where(below, level.alpha_bar, 1))
         return Prediction(_where(below, predict_x0(x_t, eps, safe), x_0), eps)
 
     def check(self, alpha_bar: Array) -> None:
@@ -68,9 +73,9 @@ class Denoiser(Denoise):
             return
         alpha_bar = np.asarray(alpha_bar)
         if self.prediction == "eps" and (alpha_bar == 0).any():
-            raise ValueError("prediction must be x0 or v where alpha_bar = 0: nothing of x_0 follows from eps there")
+            raise ValueError("prediction must be x0 or v where alpha_bar = 0: there x_0 cannot be computed from eps")
         if self.prediction == "x0" and self.lowest is None and (alpha_bar == 1).any():
-            raise ValueError("lowest must be given where alpha_bar = 1: nothing of eps follows from x_0 there")
+            raise ValueError("lowest must be given where alpha_bar = 1: there eps cannot be computed from x_0")
 
     def tree_flatten(self):
         return (self.params, self.labels, self.lowest, self.dropout_key), (self.network, self.prediction)
@@ -84,7 +89,7 @@ class Denoiser(Denoise):
 
 
 def _where(condition, a, b):
-    """jnp.where for a condition () or (B,) and arrays that may be (B, ...)."""
+    """jnp.where for a condition () or (B,), and arrays that may be (B, ...)."""
     shape = jnp.shape(condition) + (1,) * (max(jnp.ndim(a), jnp.ndim(b)) - jnp.ndim(condition))
     return jnp.where(jnp.reshape(condition, shape), a, b) if jnp.ndim(condition) else jnp.where(condition, a, b)
 
@@ -92,15 +97,17 @@ def _where(condition, a, b):
 def log_probs_fn(
     network: Network | nn.Module, params: Any, labels: Array | None = None, dropout_key: Array | None = None
 ) -> LogProbsFn:
-    """(x_t, t) -> log f_theta, for a network whose channels are K classes: it is given x_t one-hot, (B, ..., K), and
-    predicts logits of x_0. Else as `Denoiser`.
+    """The function (x_t, t) -> log f_theta of a network for categorical data, see `discrete`.
+
+    network: its input is x_t, one-hot, (B, ..., K), so its channels are the K classes. It outputs the logits of x_0.
+    params, labels, dropout_key: see `Denoiser`.
     """
     return Partial(_Classes(network), params, labels, dropout_key)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Classes:
-    """The static part: compared by value, so that building the same function twice compiles once."""
+    """The static part of `log_probs_fn`. It is compared by value, so an equal function is compiled once."""
 
     network: Network | nn.Module
 
@@ -118,4 +125,7 @@ def _output(network, params, labels, dropout_key, x_t, t):
     rngs = {"dropout": dropout_key} if train else None
     if not isinstance(network, Network):
         network = as_network(network, x_t.shape[1:])
-    return network.apply(params, x_t, time, labels, train, rngs).astype(precision(x_t.dtype))
+    output = network.apply(params, x_t, time, labels, train, rngs).astype(precision(x_t.dtype))
+    if output.shape[-1] == 2 * x_t.shape[-1]:  # a learned variance: the second half is v
+        output = output[..., : x_t.shape[-1]]
+    return output

@@ -1,4 +1,4 @@
-"""Training: objectives, times, optimizers and moving averages, the update, and `fit`, which trains without a config."""
+"""Training: objectives, timestep distributions, optimizers, EMA, the update, and `fit`, which needs no config."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ __all__ = ["fit"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fit":  # loaded when it is first used: it needs Orbax, which takes a second
+    if name == "fit":  # imported at its first use: importing Orbax takes a second
         return importlib.import_module("ddim_jax.training.fitting").fit
     raise AttributeError(f"module 'ddim_jax.training' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Training from Python, without a config."""
+"""`fit`: training from Python, without a config."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ from ddim_jax.utils.errors import CheckpointError
 
 
 class Fitted(NamedTuple):
+    """The result of `fit`."""
+
     params: Any
-    ema_params: Any  # their moving average: what is sampled
-    losses: np.ndarray  # (num_steps - the step that it began at,)
+    ema_params: Any  # exponential moving average of params; samples are drawn with it
+    losses: np.ndarray  # the loss of each update of this call: (num_steps - first step,)
 
 
 class Points:
-    """Training data of any shape: x (N, ...), floating point or uint8, with labels (N,) or None. A `data.Source`."""
+    """A `data.Source` of examples of any shape.
+
+    x: (N, ...), floating point or uint8. labels: (N,) ints, or None. ValueError for an empty x, and for labels of
+    another shape.
+    """
 
     crop, jpegs, instant = "none", 0, True
 
     def __init__(self, x: np.ndarray, labels: np.ndarray | None = None):
         self.images, self.labels = np.asarray(x), None if labels is None else np.asarray(labels, np.int32)
         if not self.images.ndim or not len(self.images):
-            raise ValueError(f"x must be (N, ...), N at least 1, got shape {self.images.shape}")
+            raise ValueError(f"x must have the shape (N, ...), N at least 1, got {self.images.shape}")
         if labels is not None and self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"labels must have the shape {self.images.shape[:1]}, got {self.labels.shape}")
         self.image_shape = self.images.shape[1:]
@@ -49,7 +55,7 @@ class Points:
 
 
 class _Losses:
-    """A progress bar, and the loss of every update."""
+    """Writers that show a progress bar and collect the loss of every update."""
 
     flops = 0.0
 
@@ -87,16 +93,25 @@ def fit(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
 ) -> Fitted:
-    """Trains a network until num_steps updates are done, over all devices.
+    """Trains a network for num_steps updates, data-parallel over all devices.
 
-    network: a `Network`, or a Linen module. objective: see `objectives.noise_prediction` and `objectives.make`.
-    optimizer: any of optax. source: a `data.Source`, or an array (N, ...) of any shape, whose uint8 values are taken as
-    pixels and whose floats as x_0. workdir: checkpoints are written there every checkpoint_every updates and at the
-    end, and the same call resumes from the last one, to the same parameters as without a break. ema_decay: a number,
-    or a function of the step. mesh: of devices; default: all. The batch of step k depends on (seed, k) alone.
+    network: a `Network`, or a Linen module.
+    objective: see `objectives.noise_prediction` and `objectives.make`.
+    optimizer: any optax optimizer.
+    source: a `data.Source`, or an array (N, ...) of any shape; uint8 values are pixels, floats are x_0.
+    num_steps: the number of updates in total.
+    batch_size: the number of examples per update, over all devices.
+    workdir: the folder to which a checkpoint is written every checkpoint_every updates and at the end. The same call
+        resumes from the last checkpoint; the parameters are then equal to those of an uninterrupted run. None: no
+        checkpoints.
+    seed: of the parameters, the data order and the noise. The batch of step k depends only on (seed, k).
+    ema_decay: a number in [0, 1), or a function of the step.
+    accumulate: the number of gradient accumulation steps per update.
+    mesh: the devices; None for all of them.
+    progress: whether to show a progress bar.
 
-    ValueError where the shapes do not fit; ConfigError where the loss stays not finite, or the checkpoints do not fit
-    on the disk; CheckpointError for a workdir of another network, data or seed.
+    ValueError for inconsistent shapes; ConfigError if the loss is not finite in too many consecutive updates, or if the
+    checkpoints do not fit on the disk; CheckpointError if the workdir belongs to another network, data set or seed.
     """
     checks.integer("num_steps", num_steps, 1)
     checks.integer("batch_size", batch_size, 1)
@@ -107,7 +122,9 @@ def fit(
         raise ValueError(f"source must hold examples of the shape {network.shape}, got {tuple(source.image_shape)}")
     mesh = sharding.data_mesh() if mesh is None else mesh
     if batch_size % (mesh.size * accumulate):
-        raise ValueError(f"batch_size must divide over {mesh.size} devices and {accumulate} parts, got {batch_size}")
+        raise ValueError(
+            f"batch_size must be a multiple of {mesh.size} devices x {accumulate} accumulation steps, got {batch_size}"
+        )
     recipe = Recipe(
         network,
         objective,

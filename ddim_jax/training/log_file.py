@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl and evaluations.jsonl: JSON objects with a step."""
+"""Reads and truncates the logs metrics.jsonl and evaluations.jsonl. Each line is a JSON object with a step."""
 
 from __future__ import annotations
 
@@ -10,48 +10,53 @@ from collections.abc import Iterator
 
 from ddim_jax.utils import files
 
-LINE_BYTES = 1 << 20  # no line of a log is longer
+LINE_BYTES = 1 << 20  # the maximum length of a line
 
 
 def warn(message: str) -> None:
+    """Prints a warning to stderr. Control characters are escaped."""
     print(f"\nwarning: {files.printable(message)}", file=sys.stderr, flush=True)
 
 
 def truncate_after(step: int, file: pathlib.Path) -> None:
-    """Removes lines of later steps, which will be written again, and damaged ones. If there are any of these, FILE is
-    kept as FILE.damaged. ValueError if it is a pipe or a device.
+    """Removes the lines of later steps, which will be rewritten, and damaged lines. If there are damaged lines, the
+    original FILE is renamed to FILE.damaged. ValueError if it is a pipe or a device.
     """
-    if all(found is not None and found <= step and line.endswith(b"\n") for line, found in lines(file)):
+    if all(number is not None and number <= step and line.endswith(b"\n") for line, number in lines(file)):
         return
     damaged = 0
-    with files.replacing(file) as kept:
-        for line, found in lines(file):
-            if found is None:  # the last may be half a line, of a process that was killed while it wrote
+    with files.replacing(file) as truncated:
+        for line, number in lines(file):
+            if number is None:
+                # An incomplete last line is not damage: the process was killed while it wrote the line.
                 damaged += line.endswith(b"\n") or len(line) == LINE_BYTES
-            elif found <= step:
-                kept.write(line.removesuffix(b"\n") + b"\n")
+            elif number <= step:
+                truncated.write(line.removesuffix(b"\n") + b"\n")
         if damaged:
             os.replace(file, file.with_name(f"{file.name}.damaged"))
     if damaged:
-        warn(f"{file} has damaged lines and is now {file.name}.damaged; the others are kept")
+        warn(
+            f"{file} has damaged lines: it was renamed to {file.name}.damaged, the new {file.name} has the other lines"
+        )
 
 
 def lines(file: pathlib.Path) -> Iterator[tuple[bytes, int | None]]:
-    """The lines of a log, none if there is no file, and the step of each; None for one that is damaged. What is longer
-    than LINE_BYTES comes in pieces.
+    """(line, step) of each line of a log; step is None for a damaged line. No lines if the file does not exist. A line
+    longer than LINE_BYTES is damaged and is yielded in pieces.
     """
     if not file.exists():
         return
     files.check_regular(file)
     with open(file, "rb") as stream:
-        begins = True
+        starts_line = True
         while line := stream.readline(LINE_BYTES):
-            ends = line.endswith(b"\n")
-            yield line, step_of(line) if begins and (ends or len(line) < LINE_BYTES) else None
-            begins = ends
+            ends_line = line.endswith(b"\n")
+            yield line, step_of(line) if starts_line and (ends_line or len(line) < LINE_BYTES) else None
+            starts_line = ends_line
 
 
 def step_of(line: bytes) -> int | None:
+    """The step of a line, None if the line is damaged."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -60,5 +65,5 @@ def step_of(line: bytes) -> int | None:
 
 
 def steps_in(file: pathlib.Path) -> set[int]:
-    """The steps that a file has lines of."""
+    """The steps of all undamaged lines of a log."""
     return {step for _, step in lines(file) if step is not None}

@@ -1,4 +1,4 @@
-"""The training loop: from a recipe and a data set to parameters, with checkpoints and exact resume."""
+"""The training loop of a recipe, with checkpoints. A resumed run has the same parameters as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ddim_jax.training.workdir import check_disk, locked
 from ddim_jax.utils import files, interrupts, sharding
 from ddim_jax.utils.errors import CheckpointError, ConfigError, DamagedError, error_context
 
-READING_THREADS = 4
+READING_THREADS = 4  # threads that read and decode images
 
 
 class Writers(Protocol):
-    """What the loop tells of every update; see `metric_writers.MetricWriters`."""
+    """Receives the metrics of every update; see `metric_writers.MetricWriters`."""
 
-    flops: float  # of one update
+    flops: float  # floating-point operations of one update
 
     def add_update(self, step: int, metrics: train_step.Metrics) -> None: ...
 
@@ -56,19 +56,23 @@ def run(
     on_step: OnStep = lambda writers, step, ema_params, resumed=False: None,
     skip_damaged: bool = False,
 ) -> TrainState:
-    """Trains until recipe.num_steps updates are done, from where the workdir is, and returns the last state.
+    """Trains for recipe.num_steps updates in total, resuming from the last checkpoint, and returns the last state.
 
-    source: its examples have the network's shape. open_writers: (step that training begins from) -> Writers. workdir:
-    checkpoints are written below it; None: nothing is written. record: a JSON object that is saved with each
-    checkpoint. check_saved: (record of a checkpoint); raises ConfigError or CheckpointError if training must not resume
-    from it. initial_params: (whether the workdir holds parameters without an optimizer) -> the parameters to begin with
-    and where they are from, or None for random ones. on_step: called after every update, and once where training
-    resumes. skip_damaged: set a damaged checkpoint aside and resume from the one before.
+    source: the training data; its examples have the shape of the network.
+    open_writers: a function (the step that training starts or resumes from) -> Writers.
+    workdir: the folder to which checkpoints are written. None: no checkpoints.
+    record: a JSON object that is saved with each checkpoint.
+    check_saved: called with the record of a checkpoint. It raises ConfigError or CheckpointError if training must not
+        resume from it.
+    initial_params: a function (whether the workdir holds parameters without an optimizer state) -> (the initial
+        parameters, their source for messages), or None for random initialization.
+    on_step: called after every update, and once when training resumes.
+    skip_damaged: if the last checkpoint is damaged, move it to WORKDIR/damaged and resume from the previous one.
 
-    SIGTERM saves a checkpoint and ends the process with exit code os.EX_TEMPFAIL, Ctrl-C raises KeyboardInterrupt after
-    the update, where `interrupts.install` was called. ConfigError where the loss or the parameters stay not finite,
-    where the checkpoints do not fit on the disk, and where another process trains in the workdir; CheckpointError or
-    DamagedError where a checkpoint cannot be used.
+    If `interrupts.install` was called, SIGTERM saves a checkpoint and ends the process with exit code os.EX_TEMPFAIL,
+    and Ctrl-C raises KeyboardInterrupt after the current update. ConfigError if the parameters are not finite, if
+    recipe.max_skipped consecutive updates are skipped, if the checkpoints do not fit on the disk, or if another process
+    trains in the workdir; CheckpointError or DamagedError if a checkpoint cannot be used.
     """
     with contextlib.ExitStack() as stack:
         checkpoints, fingerprint, begin = None, "", 0
@@ -79,12 +83,12 @@ def run(
             checkpoints = stack.enter_context(Checkpoints(workdir, recipe.keep, recipe.keep_every))
         state, step_key = first_state(recipe, mesh)
         if checkpoints is not None:
-            found = _restored(state, recipe, workdir, fingerprint, checkpoints, check_saved, skip_damaged)
-            state, begin = found or (state, 0)
-        if not begin and (given := initial_params(checkpoints is not None and checkpoints.latest() == 0)):
-            params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), given[0], state.params)
+            restored = _restore(state, recipe, workdir, fingerprint, checkpoints, check_saved, skip_damaged)
+            state, begin = restored or (state, 0)
+        if not begin and (initial := initial_params(checkpoints is not None and checkpoints.latest() == 0)):
+            params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), initial[0], state.params)
             state = state._replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
-            say(f"starts from {given[1]}")
+            say(f"starts from {initial[1]}")
         if checkpoints is not None and begin < recipe.num_steps:
             check_disk(recipe, workdir, state, begin, checkpoints.steps())
         with open_writers(begin) as writers:
@@ -104,13 +108,15 @@ def run(
                     stop = sharding.should_stop(step, pending_signal() == signal.SIGTERM)
                     while len(in_flight) > (0 if last or due or stop else sharding.steps_in_flight()):
                         check_finite(recipe, *in_flight.popleft())
-                    # Not while updates are left out: they would take the place of those from before.
+                    # No checkpoint while updates are skipped: it would replace a checkpoint from before.
                     if save and (last or stop or (due and not metrics.skipped)):
                         check_state(state)
                         save(state)
                     if save and stop and not last:
                         checkpoints.wait()
-                        print(f"\nstopped at step {step}, which is saved; the same command resumes", file=sys.stderr)
+                        print(
+                            f"\nstopped at step {step}, which is saved; run the same command to resume", file=sys.stderr
+                        )
                         sys.exit(os.EX_TEMPFAIL)
                     if pending_signal() == signal.SIGINT:
                         raise KeyboardInterrupt
@@ -121,20 +127,20 @@ def run(
 
 
 def say(text: str) -> None:
-    """Prints, in the first process. Control characters, which may come from files, are escaped."""
+    """Prints the text in the main process. Control characters, which may come from files, are escaped."""
     if sharding.is_main_process():
         print(files.printable(text), flush=True)
 
 
 def first_state(recipe: Recipe, mesh: Mesh) -> tuple[TrainState, jax.Array]:
-    """The state before the first update, placed on the mesh, and the key of all updates."""
+    """The initial state, sharded over the mesh, and the PRNG key of the updates."""
     init_key, step_key = jax.random.split(jax.random.key(recipe.seed))
     init = lambda key: train_state.init(recipe.network, recipe.optimizer, key, recipe.objective.init())
     placement = sharding.fully_sharded(mesh, jax.eval_shape(init, init_key))
     return jax.jit(init, out_shardings=placement)(init_key), step_key
 
 
-def _restored(
+def _restore(
     state: TrainState,
     recipe: Recipe,
     workdir: pathlib.Path,
@@ -143,8 +149,8 @@ def _restored(
     check_saved: Callable[[Mapping[str, Any]], None],
     skip_damaged: bool,
 ) -> tuple[TrainState, int] | None:
-    """The state of the last checkpoint and its step, which must be of the same record and data; None if there is no
-    checkpoint with an optimizer.
+    """The state of the last checkpoint and its step. None if no checkpoint has an optimizer state. ConfigError or
+    CheckpointError if the checkpoint belongs to another config or data set. state: a state of the same structure.
     """
     for step in reversed(checkpoints.steps()):
         if step == 0:
@@ -156,22 +162,22 @@ def _restored(
                 raise ConfigError(f"config.train.num_steps is {recipe.num_steps}, but {workdir} is at step {step}")
             if checkpoints.data(step) not in ("", fingerprint):
                 raise ConfigError(f"config.data: the run in {workdir} was trained on other images")
-            state = checkpoints.restore(step, jax.tree.map(_placed, state))
+            state = checkpoints.restore(step, jax.tree.map(_shape_and_sharding, state))
             say(f"resumes from step {step} of {workdir}")
             return state, step
         except DamagedError as error:
             if not skip_damaged:
-                raise CheckpointError(f"{error}; --skip_damaged resumes from the checkpoint before it") from error
-            say(f"warning: {error}; it is now {checkpoints.set_aside(step)}")
+                raise CheckpointError(f"{error}; --skip_damaged resumes from the previous checkpoint") from error
+            say(f"warning: {error}; it was moved to {checkpoints.set_aside(step)}")
     return None
 
 
-def _placed(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+def _shape_and_sharding(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def update_of(recipe: Recipe) -> train_step.Update:
-    """The update of a recipe, to be jitted."""
+    """The update function of a recipe; the caller jits it."""
     return train_step.build(
         recipe.objective, recipe.optimizer, ema_decay=recipe.ema_decay, accumulate=recipe.accumulate
     )
@@ -185,30 +191,32 @@ def compiled_update(
     shape: tuple[int, ...],
     dtype: Any = np.uint8,
 ) -> tuple[jax.stages.Compiled, float]:
-    """The update, which takes over the memory of its state, and how many floating-point operations one takes as XLA
-    counts them; what is computed twice to save memory counts once. shape, dtype: of one example.
+    """The compiled update, and the number of floating-point operations of one update by XLA's cost analysis. The update
+    donates the memory of its state. Rematerialised operations count once. shape, dtype: of one example.
     """
     along = sharding.along_batch(mesh)
     examples = jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=along)
     labels = None
     if recipe.network.num_classes:
         labels = jax.ShapeDtypeStruct((recipe.batch_size,), np.int32, sharding=along)
-    where = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
+    out_shardings = jax.tree.map(lambda leaf: leaf.sharding, state), sharding.replicated(mesh)
 
-    def traced(recipe):
-        made = jax.jit(update_of(recipe), donate_argnums=0, out_shardings=where)
-        return made.trace(state, examples, labels, key)
+    def trace(recipe):
+        jitted = jax.jit(update_of(recipe), donate_argnums=0, out_shardings=out_shardings)
+        return jitted.trace(state, examples, labels, key)
 
-    program = traced(recipe)
+    program = trace(recipe)
     plain = recipe._replace(objective=recipe.counted or recipe.objective, accumulate=1)
-    counted = program if recipe.counted is None and recipe.accumulate == 1 else traced(plain)
-    # As for a TPU, whose convolutions are convolutions: a CPU's are made of fewer operations.
+    counted = program if recipe.counted is None and recipe.accumulate == 1 else trace(plain)
+    # Lowered for a TPU, where a convolution is one operation. The CPU formulation of it has fewer operations.
     cost = counted.lower(lowering_platforms=("tpu",)).cost_analysis() or {}
     return program.lower().compile(), float(cost.get("flops", 0))
 
 
 def training_batches(recipe: Recipe, source: data.Source, mesh: Mesh, begin: int) -> Iterator[data.Batch]:
-    """The batches of steps begin + 1 .. num_steps, on the devices; labels only for a network with classes."""
+    """The batches of the steps begin + 1 .. num_steps, on the devices. They have labels only for a class-conditional
+    network.
+    """
     plan = data.Plan(source, recipe.batch_size, recipe.seed, recipe.flip, jax.process_index(), jax.process_count())
     stream = data.batches(plan, begin, 0 if source.instant else READING_THREADS, recipe.workers)
     for _ in range(begin, recipe.num_steps):
@@ -218,25 +226,25 @@ def training_batches(recipe: Recipe, source: data.Source, mesh: Mesh, begin: int
 
 
 def check_finite(recipe: Recipe, step: int, metrics: train_step.Metrics) -> None:
-    """Waits for a step. ConfigError if the parameters are not finite after it, or if it is the last of too many that
-    were left out.
+    """Waits for a step. ConfigError if the parameters are not finite after it, or if recipe.max_skipped consecutive
+    updates were skipped.
     """
     if not metrics.finite:
         raise ConfigError(
             f"the parameters are not finite after step {step}: the learning_rate may be too large; the checkpoints are "
-            f"from before"
+            f"from before that step"
         )
     skipped = int(metrics.skipped)
     if skipped >= recipe.max_skipped:
         raise ConfigError(
-            f"the loss or its gradient was not finite in {skipped} updates in a row, steps {step - skipped + 1} to "
-            f"{step}; none of them was made, and the checkpoints are from before"
+            f"the loss or its gradient was not finite in {skipped} consecutive updates, steps {step - skipped + 1} to "
+            f"{step}; these updates were skipped, and the checkpoints are from before these steps"
         )
 
 
 def check_state(state: TrainState) -> None:
-    """CheckpointError if a state is not finite: it must not take the place of a good checkpoint."""
+    """CheckpointError if a state is not finite: it must not replace a valid checkpoint."""
     if not all(np.isfinite(sharding.to_host(leaf)).all() for leaf in jax.tree.leaves(state)):
         raise CheckpointError(
-            f"the parameters or the optimizer of step {state.step} are not finite; they are not saved"
+            f"the parameters or the optimizer state of step {state.step} are not finite; they are not saved"
         )

@@ -1,5 +1,5 @@
-"""Metrics of training: a progress bar, metrics.jsonl, TensorBoard, and Weights & Biases where it is asked for. Only the
-main process writes.
+"""Writes the metrics of training to a progress bar, metrics.jsonl, TensorBoard, and optionally Weights & Biases. Only
+the main process writes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from ddim_jax.training.log_file import truncate_after, warn
 from ddim_jax.utils import files, sharding
 from ddim_jax.utils.errors import ConfigError, error_context
 
-FLUSH_SECONDS = 10  # between writes of TensorBoard's file to the disk
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what is wrong with more than one file
-# What it gets beside the config's public part and the numbers: no paths, no host, no commands, nothing printed.
+FLUSH_SECONDS = 10  # between flushes of the TensorBoard file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that affect all files, not only that of one writer
+# Weights & Biases receives the public part of the config and the numbers. These settings prevent that it also records
+# paths, the host name, the command line, the code or the console output.
 WANDB_PRIVACY = {
     "x_disable_meta": True,
     "x_disable_machine_info": True,
@@ -40,7 +41,7 @@ WANDB_PRIVACY = {
 
 
 class Writer(Protocol):
-    """Where numbers and pictures of a step go."""
+    """Writes the numbers and the pictures of a step."""
 
     def write(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, np.ndarray]) -> None: ...
 
@@ -48,8 +49,8 @@ class Writer(Protocol):
 
 
 class TensorBoard:
-    """An event file, opened for its first event. It is written by this thread: tensorboardX's own waits for ever where
-    the file cannot be written.
+    """An event file of TensorBoard, which is created at its first event. This thread writes it: the writer thread of
+    tensorboardX never ends if the file cannot be written.
     """
 
     _file: RecordWriter | None = None
@@ -61,9 +62,10 @@ class TensorBoard:
     def write(self, step, numbers, pictures):
         if self._file is None:
             self._folder.mkdir(exist_ok=True)
-            name = f"events.out.tfevents.{time.time():.6f}.{uuid.uuid4().hex[:8]}"  # read in this order
+            # TensorBoard reads the event files in the order of their names.
+            name = f"events.out.tfevents.{time.time():.6f}.{uuid.uuid4().hex[:8]}"
             self._file = RecordWriter(str(self._folder / name))
-            # What an earlier process wrote of later steps does not count.
+            # SessionLog.START makes TensorBoard discard the later steps that an earlier process wrote.
             self._event(self._begin + 1, file_version="brain.Event:2")
             self._event(self._begin + 1, session_log=SessionLog(status=SessionLog.START))
         for name, value in numbers.items():
@@ -84,10 +86,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a project of Weights & Biases; continued, the same run."""
+    """A run in a project of Weights & Biases. When training resumes, the same run is used."""
 
     def __init__(self, workdir: pathlib.Path, project: str, name: str, config: Mapping[str, Any]):
-        """name: of the run, where it is new. config: what is shown of it, public."""
+        """name: of a new run. config: the public part of the config, see `compatibility.public`."""
         try:
             import wandb
         except ImportError as error:
@@ -103,9 +105,10 @@ class WeightsAndBiases:
                 config=dict(config),
                 settings=wandb.Settings(silent=True, **WANDB_PRIVACY),
             )
-        except (wandb.errors.Error, ValueError) as error:  # ValueError: it has no such setting
+        except (wandb.errors.Error, ValueError) as error:  # ValueError: an unknown setting
             raise ConfigError(f"config.train.wandb: {error}") from error
-        self._run.define_metric("*", step_metric="step")  # a step that is done again is not later than the last
+        # The step of wandb itself must increase, but steps repeat after a resume.
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, step, numbers, pictures):
         self._run.log({"step": step, **numbers, **{name: self._image(picture) for name, picture in pictures.items()}})
@@ -115,9 +118,11 @@ class WeightsAndBiases:
 
 
 class MetricWriters:
-    """Metrics are fetched once every log_every steps, as means over the updates that were made."""
+    """Writes the metrics every log_every steps, as means over the updates that were not skipped. Only then are they
+    transferred to the host.
+    """
 
-    flops = 0.0  # of one update
+    flops = 0.0  # floating-point operations of one update
 
     def __init__(
         self,
@@ -130,10 +135,14 @@ class MetricWriters:
         num_levels: int,
         wandb: Callable[[], Writer] | None = None,
     ):
-        """begin: the step that training begins from. num_levels: T of the noise schedule. wandb: opens a writer for
-        Weights & Biases.
+        """begin: the step that training starts or resumes from.
+        num_steps: the last step.
+        log_every: the number of steps between lines.
+        batch_size: over all devices.
+        num_levels: T of the noise schedule.
+        wandb: a function that opens the writer for Weights & Biases. None: no such writer.
         """
-        self._every, self._batch_size, self._levels = log_every, batch_size, num_levels
+        self._log_every, self._batch_size, self._num_levels = log_every, batch_size, num_levels
         self._workdir = workdir
         self._writers: list[Writer] = []
         if sharding.is_main_process():
@@ -153,11 +162,11 @@ class MetricWriters:
         """Adds the metrics of one update; every log_every steps their means are written."""
         self._pending.append(metrics)
         self._bar.update()
-        if self._since is None:  # from the end of the first step
+        if self._since is None:  # the time is measured from the end of the first step
             jax.block_until_ready(metrics)
             self._since = time.perf_counter(), step
-        if step % self._every == 0:
-            means = summary(jax.device_get(self._pending), self._levels)
+        if step % self._log_every == 0:
+            means = summary(jax.device_get(self._pending), self._num_levels)
             self._pending.clear()
             now = time.perf_counter()
             begin, first = self._since
@@ -165,13 +174,13 @@ class MetricWriters:
                 means["images_per_second"] = (step - first) * self._batch_size / (now - begin)
                 means["teraflops_per_second"] = (step - first) * self.flops / (now - begin) / 1e12
             self._since = now, step
-            shown = ("loss", "images_per_second")
-            self._bar.set_postfix({name: f"{means[name]:.4g}" for name in shown if means.get(name) is not None})
+            displayed = ("loss", "images_per_second")
+            self._bar.set_postfix({name: f"{means[name]:.4g}" for name in displayed if means.get(name) is not None})
             self._write("metrics.jsonl", step, means)
 
     def write_evaluation(self, step: int, numbers: Mapping[str, float] | None = None, **pictures: np.ndarray) -> None:
-        """Writes the numbers of an evaluation, and pictures, of a step. The time since the last step does not count as
-        training.
+        """Writes the numbers of an evaluation of a step, and pictures. The time since the last step is not counted as
+        training time.
         """
         if numbers and sharding.is_main_process():
             self._bar.write(f"step {step}: " + ", ".join(f"{name} {value:.5g}" for name, value in numbers.items()))
@@ -191,11 +200,13 @@ class MetricWriters:
         if numbers:
             with open(self._workdir / file, "a") as lines:
                 lines.write(json.dumps({"step": step, **numbers}) + "\n")
-        known = {name: value for name, value in numbers.items() if value is not None}
-        self._each(lambda writer: writer.write(step, known, pictures or {}))
+        defined = {name: value for name, value in numbers.items() if value is not None}
+        self._for_each_writer(lambda writer: writer.write(step, defined, pictures or {}))
 
-    def _each(self, call: Callable[[Writer], None]) -> None:
-        """The call on every writer. One that fails is dropped with a warning: metrics.jsonl holds it all."""
+    def _for_each_writer(self, call: Callable[[Writer], None]) -> None:
+        """Calls a function with every writer. A writer that fails is removed with a warning: metrics.jsonl has all
+        numbers. A full disk is an error.
+        """
         for writer in list(self._writers):
             try:
                 call(writer)
@@ -212,37 +223,39 @@ class MetricWriters:
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
-        with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():  # the first error counts
-            self._each(lambda writer: writer.close())
+        with contextlib.suppress(OSError) if exception[0] else contextlib.nullcontext():  # keep the first error
+            self._for_each_writer(lambda writer: writer.close())
 
 
 def wandb_id(workdir: pathlib.Path) -> str:
-    """The name of the run at Weights & Biases: that of the file wandb_id, or a new one."""
-    known = workdir / "wandb_id"
+    """The id of the run at Weights & Biases: the content of the file WORKDIR/wandb_id, which is created with a new id
+    if it does not exist or is invalid.
+    """
+    path = workdir / "wandb_id"
     with contextlib.suppress(FileNotFoundError, ValueError):
-        files.check_regular(known)
-        with open(known, "rb") as file:
+        files.check_regular(path)
+        with open(path, "rb") as file:
             name = file.read(200).decode()
         files.check_name(name)
         return name
-    with files.replacing(known) as file:
+    with files.replacing(path) as file:
         file.write(uuid.uuid4().hex.encode())
     return wandb_id(workdir)
 
 
 def summary(steps: list[train_step.Metrics], num_levels: int) -> dict[str, float | None]:
-    """Means over the updates that were made, None where there was none; how many were not; and the loss of the images
-    whose t fell into each part of 1..num_levels.
+    """The means over the updates that were not skipped, None if all were skipped; the number of skipped updates; and
+    the mean loss of the images whose t is in each quarter of 1..num_levels, None if there are none.
     """
-    made = [metrics for metrics in steps if metrics.skipped == 0]
-    mean = lambda name: float(np.mean([getattr(metrics, name) for metrics in made])) if made else None
+    applied = [metrics for metrics in steps if metrics.skipped == 0]
+    mean = lambda name: float(np.mean([getattr(metrics, name) for metrics in applied])) if applied else None
     means = {name: mean(name) for name in ("loss", "grad_norm", "ema_distance")}
-    means["skipped"] = len(steps) - len(made)
-    for name in made[0].more if made else ():
-        means[name] = float(np.mean([metrics.more[name] for metrics in made]))
+    means["skipped"] = len(steps) - len(applied)
+    for name in applied[0].more if applied else ():
+        means[name] = float(np.mean([metrics.more[name] for metrics in applied]))
     for i in range(train_step.BINS):
         first, last = (-(-num_levels * k // train_step.BINS) for k in (i, i + 1))
-        count = sum(metrics.bin_counts[i] for metrics in made)
-        total = sum(metrics.bin_losses[i] for metrics in made)
+        count = sum(metrics.bin_counts[i] for metrics in applied)
+        total = sum(metrics.bin_losses[i] for metrics in applied)
         means[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None
     return means

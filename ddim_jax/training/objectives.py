@@ -1,4 +1,4 @@
-"""What is trained: pure functions of a batch, which own the times that are drawn, x_0 from pixels, and the loss."""
+"""Training objectives: pure functions of a batch that draw the timesteps, convert pixels to x_0 and compute losses."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ from ddim_jax.training.times import TimeDistribution
 
 
 class Example(NamedTuple):
-    """What the loss of a batch depends on beside the parameters. Leaves (B, ...), or None."""
+    """The inputs of the loss of a batch, except the parameters. Leaves (B, ...), or None."""
 
     x_0: Array
     t: Array  # (B,)
     noise: Array  # N(0, I), shaped like x_0
     labels: Array | None  # (B,)
-    weights: Array | None  # (B,), of the losses in their mean; None for all 1
+    weights: Array | None  # (B,), of the losses in their mean; None: all weights are 1
 
 
 class Objective(NamedTuple):
+    """A training objective, see `make`. All functions are pure and traceable."""
+
     num_steps: int  # T
-    init: Callable[[], Any]  # () -> state, a pytree of arrays; () where nothing is remembered
-    draw: Callable[[Any, Array, Array | None, Array, Array], Example]  # (state, images (B, ...), labels, the key of the
-    # times, the key of the noise) -> example
+    init: Callable[[], Any]  # () -> state, a pytree of arrays; () for an objective without state
+    # (state, images (B, ...), labels, key of the timesteps, key of the noise) -> example
+    draw: Callable[[Any, Array, Array | None, Array, Array], Example]
     loss: Callable[[Any, Example, Array], Array]  # (params, example, dropout_key) -> (B,)
     observe: Callable[[Any, Example, Array], Any]  # (state, example, losses (B,)) -> state
-    # (example, losses) -> means over the batch, (), that are logged beside the loss
+    # (example, losses) -> name -> mean over the batch, (); logged with the loss
     metrics: Callable[[Example, Array], dict[str, Array]] = lambda example, losses: {}
 
 
@@ -48,24 +50,26 @@ def make(
     x_0: Callable[[Array], Array] = to_unit,
     time: TimeDistribution | Callable | None = None,
 ) -> Objective:
-    """An objective of a loss (params, x_0, t (B,), noise, labels, dropout_key) -> (B,).
+    """The objective of a loss function.
 
-    num_steps: T. x_0: from images, (B, H, W, C) uint8, to x_0 (B, ...). time: a `TimeDistribution`, or a function
-    (key, (B,), T) -> t (B,); default: uniform.
+    num_steps: T.
+    loss: a function (params, x_0, t (B,), noise, labels, dropout_key) -> (B,).
+    x_0: a function from images (B, H, W, C) uint8 to x_0 (B, ...).
+    time: the distribution of t: a `TimeDistribution`, or a function (key, (B,), T) -> t (B,). None: uniform.
     """
     time = times.uniform() if time is None else times.as_distribution(time)
 
     def draw(state, images, labels, time_key, noise_key):
-        clean = x_0(images)
-        t, weights = time.draw(state, time_key, clean.shape[:1], num_steps)
-        return Example(clean, t, jax.random.normal(noise_key, clean.shape), labels, weights)
+        target = x_0(images)
+        t, weights = time.draw(state, time_key, target.shape[:1], num_steps)
+        return Example(target, t, jax.random.normal(noise_key, target.shape), labels, weights)
 
     return Objective(
         num_steps,
         lambda: time.init(num_steps),
         draw,
         lambda params, example, key: loss(params, *example[:4], key),
-        lambda state, example, each: time.observe(state, example.t, each),
+        lambda state, example, losses: time.observe(state, example.t, losses),
     )
 
 
@@ -76,8 +80,9 @@ def noise_prediction(
     weight: LossWeight | Callable[[Level], Array] | str = "one",
     time: TimeDistribution | Callable | None = None,
 ) -> Objective:
-    """L_gamma, Eq. (5), of images in [-1, 1]. prediction: what the network predicts, see `Denoiser`. weight: gamma, see
-    `losses.l_gamma`. time: see `make`.
+    """L_gamma, Eq. (5), for x_0 in [-1, 1].
+
+    prediction: the network's prediction type, see `Denoiser`. weight: gamma, see `losses.l_gamma`. time: see `make`.
     """
     table, gamma = schedule_lib.levels(noise_schedule), losses.as_weight(weight)
 
@@ -89,15 +94,17 @@ def noise_prediction(
 
 
 def to_float(images: Array) -> Array:
-    """uint8 pixels as values in [-1, 1]; floating point as it is."""
+    """uint8 pixels scaled to [-1, 1]; floating point values are returned unchanged."""
     return images if jnp.issubdtype(images.dtype, jnp.floating) else to_unit(images)
 
 
 def classification(
     network: Network | nn.Module, noise_schedule: Schedule, classes: int, time: TimeDistribution | None = None
 ) -> Objective:
-    """The classification loss of Appendix A, of images (B, H, W, 1) of so many grey levels, evenly spaced in 0..255.
-    The network has a channel for each, see `log_probs_fn`.
+    """The cross-entropy loss of discrete DDIM, Appendix A.
+
+    The images are uint8 (B, H, W, 1), with `classes` grey levels, evenly spaced in 0..255. The network has one channel
+    for each class, see `log_probs_fn`. time: see `make`.
     """
     table = schedule_lib.levels(noise_schedule)
 
@@ -108,6 +115,6 @@ def classification(
     return make(table.num_steps, loss, partial(to_one_hot, classes), time)
 
 
-OBJECTIVES = {  # (network, noise_schedule, prediction, weight, time: those that the signature names) -> Objective
+OBJECTIVES = {  # (network, noise_schedule, prediction, weight, time: those in its signature) -> Objective
     "noise_prediction": noise_prediction,
 }

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules and moving averages by name: any of optax, or the user's own."""
+"""Tables of optimizers, learning-rate schedules and EMA schedules by name."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ OPTIMIZERS = {  # (learning_rate, **fields of config.train.optimizer) -> optax.G
 
 
 def constant(learning_rate: float, warmup: int, num_steps: int) -> Rate | float:
-    """Rises linearly, update k <= warmup using `k / warmup` of it, and stays."""
-    rising = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, warmup - 1)
-    return rising if warmup else learning_rate
+    """Linear warmup, with the rate `learning_rate * k / warmup` at update k <= warmup; then constant."""
+    linear = optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, warmup - 1)
+    return linear if warmup else learning_rate
 
 
 def cosine(learning_rate: float, warmup: int, num_steps: int, end: float = 0.0) -> Rate:
-    """Rises as `constant`, then falls as a half cosine to `end` of it at the last update."""
+    """The warmup of `constant`, then a cosine decay to `end * learning_rate` at the last update. end: in [0, 1]."""
     checks.real("end", end, 0, 1)
-    falling = optax.cosine_decay_schedule(learning_rate, max(num_steps - warmup, 1), end)
-    return _after_warmup(learning_rate, warmup, falling)
+    decay = optax.cosine_decay_schedule(learning_rate, max(num_steps - warmup, 1), end)
+    return _after_warmup(learning_rate, warmup, decay)
 
 
 def inverse_sqrt(learning_rate: float, warmup: int, num_steps: int) -> Rate:
-    """Rises as `constant`, then falls as `sqrt(w / k)` of it at update k, w being warmup, at least 1."""
+    """The warmup of `constant`, then `learning_rate * sqrt(w / k)` at update k, where w = max(warmup, 1)."""
     origin = max(warmup, 1)
-    return _after_warmup(learning_rate, warmup, lambda done: learning_rate * jnp.sqrt(origin / (done + origin)))
+    return _after_warmup(learning_rate, warmup, lambda count: learning_rate * jnp.sqrt(origin / (count + origin)))
 
 
-def _after_warmup(learning_rate, warmup, later):
-    return optax.join_schedules([constant(learning_rate, warmup, 0), later], [warmup]) if warmup else later
+def _after_warmup(learning_rate, warmup, decay):
+    return optax.join_schedules([constant(learning_rate, warmup, 0), decay], [warmup]) if warmup else decay
 
 
 RATES = {  # (learning_rate, warmup, num_steps, **schedule_options) -> Rate
@@ -52,23 +52,23 @@ RATES = {  # (learning_rate, warmup, num_steps, **schedule_options) -> Rate
 
 
 def adam(learning_rate: float, warmup: int, clip_norm: float) -> optax.GradientTransformation:
-    """Adam with the learning rate `constant`, on gradients clipped to a global norm: that of the paper's networks."""
+    """The optimizer of the paper's networks: Adam with the learning rate `constant`, and clipping to a global norm."""
     return clipped(optax.adam(constant(learning_rate, warmup, 0)), clip_norm)
 
 
 def clipped(optimizer: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
-    """The optimizer on gradients clipped to a global norm."""
+    """The optimizer, preceded by gradient clipping to a global norm."""
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
 def ema_constant(decay: float) -> Callable[[Array], Array]:
-    """The same decay at every update."""
+    """The same EMA decay at every update."""
     return lambda step: decay
 
 
 def ema_warmup(decay: float) -> Callable[[Array], Array]:
-    """`min(decay, (1 + k) / (10 + k))` at update k: the first parameters are forgotten sooner."""
+    """The EMA decay `min(decay, (1 + k) / (10 + k))` at update k: the initial parameters lose their weight sooner."""
     return lambda step: jnp.minimum(decay, (1 + step) / (10 + step))
 
 
-EMAS = {"constant": ema_constant, "warmup": ema_warmup}  # (decay) -> (step, from 0) -> decay
+EMAS = {"constant": ema_constant, "warmup": ema_warmup}  # (decay) -> (step from 0 -> decay)

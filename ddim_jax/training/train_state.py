@@ -1,4 +1,4 @@
-"""What training carries from step to step: arrays only, so that it is saved, restored and sharded as one tree."""
+"""The training state: a pytree of arrays, so that it is saved, restored and sharded as a whole."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ddim_jax.schedule import Array
 
 
 class TrainState(NamedTuple):
-    step: Array  # () int32, the number of batches seen
+    step: Array  # () int32, number of batches so far
     params: Any
-    ema_params: Any  # exponential moving average of params: what is sampled
+    ema_params: Any  # exponential moving average of params; samples are drawn with it
     opt_state: optax.OptState
-    skipped: Array  # () int32, how many updates in a row, up to the last one, were left out as not finite
-    objective: Any = ()  # what the objective remembers of the steps before
+    skipped: Array  # () int32, number of consecutive skipped updates (loss or gradient not finite) up to this step
+    objective: Any = ()  # state of the objective
 
 
 def init(network: Network, optimizer: optax.GradientTransformation, key: Array, objective: Any = ()) -> TrainState:
-    """The state before the first update; the moving average starts at the parameters. objective: what its `init`
-    returns. Traceable.
+    """The initial state; the EMA parameters are equal to the parameters. Traceable.
+
+    objective: the initial state of the objective, from `Objective.init`.
     """
     params = as_network(network).init(key)
     zero = jnp.zeros((), jnp.int32)

@@ -1,4 +1,4 @@
-"""The folder of a training run: locked while it is trained in, and with room for its checkpoints."""
+"""The workdir of a training run: its lock, and the check of the disk space for its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,21 +19,27 @@ from ddim_jax.utils.errors import ConfigError
 
 
 def check_disk(recipe: Recipe, workdir: pathlib.Path, state: TrainState, begin: int, existing: Sequence[int]) -> None:
-    """ConfigError if the checkpoints to come, beside those of the existing steps, do not fit on the disk."""
+    """ConfigError if the checkpoints that are still to be written do not fit on the disk.
+
+    state: the state to save. begin: the step that training starts or resumes from. existing: the steps that have a
+    checkpoint, ascending.
+    """
     count = checkpoints_to_come(recipe, begin, existing)
     needed = count * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     free = shutil.disk_usage(workdir).free
     if not sharding.broadcast_from_main(needed <= free):
         raise ConfigError(
-            f"config.train.keep is {recipe.keep} and keep_every {recipe.keep_every}: {count} checkpoints more need "
-            f"{files.human_size(needed)} on the disk of {workdir}, which has {files.human_size(free)} left"
+            f"config.train.keep is {recipe.keep} and keep_every is {recipe.keep_every}: {count} more checkpoints need "
+            f"{files.human_size(needed)} on the disk of {workdir}, which has {files.human_size(free)} free"
         )
 
 
 def checkpoints_to_come(recipe: Recipe, begin: int, existing: Sequence[int]) -> int:
-    """How many more checkpoints there are at most at a time, the one being written among them, from the step `begin` to
-    the end. existing: the steps that have one, ascending. The most are there when the last one is written: then there
-    are the latest keep + 1 and, of those before, the multiples of keep_every.
+    """The maximum number of additional checkpoints that exist at the same time, including the one that is being
+    written, from the step `begin` to the end of training. The maximum is reached when the last checkpoint is written:
+    then the latest keep + 1 exist, and of the earlier ones the multiples of keep_every.
+
+    existing: the steps that have a checkpoint, ascending.
     """
     every, window = recipe.checkpoint_every, recipe.keep + 1
     saves = -(-recipe.num_steps // every) - begin // every
@@ -41,7 +47,8 @@ def checkpoints_to_come(recipe: Recipe, begin: int, existing: Sequence[int]) -> 
     permanent = 0
     if recipe.keep_every:
         permanent = sum(step % recipe.keep_every == 0 for step in before)
-        oldest = (-(-recipe.num_steps // every) - recipe.keep) * every  # of the latest keep + 1, if all of them are new
+        # The oldest step of the latest keep + 1 checkpoints, if all of them are new.
+        oldest = (-(-recipe.num_steps // every) - recipe.keep) * every
         both = math.lcm(every, recipe.keep_every)
         permanent += max(0, (oldest - 1) // both - begin // both)
     return max(1, min(window, len(existing) + saves) + permanent - len(existing))
@@ -49,7 +56,9 @@ def checkpoints_to_come(recipe: Recipe, begin: int, existing: Sequence[int]) -> 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Locks the workdir: a second trainer on this machine would write over the first one's checkpoints."""
+    """Locks the workdir: a second training process on this machine would overwrite the checkpoints of the first.
+    ConfigError if it is locked.
+    """
     if not sharding.is_main_process():
         yield
         return
@@ -58,6 +67,6 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process is training in {workdir}") from None
-        except OSError as error:  # mounted buckets cannot lock
+        except OSError as error:  # mounted buckets do not support locks
             print(f"warning: {workdir} cannot be locked: {error.strerror}", file=sys.stderr)
         yield

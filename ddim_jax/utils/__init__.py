@@ -1,1 +1,1 @@
-"""What all parts of the package share: errors, files, images, devices, signals."""
+"""Utilities for all packages: errors, files, images, devices, signals."""

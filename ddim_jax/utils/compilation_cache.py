@@ -1,4 +1,4 @@
-"""JAX's cache of compiled programs, in the cache folder of this package (see `download.cache_folder`), checked."""
+"""JAX's persistent compilation cache with checksums, in the cache folder of ddim_jax (see `download.cache_folder`)."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ import jax
 
 from ddim_jax.utils.download import cache_folder
 
-PROGRAMS_BYTES = 1 << 30  # of compiled programs; those not used for the longest time go first
-LEAST_SECONDS = 0.1  # what compiles faster is not kept
+PROGRAMS_BYTES = 1 << 30  # the size limit of the cache; the least recently used programs are removed first
+LEAST_SECONDS = 0.1  # programs with a shorter compile time are not cached
 
 
 def enable_compilation_cache() -> None:
-    """JAX keeps the programs that it compiles, for the next process, unless the environment tells it where or whether
-    to (JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE), or the folder cannot be written to. Before anything is
-    compiled. They are machine code: for one kind of processor, from a folder that nobody else can write to, and each
-    with its SHA-256.
+    """Enables the persistent compilation cache of JAX. Call it before anything is compiled.
+
+    It does nothing to the settings if JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE sets them, or if the
+    cache folder is not writable. Programs are machine code. So the folder is one per type of processor, no other user
+    can write to it, and each program has a SHA-256.
     """
-    own = jax.config.jax_compilation_cache_dir is None and _set_folder()
-    with contextlib.suppress(ImportError, AttributeError):  # a JAX that does it in another way
+    has_checksums = jax.config.jax_compilation_cache_dir is None and _set_folder()
+    with contextlib.suppress(ImportError, AttributeError):  # a version of JAX with other internals
         from jax._src import compilation_cache
 
-        _repair(compilation_cache, own)
+        _repair(compilation_cache, has_checksums)
 
 
 def _set_folder() -> bool:
-    """Whether programs are now kept in the folder of this package."""
+    """Sets the cache folder of ddim_jax as the one of JAX, if possible, and returns whether it did."""
     if not jax.config.jax_enable_compilation_cache:
         return False
     programs = cache_folder() / "programs" / processor()
     try:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = programs.stat()
+        status = programs.stat()
     except OSError:
         return False
-    if not os.access(programs, os.W_OK) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not os.access(programs, os.W_OK) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         return False
     jax.config.update("jax_compilation_cache_dir", str(programs))
     jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
@@ -50,15 +51,15 @@ def _set_folder() -> bool:
 
 
 def _repair(jax_cache: types.ModuleType, checked: bool) -> None:
-    """JAX never replaces a program that it cannot read, and compiles it at every start. Now it is removed."""
+    """Makes JAX remove programs that it cannot read. It would never replace them, and compile them at every start."""
     open_cache, read, opened = jax_cache.get_file_cache, jax_cache.get_executable_and_time, []
 
     def get_file_cache(path):
-        found = open_cache(path)
-        if found is None:
+        cache = open_cache(path)
+        if cache is None:
             return None
-        opened.append(Programs(found[0], checked))
-        return opened[-1], *found[1:]
+        opened.append(Programs(cache[0], checked))
+        return opened[-1], *cache[1:]
 
     def get_executable_and_time(key, *rest):
         try:
@@ -72,11 +73,11 @@ def _repair(jax_cache: types.ModuleType, checked: bool) -> None:
 
 
 class Programs:
-    """JAX's cache of compiled programs, whose folder may be damaged or full: what cannot be had is compiled again."""
+    """JAX's cache for a folder that may be damaged or full: JAX recompiles a program that cannot be read."""
 
     def __init__(self, cache: Any, checked: bool):
-        """cache: JAX's, a file KEY-cache for each program and a file KEY-atime with the time of its last use in the
-        folder `path`. checked: whether a SHA-256 stands before each program.
+        """cache: the cache of JAX. Its folder `path` has two files for each program: KEY-cache, and KEY-atime with the
+        time of the last use. checked: whether each program has its SHA-256 as a prefix.
         """
         self._cache, self._checked, self._path = cache, checked, cache.path
 
@@ -92,7 +93,7 @@ class Programs:
 
     def put(self, key: str, value: bytes) -> None:
         try:
-            # Where it has a limit JAX stumbles over a program without the other file.
+            # If the cache has a size limit, JAX fails for a program without its -atime file.
             for program in self._path.glob("*-cache") if self._cache.eviction_enabled else ():
                 if not (self._path / f"{program.name.removesuffix('-cache')}-atime").exists():
                     program.unlink()
@@ -107,10 +108,10 @@ class Programs:
 
 
 def processor() -> str:
-    """A name for what its programs need: on a folder that several machines share, another processor has its own."""
+    """A digest of the processor type: machines with different processors can share a cache folder."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    can = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
-    return hashlib.sha256("\n".join([platform.machine(), *can]).encode()).hexdigest()[:16]
+    features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    return hashlib.sha256("\n".join([platform.machine(), *features]).encode()).hexdigest()[:16]

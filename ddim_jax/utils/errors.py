@@ -1,4 +1,4 @@
-"""The errors that a command prints as one line, and ends with exit code 2."""
+"""The errors that a command prints as one line before it exits with code 2."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from ddim_jax.utils import files
 
-LONGEST = 2000  # characters of a message, which may hold text of a file
+LONGEST = 2000  # the limit for the characters of a message, which may contain text of a file
 
 
 class _OneLine(Exception):
-    """Its message is one line that a terminal only shows, whatever text of a file it holds."""
+    """An error whose message is one line without control characters, even if it contains text of a file."""
 
     def __init__(self, message: str):
         line = files.printable(" ".join(message.split()))
@@ -19,20 +19,20 @@ class _OneLine(Exception):
 
 
 class ConfigError(_OneLine, ValueError):
-    """A wrong setting: the message names the field or option, the value, and what is allowed."""
+    """A wrong setting. The message names the field or option, its value, and the allowed values."""
 
 
 class CheckpointError(_OneLine):
-    """A checkpoint, or another file of weights, that cannot be used: the message names it and says why."""
+    """A checkpoint, or another file of weights, that cannot be used. The message names the file and the reason."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint whose content is not what was saved."""
+    """A checkpoint whose content differs from what was saved."""
 
 
 @contextlib.contextmanager
 def error_context(field: str) -> Iterator[None]:
-    """Turns a ValueError into a ConfigError whose message begins with the field's name."""
+    """Turns a ValueError into a ConfigError whose message begins with the name of the field."""
     try:
         yield
     except ConfigError:

@@ -1,5 +1,5 @@
-"""Pictures and arrays on disk. All images are uint8 (H, W, C), C = 1 (grey) or 3; a file appears whole or not
-at all.
+"""Image files and .npz files, and the crop and resize of images. All images are uint8 (H, W, C) with C = 1 (grey) or 3.
+Files are written atomically: a file that exists is complete.
 """
 
 from __future__ import annotations
@@ -16,13 +16,52 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from ddim_jax import checks
 from ddim_jax.utils import files
 
-TILE = 48  # images smaller than this are enlarged by a whole factor in pictures for people
+TILE = 48  # pixels: `grid` enlarges smaller images by an integer factor
+MAX_IMAGE_SIZE = 1 << 13
+
+CROPS = {"center": "centre square", "none": "none"}  # name -> text for `data.Source.crop`
+RESIZE_FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+def check_crop_and_resize(image_size: int, crop: str, resize: str) -> None:
+    """ValueError, naming the argument, for arguments that `crop_and_resize` does not take."""
+    checks.integer("image_size", image_size, 1, MAX_IMAGE_SIZE)
+    checks.lookup(CROPS, crop, "crop")
+    checks.lookup(RESIZE_FILTERS, resize, "resize")
+
+
+def crop_and_resize(image: np.ndarray, image_size: int, crop: str = "center", resize: str = "lanczos") -> np.ndarray:
+    """Crops an image to a square and resizes it: uint8 (H, W, C) -> uint8 (image_size, image_size, C).
+
+    crop: "center" for the largest centred square, of side min(H, W); "none" for no crop, which requires H = W. resize:
+    a filter of Pillow, a name in RESIZE_FILTERS; all except "nearest" are antialiased when they reduce the size. An
+    image that has the size after the crop is not resized. ValueError for other arguments and if H != W with "none".
+    """
+    check_crop_and_resize(image_size, crop, resize)
+    height, width, channels = image.shape
+    if crop == "none" and height != width:
+        raise ValueError(f"crop 'none' expects square images, got {height}x{width}; crop 'center' makes them square")
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = _pil(image[top : top + side, left : left + side])
+    resized = np.asarray(square.resize((image_size, image_size), RESIZE_FILTERS[resize]))
+    return resized.reshape(image_size, image_size, channels)
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """Images (N, H, W, C) as one picture, row by row on white. columns: default makes it about square."""
+    """Arranges images (N, H, W, C) in one picture, row by row, on white.
+
+    columns: the number of columns; default: about as many as rows. gap: pixels between images.
+    """
     count, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -37,12 +76,13 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 
 def write_png(path: pathlib.Path, image: np.ndarray) -> None:
+    """Writes an image (H, W, C) as PNG."""
     with files.replacing(path) as file:
         _pil(image).save(file, format="PNG")
 
 
 def write_gif(path: pathlib.Path, frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
-    """An endless animation that rests on its last frame."""
+    """Writes frames (H, W, C) as an animation that repeats without end. The last frame is displayed for 2 seconds."""
     durations = [milliseconds] * (len(frames) - 1) + [2000]
     with files.replacing(path) as file:
         _pil(frames[0]).save(
@@ -59,18 +99,18 @@ Pieces = Callable[[], Iterable[Mapping[str, np.ndarray]]]
 
 
 def write_npz(path: pathlib.Path, length: int, parts: Pieces) -> None:
-    """Arrays (N, ...) by their names, N = length. Images as uint8 `arr_0` with labels as `arr_1` are the layout that
-    the ADM evaluation suite reads.
+    """Writes named arrays (length, ...) as an uncompressed .npz. The ADM evaluation suite reads images as uint8 `arr_0`
+    and labels as `arr_1`.
 
-    parts: gives consecutive pieces of all arrays, anew for each array, so that none is ever whole in memory.
-    ValueError if they do not make up the length.
+    parts: returns an iterable over consecutive pieces of all arrays. It is called once for each array, so that no
+    complete array is in memory. ValueError if the pieces do not have `length` items in total.
     """
     with files.replacing(path) as file:
         save_npz(file, length, parts)
 
 
 def save_npz(file: BinaryIO, length: int, parts: Pieces, comment: bytes = b"") -> None:
-    """`write_npz` into an open file. comment: of the zip file, at most 65,535 bytes; readers of arrays ignore it."""
+    """`write_npz` to an open file. comment: the comment of the zip file, at most 65,535 bytes; NumPy ignores it."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.comment = comment
         for name, piece in next(iter(parts())).items():
@@ -83,37 +123,38 @@ def save_npz(file: BinaryIO, length: int, parts: Pieces, comment: bytes = b"") -
                     member.write(np.ascontiguousarray(part[name]).data)
                     written += len(part[name])
             if written != length:
-                raise ValueError(f"{name}: the parts hold {written} items, not {length}")
+                raise ValueError(f"{name}: the parts must have {length} items in total, got {written}")
 
 
 def open_npz(path: pathlib.Path, verify: bool = False) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by their names. One that is stored uncompressed, as `write_npz` stores it, stays on the
-    disk until it is indexed, so it may be larger than the memory.
+    """The arrays of an .npz by name. An uncompressed array, as written by `write_npz`, is mapped from the file, so it
+    may be larger than the memory.
 
-    verify: read these too, to compare their checksums; those of compressed arrays always are. ValueError for what is
-    no regular file, is damaged, is not plain arrays, or unpacks to more than the memory.
+    verify: also verify the CRCs of uncompressed arrays, which reads them once; those of compressed arrays are always
+    verified. ValueError if the path is not a regular file, if the file is damaged, if it holds Python objects, or if
+    the compressed arrays do not fit into memory.
     """
     with _npz(path) as archive:
         members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
         if len({member.filename for member in members}) < len(members):
             raise ValueError("two of its arrays have the same name")
-        packed = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
-        files.check_memory(packed, "what is compressed in it")
+        unpacked_bytes = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+        files.check_memory(unpacked_bytes, "its compressed arrays")
         return {member.filename.removesuffix(".npy"): _open_array(path, archive, member, verify) for member in members}
 
 
 def npz_names(path: pathlib.Path) -> list[str]:
-    """The names of the arrays of an .npz. ValueError if it is none."""
+    """The names of the arrays of an .npz. ValueError if it cannot be read."""
     with _npz(path) as archive:
         return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
 @contextlib.contextmanager
 def _npz(path: pathlib.Path) -> Iterator[zipfile.ZipFile]:
-    """The archive; whatever zipfile, zlib and NumPy raise for what is wrong with it becomes a ValueError."""
+    """The open archive. All exceptions of zipfile, zlib and NumPy become a ValueError."""
     files.check_regular(path)
     try:
-        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path) as archive:  # of headers that are odd
+        with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path) as archive:  # about unusual headers
             yield archive
     except Exception as error:
         reason = "it is too deeply nested" if isinstance(error, RecursionError) else str(error) or type(error).__name__
@@ -126,24 +167,26 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 def _open_array(path: pathlib.Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, verify: bool) -> np.ndarray:
     with archive.open(member) as file:
         if (version := np.lib.format.read_magic(file)) not in HEADERS:
-            raise ValueError(f"{member.filename} is in version {version} of the format, which plain arrays do not need")
+            raise ValueError(f"{member.filename} must be in version {' or '.join(map(str, HEADERS))}, got {version}")
         shape, fortran, dtype = HEADERS[version](file)
         header = file.tell()
         if dtype.hasobject:
-            raise ValueError(f"{member.filename} holds objects, which only allow_pickle reads")
+            raise ValueError(f"{member.filename} holds Python objects, which only NumPy's allow_pickle reads")
         size = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or header + size != member.file_size:
-            raise ValueError(f"{member.filename} has {member.file_size - header} bytes, not the {size} of its header")
+            raise ValueError(
+                f"{member.filename} must have {size} bytes by its header, got {member.file_size - header} bytes"
+            )
         if member.compress_type != zipfile.ZIP_STORED or fortran or size == 0:
             files.check_memory(size, member.filename)
             return np.frombuffer(file.read(), dtype).reshape(shape, order="F" if fortran else "C")
         while verify and file.read(1 << 24):
             pass
-    with open(path, "rb") as file:  # what the file says of the member, where it lies, is as long as two numbers in it
+    with open(path, "rb") as file:  # the local header ends with a name and extra data; bytes 26..30 are their lengths
         file.seek(member.header_offset + 26)
         start = file.tell() + 4 + sum(np.frombuffer(file.read(4), "<u2").tolist())
     if start + header + size > os.path.getsize(path):
-        raise ValueError(f"{member.filename} is cut off")
+        raise ValueError(f"{member.filename} is truncated")
     return np.memmap(path, dtype, "r", start + header, shape)
 
 

@@ -1,14 +1,14 @@
-"""Ctrl-C and SIGTERM, from the first line of a command to its last.
+"""Handling of Ctrl-C and SIGTERM during a command.
 
-A command ends at the first signal, with one line and exit code 130 or 75, wherever it is. Nothing is lost: results are
-written whole or not at all. Only what has work in memory that should be saved first, within `postponed`, is asked to
-stop; the second signal ends that too.
+The first signal ends a command at once, with one line and exit code 130 or 75. No result is lost, because results are
+written atomically. Code that must first save results from memory runs in `postponed`: it is then requested to stop, and
+the second signal ends it at once.
 
-Python's own handlers run between two instructions of the main thread. While that compiles a program they wait, and
-their exception is lost in the callbacks of other libraries. So here a thread waits for the signals. Only Python's own
-start, before the first line of a command, is out of reach.
+Signal handlers in Python run between two instructions of the main thread. They are delayed while the main thread
+compiles a program, and their exceptions are lost in callbacks of other libraries. So a separate thread waits for the
+signals. Only the start of Python, before the first line of a command, is not covered.
 
-It imports nothing that takes time: every command calls `install` before its other imports.
+This module imports only fast modules: every command calls `install` before its other imports.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75 is EX_TEMPFAIL of sysexits.h: run it again
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # exit codes; 75 is os.EX_TEMPFAIL: the command can be repeated
 REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
-ADVICE = "the same command goes on from what is done"
+ADVICE = "run the same command to resume"
 
-unfinished: set[os.PathLike] = set()  # temporary files of this process, removed when a signal ends it
+unfinished: set[os.PathLike] = set()  # temporary files of this process, which `end` removes
 
 
 class _State:
-    """What a signal does now."""
+    """The state that determines the effect of a signal."""
 
     lock = threading.Lock()
     installed = False
     postponed = False
-    waiting: int | None = None  # the signal that was postponed
-    result: int | None = None  # the exit code, once there is one
+    waiting: int | None = None  # the postponed signal
+    result: int | None = None  # the exit code of the command, None while it runs
 
 
 def install() -> None:
-    """Watches for signals until the process ends. Ctrl-C stays ignored where it is: by nohup, and in the background of
-    a shell script. A standard stream that is closed is opened on /dev/null: otherwise the next file took its number,
-    and with it what libraries print. A second call does nothing.
+    """Starts the handling of signals, until the process ends. Further calls do nothing.
+
+    Ctrl-C stays ignored if it is ignored, as under nohup and in the background of a shell script. Closed standard
+    streams are opened on /dev/null: otherwise the next opened file would get the number of the stream, and libraries
+    would print into it.
     """
     if _State.installed:
         return
@@ -56,14 +58,14 @@ def install() -> None:
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handler)
     os.register_at_fork(after_in_child=_forget)
-    atexit.register(_ignore)  # registered first, so called last
+    atexit.register(_ignore)  # it is registered first, so it is called last
     threading.Thread(target=_watch, args=(reading,), name="interrupts", daemon=True).start()
 
 
 @contextlib.contextmanager
 def postponed() -> Iterator[Callable[[], int | None]]:
-    """Within it the first signal waits, and the function that it yields returns its number. At the end a signal that
-    waits ends the process, unless an exception does.
+    """A context that postpones the first signal. It yields a function that returns the number of the postponed signal,
+    None if there is none. At the exit of the context, a postponed signal ends the process; an exception comes first.
     """
     with _State.lock:
         _State.postponed = True
@@ -78,12 +80,12 @@ def postponed() -> Iterator[Callable[[], int | None]]:
 
 @contextlib.contextmanager
 def not_for_children() -> Iterator[None]:
-    """Processes and threads that start within it do not see Ctrl-C, which a terminal sends to all: this one ends
-    them.
+    """A context that blocks Ctrl-C in the processes and threads that start in it. A terminal sends Ctrl-C to all
+    processes, but this process ends its children.
     """
     from multiprocessing import resource_tracker
 
-    resource_tracker.ensure_running()  # where it starts it lets Ctrl-C through
+    resource_tracker.ensure_running()  # started before, because its start unblocks Ctrl-C
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -92,12 +94,12 @@ def not_for_children() -> Iterator[None]:
 
 
 def done(result: int) -> None:
-    """The command has its exit code, which a signal changes no more."""
+    """Sets the exit code of the command. From now on a signal does not change it."""
     _State.result = result
 
 
 def end(number: int) -> None:
-    """Ends the process as this signal does."""
+    """Ends the process as the signal with this number does."""
     with contextlib.suppress(OSError):
         os.write(2, f"\nerror: {REASONS[number]}; {ADVICE}\n".encode())
     for file in list(unfinished):
@@ -109,7 +111,7 @@ def end(number: int) -> None:
 def _watch(reading: int) -> None:
     while True:
         for number in os.read(reading, 64):
-            if number not in CODES:  # of another handler
+            if number not in CODES:  # a signal of another handler
                 continue
             with _State.lock:
                 if _State.result is not None:
@@ -120,11 +122,13 @@ def _watch(reading: int) -> None:
 
 
 def _handler(*_) -> None:
-    """A signal with a handler of Python's has one in C, which wakes the thread."""
+    """A Python handler that does nothing. For a signal with a Python handler, the C handler of Python writes the number
+    of the signal to the pipe, which wakes the thread.
+    """
 
 
 def _forget() -> None:
-    """In a process forked from this one, which has no such thread."""
+    """Restores the default handlers in a forked process, which does not have the thread."""
     signal.set_wakeup_fd(-1)
     for number, before in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
         if signal.getsignal(number) is _handler:
@@ -132,6 +136,8 @@ def _forget() -> None:
 
 
 def _ignore() -> None:
-    """Python takes its handlers away before it has ended, and the exit code would be the signal's."""
+    """Ignores signals at the exit of Python. Python removes its handlers before its end, so a signal would then change
+    the exit code.
+    """
     for number in CODES:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What output folders record of files of arrays."""
+"""The descriptions of .npz files in the record of an output folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ddim_jax.utils.errors import ConfigError
 
 
 class Arrays(NamedTuple):
-    """What an .npz of results holds."""
+    """The arrays of an .npz of results: for each name one of shape (length, ...)."""
 
     length: int
-    counted_by: str  # the field or option that says how many, for people
-    items: Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape of one of `length` items, dtype)
+    counted_by: str  # the field or option that sets the length, for messages
+    items: Mapping[str, tuple[tuple[int, ...], str]]  # name -> (shape of one item, dtype)
 
     def described(self, length: int | None = None) -> dict[str, Any]:
-        """As the record has it; length: of a part."""
+        """The description in a record. length: the number of items; default: all."""
         length = self.length if length is None else length
         return {name: {"shape": [length, *shape], "dtype": dtype} for name, (shape, dtype) in self.items.items()}
 
@@ -33,7 +33,7 @@ class Arrays(NamedTuple):
 
 
 def checked_arrays(path: pathlib.Path) -> dict[str, Any]:
-    """The arrays of an .npz as a record has them. ValueError if one cannot be read."""
+    """The description of the arrays of an .npz. ValueError if one is damaged."""
     files.check_regular(path)
     with zipfile.ZipFile(path) as archive:
         check_stored(archive)
@@ -43,23 +43,25 @@ def checked_arrays(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check_stored(archive: zipfile.ZipFile) -> None:
-    """ValueError unless the arrays are as large as the file: results never are compressed."""
+    """ValueError if an array is compressed: results are never compressed, and a compressed array may have any size."""
     if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
         raise ValueError("it is compressed")
 
 
 def described(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The description of arrays: {name: {"shape": ..., "dtype": ...}}."""
     return {name: {"shape": list(array.shape), "dtype": array.dtype.name} for name, array in arrays.items()}
 
 
 def shown(described: Any) -> str:
+    """A description as text for a message."""
     items = described.items() if isinstance(described, dict) else ()
     return ", ".join(f"{name} {about['dtype']} {tuple(about['shape'])}" for name, about in items) or "no arrays"
 
 
 @contextlib.contextmanager
 def one_line(path: pathlib.Path) -> Iterator[None]:
-    """Errors of a file system, and of what is no regular file, as a ConfigError that names the path."""
+    """Turns an OSError or a ValueError into a ConfigError that names the path."""
     try:
         yield
     except ConfigError:
@@ -69,7 +71,9 @@ def one_line(path: pathlib.Path) -> Iterator[None]:
 
 
 def remove(path: pathlib.Path) -> None:
-    """A file or a link, or a folder of files whose names are numbers; whatever else is in that folder stays."""
+    """Removes a file or a link. In a folder it removes only the files whose names are numbers; the folder itself is
+    removed if it is then empty.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return

@@ -1,10 +1,10 @@
-"""The output folder of a command: whose it is, what is in it, and arrays that are made batch by batch and never twice.
+"""The output folder of a command, with a record that identifies its run and verifies its files.
 
-A folder's record, run.json, says what its results are made from (`made_from`), and of every file its SHA-256, for
-arrays their shapes and dtypes, and what they were computed with, which is not compared. A file is recorded before it
-gets its name. So whenever a process is killed, a result that is there and not recorded is not of this run, and one that
-is recorded and not there is made again. Results are verified before they are used: what does not fit is named, never
-taken, and never replaced without being asked to.
+The record, run.json, holds the inputs of the results (`made_from`) and the SHA-256 of every file. For arrays it also
+holds their shapes, their dtypes, and `computed_with`, which is not compared. A file is recorded before it gets its
+name. So after a process was killed, an existing result without an entry does not belong to this run, and a missing
+result with an entry is recomputed. Results are verified before they are used. A result that does not match its entry
+raises an error that names it; it is replaced only with `overwrite`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECORD = "run.json"
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """ConfigError if nothing can be written to a folder, or if it cannot be made. Makes nothing."""
+    """ConfigError if files cannot be written to a folder, or if it cannot be created. It creates nothing."""
     try:
         files.check_writable_folder(pathlib.Path(path))
     except ValueError as error:
@@ -40,13 +40,13 @@ def open_folder(
     overwrite: bool | None = None,
     inside: Folder | None = None,
 ) -> Folder:
-    """The output folder of a run. ConfigError if it cannot be written to, if another run's results, or files that no
-    run recorded, are in it, if its record is damaged, or if another process is writing to it. It becomes this run's own
-    when it is first written to: until then nothing is changed.
+    """Opens the output folder of a run. Nothing on the disk changes before the first write, which claims the folder.
 
-    made_from: all that the results depend on, JSON can hold it; None: whatever the record says. written: the names of
-    all files and folders that the command may write; these alone are removed to overwrite. overwrite: None for a
-    command that never does. inside: the output folder that this one is part of.
+    made_from: all inputs of the results, as JSON values; None for those in the record. written: the names of all files
+    and folders that the command may write; only these are removed to overwrite. overwrite: whether to replace results
+    of another run; None for a command without this option. inside: the output folder that contains this one.
+    ConfigError if the folder is not writable, if it holds results of another run or unrecorded files, if its record is
+    damaged, or if another process is writing to it.
     """
     folder = Folder(pathlib.Path(path), made_from, written, overwrite, inside)
     if sharding.is_main_process():
@@ -62,7 +62,7 @@ def open_folder(
 
 
 class Folder:
-    """An output folder and its record; `folder / name` is a path in it. Of several processes the first alone writes."""
+    """An output folder and its record. `folder / name` is a path in it. Only the main process writes."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class Folder:
         inside: Folder | None,
     ):
         self.path, self._names, self._overwrite, self._inside = path, (RECORD, *written), overwrite, inside
-        self.made_from = json.loads(json.dumps(made_from))  # tuples become lists, as in what is read
+        self.made_from = json.loads(json.dumps(made_from))  # tuples become lists, as in a record that is read
         self._recorded: dict[str, dict[str, Any]] = {}
-        self._replaced: list[str] = []  # names to be removed at the first write
-        self._state: Any = None  # of the record on the disk, as this process knows it
-        self._own, self._lock = False, None
+        self._replaced: list[str] = []  # names to remove at the first write
+        self._state: Any = None  # the last known state of the record on the disk
+        self._claimed, self._lock = False, None
 
     def __truediv__(self, name: str | os.PathLike) -> pathlib.Path:
         return self.path / name
@@ -89,44 +89,46 @@ class Folder:
         """Reads the record; see `open_folder`."""
         with one_line(self.path):
             if self.path.is_dir():
-                self._hold()
-            present = [name for name in self._names if os.path.lexists(self / name)]
-            reason, before = f"{self} already holds {present[0]}" if present else None, False
-            if RECORD in present:
-                self._state = self._state_now()
+                self._acquire_lock()
+            existing = [name for name in self._names if os.path.lexists(self / name)]
+            reason, is_old = f"{self} already holds {existing[0]}" if existing else None, False
+            if RECORD in existing:
+                self._state = self._current_state()
                 try:
-                    saved, self._recorded, before = _read(self / RECORD)
+                    saved, self._recorded, is_old = _read(self / RECORD)
                     self.made_from = saved if self.made_from is None else self.made_from
-                    difference = next(_differences("", saved, self.made_from, before), None)
-                    reason = difference and f"{self} holds what another run made ({difference})"
+                    difference = next(_differences("", saved, self.made_from, is_old), None)
+                    reason = difference and f"{self} holds results of another run ({difference})"
                 except ValueError as error:
                     reason = f"{self / RECORD} is damaged: {error}"
             if reason and not self._overwrite:
                 raise ConfigError(f"{reason}; {self._advice()}")
             if reason:
-                self._recorded, self._replaced = {}, present
-            elif before:
+                self._recorded, self._replaced = {}, existing
+            elif is_old:
                 self._adopt()
 
     def claim(self) -> None:
-        """Makes the folder, and makes it this run's own. ConfigError if another process did so meanwhile."""
-        if self._own or not sharding.is_main_process():
+        """Creates the folder if needed, and its record for this run. ConfigError if another process has written it."""
+        if self._claimed or not sharding.is_main_process():
             return
         if self._inside is not None:
             self._inside.claim()
         with one_line(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._hold()
+            self._acquire_lock()
             self._check_state()
             for name in self._names if self._inside is None else "*":
                 files.remove_temporaries(self.path, name)
             for name in self._replaced:
                 remove(self / name)
-            self._state, self._replaced, self._own = self._state_now(), [], True
+            self._state, self._replaced, self._claimed = self._current_state(), [], True
             self._write()
 
-    def _hold(self) -> None:
-        """Holds the folder against a second process on this machine, until this object is gone."""
+    def _acquire_lock(self) -> None:
+        """Locks the folder for this process until `release`, or until this object is deleted. ConfigError if another
+        process on this machine has locked it.
+        """
         if self._lock is not None or self._inside is not None:
             return
         descriptor = os.open(self.path, os.O_RDONLY)
@@ -136,22 +138,22 @@ class Folder:
         except BlockingIOError:
             self.release()
             raise ConfigError(f"another process is writing to {self}; wait for it, or give another --out") from None
-        except OSError:  # a file system without locks: what another process writes is noticed by `_check_state`
+        except OSError:  # a file system without locks: `_check_state` detects that another process has written
             pass
 
     def release(self) -> None:
-        """Lets another process have the folder."""
+        """Releases the lock of the folder."""
         if self._lock is not None:
             self._lock()
             self._lock = None
 
     def has(self, name: str) -> bool:
-        """Whether there is something of that name which is not to be overwritten."""
+        """Whether a file or folder of this name exists that will not be overwritten."""
         return name not in self._replaced and os.path.lexists(self / name)
 
     def find(self, name: str, arrays: Arrays | None = None) -> pathlib.Path | None:
-        """The path of a result, verified; None if it is not there. ConfigError if it is not what this run recorded, or
-        does not hold these arrays.
+        """The path of a verified result, None if it does not exist. ConfigError if it differs from its entry in the
+        record, or does not hold these arrays.
         """
         if not self.has(name):
             return None
@@ -165,24 +167,24 @@ class Folder:
             elif files.sha256(path) != recorded["sha256"]:
                 reason = f"its SHA-256 is not the one in {RECORD}"
             elif arrays is not None and recorded.get("arrays") != arrays.described():
-                reason = f"it holds {shown(recorded.get('arrays'))}, not {shown(arrays.described())}"
+                reason = f"it must hold {shown(arrays.described())}, got {shown(recorded.get('arrays'))}"
         return self.refuse(path, reason) if reason else path
 
     def find_all(self) -> bool:
-        """Whether everything that is recorded is there; ConfigError as for `find`."""
+        """Whether all recorded results exist. ConfigError as for `find`."""
         return all([self.find(name) is not None for name in self._recorded])
 
     def refuse(self, path: pathlib.Path, reason: str) -> None:
-        """ConfigError because a file is not what this run wrote; to overwrite, removes it."""
+        """Raises a ConfigError for a file that this run did not write. With `overwrite` it removes the file instead."""
         if self._overwrite:
             remove(path)
         if os.path.lexists(path):
-            raise ConfigError(f"{path} is not what this run wrote: {reason}; remove it, {self._advice('or ')}")
+            raise ConfigError(f"{path} was not written by this run: {reason}; remove it, {self._advice('or ')}")
 
     @contextlib.contextmanager
     def writing(self, name: str, also: Sequence[str] = (), **about: Any) -> Iterator[BinaryIO]:
-        """A binary file to write a result to; it is recorded, with its SHA-256 and what `about` says, before it has its
-        name. also: files that are there, recorded at the same moment.
+        """Yields a binary file to write a result to. It is recorded, with its SHA-256 and `about`, before it gets its
+        name. also: existing files that are recorded at the same time.
         """
         self.claim()
 
@@ -193,13 +195,13 @@ class Folder:
             yield file
 
     def record(self, *names: str) -> None:
-        """Records files that every command writes anew."""
+        """Records existing files."""
         if sharding.is_main_process():
             self.claim()
             self._record({}, names)
 
     def forget(self, *names: str) -> None:
-        """Removes files, or folders of numbered files, and what is recorded of them."""
+        """Removes files, or folders of numbered files, and their entries in the record."""
         if any(name in self._recorded for name in names):
             self._recorded = {name: about for name, about in self._recorded.items() if name not in names}
             self._write()
@@ -212,8 +214,8 @@ class Folder:
         return "give another --out, or --overwrite to replace it"
 
     def _adopt(self) -> None:
-        """Records the results of an earlier version, which recorded none, as they are. They must be readable, arrays by
-        the CRC of each. Parts of results, of which nothing can be known, are removed, to be made again.
+        """Records the results of an earlier version, which did not record files. Each must be readable; arrays must
+        match their CRCs. Partial results cannot be verified: they are removed, and recomputed later.
         """
         for name in self._names[1:]:
             path = self / name
@@ -224,7 +226,7 @@ class Folder:
                     about = {"arrays": checked_arrays(path)} if path.suffix == ".npz" else {}
                     if not about:
                         files.read_json(path)
-                except Exception as error:  # whatever a damaged file makes zipfile and NumPy say
+                except Exception as error:  # zipfile and NumPy raise many types for a damaged file
                     self.refuse(path, str(error) or type(error).__name__)
                     continue
                 self._recorded[name] = {"sha256": files.sha256(path), **about}
@@ -239,22 +241,22 @@ class Folder:
         content = json.dumps({"made_from": self.made_from, "files": self._recorded}, indent=1).encode()
         with files.replacing(self / RECORD) as file:
             file.write(content)
-        self._state = self._state_now()
+        self._state = self._current_state()
 
-    def _state_now(self) -> Any:
-        """Whoever writes the record makes another file of it."""
+    def _current_state(self) -> Any:
+        """The identity of the record on the disk, None if it does not exist. Every write creates a new file."""
         with contextlib.suppress(FileNotFoundError):
-            found = os.lstat(self / RECORD)
-            return found.st_ino, found.st_size, found.st_mtime_ns
+            status = os.lstat(self / RECORD)
+            return status.st_ino, status.st_size, status.st_mtime_ns
 
     def _check_state(self) -> None:
-        if self._state_now() != self._state:
+        if self._current_state() != self._state:
             raise ConfigError(f"another process has written to {self}; give another --out")
 
 
 def _read(record: pathlib.Path) -> tuple[Any, dict[str, dict[str, Any]], bool]:
-    """What the results are made from, the files, and whether an earlier version wrote it, which had no files in it.
-    ValueError if it is no record.
+    """(made_from, entries of the files, whether an earlier version wrote the record, without entries). ValueError if it
+    is not a record.
     """
     values = files.read_json(record)
     if isinstance(values, dict) and not {"made_from", "files"} & values.keys():
@@ -267,18 +269,18 @@ def _read(record: pathlib.Path) -> tuple[Any, dict[str, dict[str, Any]], bool]:
             if not isinstance(about["sha256"], str):
                 raise TypeError
     except (AttributeError, KeyError, TypeError):
-        raise ValueError("it is no record of a run") from None
+        raise ValueError("it is not a record of a run") from None
     return made_from, recorded, False
 
 
-def _differences(path: str, saved: Any, current: Any, before: bool) -> Iterator[str]:
-    """Where the values differ, in words. before: whether saved is of an earlier version: only what both have is
-    compared.
+def _differences(path: str, saved: Any, current: Any, is_old: bool) -> Iterator[str]:
+    """The differences between two values, as text. is_old: whether saved is from an earlier version; then only fields
+    that exist in both are compared.
     """
     if isinstance(saved, dict) and isinstance(current, dict):
         for name in [*current, *saved]:
-            if not before or (name in saved and name in current):
+            if not is_old or (name in saved and name in current):
                 inner = f"{path}.{name}" if path else name
-                yield from _differences(inner, saved.get(name), current.get(name), before)
+                yield from _differences(inner, saved.get(name), current.get(name), is_old)
     elif saved != current:
-        yield files.printable(f"{path} is {str(saved)[:40]} there, {str(current)[:40]} here")
+        yield files.printable(f"{path} is {str(saved)[:40]} in the record, {str(current)[:40]} in this run")

@@ -1,5 +1,5 @@
-"""Fields of dataclasses with the range of their values: sections of a config, and modules whose fields are one. Whoever
-reads a config checks them; a mistake is a ValueError of one line.
+"""Dataclass fields with a range of allowed values, for the sections of a config and for modules whose fields are such a
+section. The config package checks the values when it reads a config. A wrong value raises a ValueError of one line.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import numpy as np
 from ddim_jax import checks
 from ddim_jax.utils.files import shown
 
-INT = 2**31 - 1  # steps and indices have 32 bits on the devices
-SEED = 2**32 - 1  # a key is made of 32 bits: seeds beyond would draw the images of seeds below
+INT = 2**31 - 1  # the limit for steps and indices, which have 32 bits on the devices
+SEED = 2**32 - 1  # the limit for seeds: a key uses 32 bits, so larger seeds would repeat the images of smaller ones
 FLOAT = float(np.finfo(np.float32).max)
-TINY = float(np.finfo(np.float32).tiny)  # what is smaller is 0 on the devices
-CHARACTERS = 1 << 16  # of a text
-ITEMS = 1 << 20  # of a tuple
+TINY = float(np.finfo(np.float32).tiny)  # smaller values are 0 on the devices
+CHARACTERS = 1 << 16  # the limit for the length of a string
+ITEMS = 1 << 20  # the limit for the length of a tuple
 MISSING = dataclasses.MISSING
 
 
 def field(default: Any = MISSING, check: Callable[[Any], None] | None = None, **more: Any) -> Any:
-    """A dataclass field whose value `check` refuses by a ValueError."""
+    """A dataclass field. check: raises a ValueError for a value that is not allowed. more: further metadata."""
     return dataclasses.field(default=default, metadata={"check": check, **more})
 
 
 def at_least(low: float, most: float = INT, default: Any = MISSING) -> Any:
+    """A field with values in [low, most]."""
+
     def check(value):
         if value < low:
             raise ValueError(f"must be at least {low}, got {shown(value)}")
@@ -41,6 +43,8 @@ def at_least(low: float, most: float = INT, default: Any = MISSING) -> Any:
 
 
 def above_zero(default: Any = MISSING) -> Any:
+    """A field with values above 0, also in float32."""
+
     def check(value):
         if value < TINY:
             raise ValueError(f"must be above 0{' in float32' if value > 0 else ''}, got {value}")
@@ -49,6 +53,8 @@ def above_zero(default: Any = MISSING) -> Any:
 
 
 def below_one(default: Any = MISSING) -> Any:
+    """A field with values in [0, 1)."""
+
     def check(value):
         if not 0 <= value < 1:
             raise ValueError(f"must be in [0, 1), got {value}")
@@ -57,10 +63,13 @@ def below_one(default: Any = MISSING) -> Any:
 
 
 def one_of(table: Mapping[str, Any], default: Any = MISSING) -> Any:
+    """A field whose values are names in a table."""
     return field(default, lambda value: checks.lookup(table, value))
 
 
 def all_positive(count: int, most: int, default: Any = MISSING) -> Any:
+    """A field with tuples of 1 to `count` numbers in [1, most]."""
+
     def check(values):
         if not values or min(values) < 1:
             raise ValueError(f"must hold at least one number and none below 1, got {shown(values)}")
@@ -71,6 +80,8 @@ def all_positive(count: int, most: int, default: Any = MISSING) -> Any:
 
 
 def at_most_so_many(count: int, default: Any = MISSING) -> Any:
+    """A field with tuples of at most `count` numbers."""
+
     def check(values):
         if len(values) > count:
             raise ValueError(f"must hold at most {count} numbers, got {len(values)}")
@@ -79,12 +90,12 @@ def at_most_so_many(count: int, default: Any = MISSING) -> Any:
 
 
 def named(table: Mapping[str, Any], default: str) -> Any:
-    """A field of a module whose value has a name in configs: an entry of the table."""
+    """A field of a module whose values are the entries of a table. A config has the name of the entry."""
     return dataclasses.field(default=table[default], metadata={"table": table, "default": default})
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a config can say this value."""
+    """Whether a config can hold this value."""
     if value is MISSING:
         return True
     try:
@@ -95,56 +106,58 @@ def is_plain(value: Any) -> bool:
 
 
 class Parameter(NamedTuple):
-    """What a factory takes by one name."""
+    """A keyword parameter of a factory."""
 
-    kind: Any  # its type, Any where none is known
+    kind: Any  # its type, Any if it is not known
     default: Any  # MISSING if it has none
-    check: Callable[[Any], None] | None
+    check: Callable[[Any], None] | None  # raises a ValueError for a value that is not allowed
 
 
 def parameters(factory: Callable) -> dict[str, Parameter]:
-    """What a factory takes by name: the fields of a dataclass, such as a Linen module, or the parameters of another
-    callable, with the types that are annotated, else that of the default.
+    """The keyword parameters of a factory: the fields of a dataclass, such as a Linen module, or the parameters of
+    another callable. Their types are the annotations, or else the types of the defaults.
     """
     try:
         hints = typing.get_type_hints(factory)
-    except Exception:  # annotations may be anything
+    except Exception:  # annotations may be any expressions
         hints = {}
     if dataclasses.is_dataclass(factory) and isinstance(factory, type):
-        found = {one.name: _of_field(one, hints) for one in _fields(factory)}
+        result = {member.name: _of_field(member, hints) for member in _fields(factory)}
     else:
-        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        given = getattr(factory, "keywords", {})  # of a functools.partial
-        found = {}
-        for name, one in inspect.signature(factory).parameters.items():
-            default = MISSING if one.default is inspect.Parameter.empty else one.default
-            if one.kind in named and name not in given and name != "rngs":  # of NNX modules
-                found[name] = Parameter(_kind(hints.get(name), default), default, None)
-    return found
+        by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        bound = getattr(factory, "keywords", {})  # of a functools.partial
+        result = {}
+        # The metaclass of NNX modules hides the signature of their __init__.
+        called = factory.__init__ if isinstance(factory, type) and type(factory) is not type else factory
+        for name, parameter in list(inspect.signature(called).parameters.items())[called is not factory :]:
+            default = MISSING if parameter.default is inspect.Parameter.empty else parameter.default
+            if parameter.kind in by_keyword and name not in bound and name != "rngs":  # `rngs` of NNX modules
+                result[name] = Parameter(_kind(hints.get(name), default), default, None)
+    return result
 
 
 def _fields(factory: Any) -> list[dataclasses.Field]:
-    """Those of a dataclass that its caller gives, without the two that Flax adds to a Linen module."""
-    return [one for one in dataclasses.fields(factory) if one.init and one.name not in ("parent", "name")]
+    """The init fields of a dataclass, without the two that Flax adds to a Linen module."""
+    return [member for member in dataclasses.fields(factory) if member.init and member.name not in ("parent", "name")]
 
 
-def _of_field(one: dataclasses.Field, hints: Mapping[str, Any]) -> Parameter:
-    if table := one.metadata.get("table"):
-        return Parameter(str, one.metadata["default"], lambda value: checks.lookup(table, value))
-    return Parameter(_kind(hints.get(one.name), one.default), one.default, one.metadata.get("check"))
+def _of_field(member: dataclasses.Field, hints: Mapping[str, Any]) -> Parameter:
+    if table := member.metadata.get("table"):
+        return Parameter(str, member.metadata["default"], lambda value: checks.lookup(table, value))
+    return Parameter(_kind(hints.get(member.name), member.default), member.default, member.metadata.get("check"))
 
 
 def arguments(factory: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that a factory takes, as it takes them: what is `named` in its table."""
-    given = {name: value for name, value in values.items() if name in parameters(factory)}
-    for one in _fields(factory) if dataclasses.is_dataclass(factory) else ():
-        if one.name in given and "table" in one.metadata:
-            given[one.name] = one.metadata["table"][given[one.name]]
-    return given
+    """The values that are parameters of a factory. A name for a `named` field is replaced by the entry of its table."""
+    result = {name: value for name, value in values.items() if name in parameters(factory)}
+    for member in _fields(factory) if dataclasses.is_dataclass(factory) else ():
+        if member.name in result and "table" in member.metadata:
+            result[member.name] = member.metadata["table"][result[member.name]]
+    return result
 
 
 def _kind(hint: Any, default: Any) -> Any:
-    """The type that a value in a config must have. A float may be an int in a signature's default."""
+    """The type of a parameter in a config. An int default without annotation gives Any: floats may be allowed too."""
     if hint in (bool, int, float, str) or isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is tuple:
         return hint
     if type(default) in (bool, float, str):
@@ -153,7 +166,9 @@ def _kind(hint: Any, default: Any) -> Any:
 
 
 def typed(kind: Any, value: Any) -> Any:
-    """The value as the type that a field has: exactly so, but ints and NumPy's numbers are floats too. ValueError."""
+    """The value with the type of a field. ValueError if it has another type; ints and numbers of NumPy are accepted as
+    floats.
+    """
     if isinstance(kind, types.GenericAlias):  # tuple[x, ...]
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"must be a tuple, got {shown(value)}")
@@ -175,19 +190,22 @@ def typed(kind: Any, value: Any) -> Any:
 
 
 def _any(value: Any, depth: int = 4) -> Any:
-    """A value of a field without a type: a number, a text, None, or a tuple of these, nested at most so deep."""
+    """The value of a field without a type: a number, a string, None, or a tuple of these. depth: the limit for nested
+    tuples. ValueError for another value.
+    """
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (tuple, list)) and depth:
         if len(value) > ITEMS:
             raise ValueError(f"must have at most {ITEMS} entries, got {len(value)}")
         return tuple(_any(item, depth - 1) for item in value)
     if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise ValueError(f"must be a number, a text, or a tuple of these, got {shown(value)}")
+        raise ValueError(f"must be a number, a string, or a tuple of these, got {shown(value)}")
     _bounded(value)
     return value
 
 
 def _bounded(value: Any) -> None:
+    """ValueError if a value exceeds the limits for its type."""
     if isinstance(value, float) and not -FLOAT <= value <= FLOAT:
         raise ValueError(f"must be finite{' in float32' if abs(value) > FLOAT else ''}, got {shown(value)}")
     if isinstance(value, int) and not -INT <= value <= SEED:
@@ -197,17 +215,18 @@ def _bounded(value: Any) -> None:
 
 
 class Options(dict):
-    """Arguments by name for a factory of somebody's own: a dict that can be hashed, of numbers, texts and tuples."""
+    """Keyword arguments for a factory: a hashable dict of numbers, strings and tuples."""
 
     @classmethod
     def of(cls, values: Any) -> Options:
+        """Options from a mapping. ValueError if it is not one of names to numbers, strings and tuples."""
         if not isinstance(values, Mapping):
-            raise ValueError(f"must be arguments by name, got {shown(values)}")
+            raise ValueError(f"must be a dict of keyword arguments, got {shown(values)}")
         if len(values) > 100:
-            raise ValueError(f"must be at most 100 arguments, got {len(values)}")
+            raise ValueError(f"must have at most 100 arguments, got {len(values)}")
         for name in values:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > 100:
-                raise ValueError(f"must be arguments by name, got {shown(name)}")
+                raise ValueError(f"must have names of arguments as keys, got {shown(name)}")
         return cls((name, _any(value)) for name, value in values.items())
 
     def __hash__(self):

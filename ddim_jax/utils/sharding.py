@@ -1,5 +1,5 @@
-"""Where arrays live. The only file that knows that there are devices; one device is the special case of a
-mesh of one.
+"""Devices, processes, and the sharding of arrays. No other file depends on the number of devices: a single device is a
+mesh of size 1.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from ddim_jax.utils import files
 
 
 def start_processes() -> None:
-    """Makes this process one of several, by what the environment says: that of a TPU pod slice, of Slurm, of MPI, or
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Before anything else of JAX. ValueError if it says
-    nothing.
+    """Initializes `jax.distributed` from the environment of a TPU pod slice, of Slurm or of MPI, or from
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before any other function of JAX. ValueError
+    if the environment has none of these.
     """
     number = lambda name: int(os.environ[name]) if name in os.environ else None
     try:
         jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
     except ValueError as error:
         raise ValueError(
-            f"the environment does not say which process of how many this is ({error}): start it by Slurm or MPI, on a "
-            f"TPU pod slice, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            f"the environment does not define the number and the index of this process ({error}): start it by Slurm or "
+            f"MPI, on a TPU pod slice, or set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
 
 
-MAX_CPU_DEVICES = 4  # each has its own copy of the parameters
-SMALL_WIDTH = 128  # channels: wider, one operation has work for all cores, and copies of the parameters cost more
+MAX_CPU_DEVICES = 4  # each has a copy of the parameters
+SMALL_WIDTH = 128  # channels; in wider networks each operation uses all cores, and copies of the parameters cost more
 
 
 def split_cpu_into_devices(batch: int, width: int) -> None:
-    """Lets a CPU be several devices, one for each core, as many as divide a batch, for a network of at most SMALL_WIDTH
-    channels: in its operations there is too little work for all cores. Unless the environment says how many, by
-    JAX_NUM_CPU_DEVICES or XLA_FLAGS. Before anything else of JAX.
+    """Splits the CPU into virtual devices: the largest power of two that divides `batch`, at most one per core and
+    MAX_CPU_DEVICES. Call it before any other function of JAX.
+
+    It applies to networks of at most SMALL_WIDTH channels (`width`), whose operations are too small to use all cores.
+    It does nothing if JAX_NUM_CPU_DEVICES or XLA_FLAGS sets the number of devices.
     """
-    said = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if width <= SMALL_WIDTH and not said and jax.config.jax_num_cpu_devices < 0:
+    is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if width <= SMALL_WIDTH and not is_set and jax.config.jax_num_cpu_devices < 0:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         count = 1
         while 2 * count <= min(cores, MAX_CPU_DEVICES) and batch % (2 * count) == 0:
@@ -50,32 +52,34 @@ def split_cpu_into_devices(batch: int, width: int) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes what is written once."""
+    """Whether this process is the main process, the only one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come to this point."""
+    """Waits until all processes have reached this point. name: the same in all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def broadcast_from_main(number: int) -> int:
-    """What the first process says; all have to ask."""
+    """The number of the main process. All processes must call it."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if jax.process_count() > 1 else number
 
 
-def should_stop(step: int, asked: bool) -> bool:
-    """Whether to stop after this step: for one process, whether it was asked to; of several, whether any was, at a step
-    that they agree on.
+def should_stop(step: int, requested: bool) -> bool:
+    """Whether to stop after this step. For a single process, this is `requested`. In a distributed run, it is whether
+    any process was requested to stop; all processes then stop after the same step.
     """
-    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else asked
+    return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else requested
 
 
 def data_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """All devices of all processes along two axes: "data", and "fsdp", along which parameters are divided too.
+    """The mesh of all devices of all processes, with the axes "data" and "fsdp". The batch is sharded along both, the
+    parameters along "fsdp".
 
-    data: -1 for what fsdp leaves. ValueError if the two do not make up the devices.
+    data: the size of its axis, -1 for the number of devices divided by fsdp. ValueError unless data x fsdp is the
+    number of devices.
     """
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp or data not in (-1, devices // fsdp):
@@ -84,39 +88,42 @@ def data_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding with a copy of the array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def along_batch(mesh: Mesh) -> NamedSharding:
-    """Over all axes of the mesh: whoever has a part of the parameters has a part of the batch too."""
+    """The sharding of the batch axis, along all axes of the mesh: each device has a shard of the batch."""
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def fully_sharded(mesh: Mesh, shapes: Any) -> Any:
-    """The sharding of every leaf: its longest axis that the mesh's "fsdp" divides, the last of them, is divided along
-    it; what has none is replicated, and so is everything where "fsdp" is 1.
-    """
-    parts = dict(mesh.shape).get("fsdp", 1)
+    """The shardings of a tree of parameters (FSDP).
 
-    def place(leaf):
-        axes = [axis for axis, length in enumerate(leaf.shape) if parts > 1 and length % parts == 0]
+    Each leaf is sharded over "fsdp" along its longest axis whose length the size of "fsdp" divides; of equally long
+    axes, the last one. A leaf without such an axis is replicated, and so are all leaves if "fsdp" has size 1.
+    """
+    size = dict(mesh.shape).get("fsdp", 1)
+
+    def sharding_of(leaf):
+        axes = [axis for axis, length in enumerate(leaf.shape) if size > 1 and length % size == 0]
         if not axes:
             return replicated(mesh)
         longest = max(axes, key=lambda axis: (leaf.shape[axis], axis))
         return NamedSharding(mesh, PartitionSpec(*(None,) * longest, "fsdp"))
 
-    return jax.tree.map(place, shapes)
+    return jax.tree.map(sharding_of, shapes)
 
 
-def bytes_on_a_device(placement: Any, shapes: Any) -> int:
-    """The most that a device holds of a tree: of arrays or their shapes, with a sharding for each."""
-    size = lambda place, leaf: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return sum(jax.tree.leaves(jax.tree.map(size, placement, shapes)))
+def bytes_on_a_device(shardings: Any, shapes: Any) -> int:
+    """The bytes of a tree on one device. shardings: a tree of shardings. shapes: the tree of arrays or their shapes."""
+    size = lambda sharding, leaf: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return sum(jax.tree.leaves(jax.tree.map(size, shardings, shapes)))
 
 
 def device_memory() -> int | None:
-    """Bytes of memory of one device, None where it is not known. Virtual CPU devices have equal parts of the machine's,
-    or of what its control group allows.
+    """The memory of one device in bytes, None if it is not known. For virtual CPU devices, an equal fraction of the
+    memory of the machine, or of the limit of its control group.
     """
     device = jax.local_devices()[0]
     if device.platform != "cpu":
@@ -125,39 +132,41 @@ def device_memory() -> int | None:
 
 
 def put_batch(mesh: Mesh, local: Any) -> Any:
-    """Global arrays (B, ...), split along the batch, from the part (B / processes, ...) that this process has."""
+    """Global arrays (B, ...), sharded along the batch, from the shards (B / processes, ...) of the processes. local:
+    the shard of this process.
+    """
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(along_batch(mesh), leaf), local)
 
 
 def split_batch(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """A global array (B, ...), split along the batch, from one that every process has whole."""
-    return jax.make_array_from_callback(batch.shape, along_batch(mesh), lambda part: batch[part])
+    """A global array (B, ...), sharded along the batch, from the complete array that every process has."""
+    return jax.make_array_from_callback(batch.shape, along_batch(mesh), lambda index: batch[index])
 
 
 def put_replicated(mesh: Mesh, tree: Any) -> Any:
-    """The same tree of host arrays on every device."""
+    """Copies a tree of host arrays to every device."""
     return jax.tree.map(
         lambda leaf: jax.make_array_from_callback(
-            np.shape(leaf), replicated(mesh), lambda part: np.asarray(leaf)[part]
+            np.shape(leaf), replicated(mesh), lambda index: np.asarray(leaf)[index]
         ),
         tree,
     )
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of a global array, on every process."""
+    """The complete global array, on the host of every process."""
     return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 def steps_in_flight() -> int:
-    """How many updates may be dispatched before the oldest is waited for. Virtual CPU devices deadlock if they
-    run far ahead.
+    """The number of updates that may be dispatched before the host waits for the oldest. Virtual CPU devices deadlock
+    if too many are dispatched.
     """
     return 2 if jax.default_backend() == "cpu" else 8
 
 
 def batches_ahead() -> int:
-    """How many batches of images are dispatched beside the one that is waited for, so that writing it costs a device no
-    time. A CPU would only share its cores between them.
+    """The number of batches of images that are dispatched in addition to the one that the host waits for. The device
+    then computes while the host writes images. On a CPU this has no advantage: all batches use the same cores.
     """
     return 0 if jax.default_backend() == "cpu" else 1

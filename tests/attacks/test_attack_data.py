@@ -1,5 +1,5 @@
-"""Data sets that are damaged, hostile or no data at all: one line that names the file, and never a wrong image, a wrong
-label, a hang, or all of the memory.
+"""Damaged, hostile and invalid data sets. Each raises an error of one line that names the file. None gives a wrong
+image or a wrong label, hangs, or allocates all memory.
 """
 
 import io
@@ -56,7 +56,7 @@ def everything(name, path):
     return source[np.arange(len(source))]
 
 
-# --- what is no file ---
+# --- paths that are not regular files ---
 
 
 def pipe(path):
@@ -77,32 +77,32 @@ def unix_socket(path):
 
 
 @pytest.mark.parametrize("make", [pipe, device, unix_socket])
-def test_what_may_never_end_is_not_read(make, folder, tmp_path):
+def test_pipes_devices_and_sockets_are_not_read(make, folder, tmp_path):
     make(tmp_path / "x.npz")
     for name in ("npz", "folder"):
-        refuses(lambda name=name: data.load(name, str(tmp_path / "x.npz")), "x.npz", "regular file")
+        refuses(lambda name=name: data.load(name, str(tmp_path / "x.npz")), "x.npz")
     make(folder / "3.jpg")
-    refuses(lambda: data.load("folder", str(folder)), "3.jpg", "regular file")
-    refuses(lambda: images.open_npz(tmp_path / "x.npz"), "x.npz", "regular file")
+    refuses(lambda: data.load("folder", str(folder)), "3.jpg")
+    refuses(lambda: images.open_npz(tmp_path / "x.npz"), "x.npz")
 
 
 @pytest.mark.parametrize("name", ["npz", "folder"])
 @pytest.mark.parametrize("path", ["", "/nowhere", "a\x00b", "x" * 5000, "\x1b[31m", "/dev/null", "/proc/self/mem/x"])
-def test_paths_to_nothing(name, path):
-    message = refuses(lambda: data.load(name, path))
+def test_paths_that_do_not_exist(name, path):
+    message = refuses(lambda: data.load(name, path), repr(path)[1:20].strip("'"))
     holds(message.isprintable() and len(message) < 500, message)
 
 
-def test_links_that_lead_to_themselves(folder):
-    """To a folder above; a file that is its own target is named."""
-    (folder / "again").symlink_to(folder)
+def test_circular_links(folder):
+    """Links to a parent folder are ignored. The error names a link to itself."""
+    (folder / "same").symlink_to(folder)
     (folder / "up").symlink_to("..")
     holds(len(data.load("folder", str(folder))) == 6)
     (folder / "loop.png").symlink_to(folder / "loop.png")
     refuses(lambda: data.load("folder", str(folder)), "loop.png")
 
 
-def test_links_to_nothing(folder):
+def test_broken_links(folder):
     (folder / "gone.png").symlink_to(folder / "nothing.png")
     refuses(lambda: data.load("folder", str(folder)), "gone.png")
 
@@ -112,7 +112,7 @@ def test_links_to_nothing(folder):
 def test_names_of_files_are_shown_escaped(name, content, folder):
     with open(os.path.join(os.fsencode(folder), name if isinstance(name, bytes) else name.encode()), "wb") as file:
         file.write(content)
-    message = refuses(lambda: everything("folder", folder))
+    message = refuses(lambda: everything("folder", folder), str(folder))
     holds(message.isprintable(), message)
 
 
@@ -120,8 +120,8 @@ def test_names_of_files_are_shown_escaped(name, content, folder):
 
 
 @given(st.data())
-def test_images_that_were_changed(data):
-    """Truncated, with flipped bits, with parts swapped, of another kind: refused, or of the size of the others."""
+def test_damaged_images(data):
+    """Truncated files, flipped bits, exchanged parts: an error, or an image of the size of the other one."""
     import tempfile
 
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]))
@@ -139,7 +139,7 @@ def test_images_that_were_changed(data):
 
 
 def png(width, height, rows=b"", bits=8, colour=2):
-    """A PNG whose header says what it likes."""
+    """A PNG with any header."""
     part = lambda name, content: (
         struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
     )
@@ -149,7 +149,7 @@ def png(width, height, rows=b"", bits=8, colour=2):
 
 @pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (2**31 - 1, 1), (20_000, 20_000)])
 @pytest.mark.parametrize("first", [True, False])
-def test_images_that_unpack_to_all_of_the_memory(size, first, folder):
+def test_images_larger_than_the_memory(size, first, folder):
     (folder / ("0.png" if first else "5.png")).write_bytes(png(*size, rows=bytes(10**7)))
     refuses(lambda: everything("folder", folder), "0.png" if first else "5.png")
 
@@ -162,15 +162,15 @@ def test_images_without_pixels(size, folder):
 
 @pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF", "PPM", "ICO", "PDF"])
 def test_files_of_another_format(kind, folder):
-    """Pillow starts Ghostscript for some."""
+    """For some of them Pillow would start Ghostscript."""
     (folder / "3.png").write_bytes(encoded(PIXELS[3], kind))
-    refuses(lambda: everything("folder", folder), "3.png cannot be read as an image")
+    refuses(lambda: everything("folder", folder), "3.png")
 
 
-def test_pixels_of_sixteen_bits_are_not_cut_to_eight(folder):
+def test_pixels_of_16_bits_are_not_truncated_to_8(folder):
     grey = Image.fromarray(RNG.integers(0, 2**16, (8, 8), dtype=np.uint16))
     grey.save(folder / "3.png")
-    refuses(lambda: everything("folder", folder), "3.png", "eight bits")
+    refuses(lambda: everything("folder", folder), "3.png", "I;16")
 
 
 def test_folders_with_the_names_of_images(folder):
@@ -179,11 +179,11 @@ def test_folders_with_the_names_of_images(folder):
     holds(len(everything("folder", folder).images) == 7)
 
 
-# --- what the commands of ddim_jax write ---
+# --- folders that the commands of ddim_jax write ---
 
 
-def test_the_output_folder_of_sample_is_its_images(tmp_path):
-    """Not the pictures of many of them."""
+def test_the_output_folder_of_sample_is_read_as_its_images(tmp_path):
+    """grid.png and film.png are not read."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "run.json").write_text("{}")
@@ -197,24 +197,24 @@ def test_the_output_folder_of_sample_is_its_images(tmp_path):
     np.savez(out / "samples.npz", arr_0=PIXELS, arr_1=LABELS)
     found = everything("folder", out)
     holds((found.images == PIXELS).all() and (found.labels == LABELS).all())
-    refuses(lambda: data.load("folder", str(tmp_path)), "out", "output folder")
+    refuses(lambda: data.load("folder", str(tmp_path)), str(out))
 
 
-def test_a_workdir_is_no_folder_of_images(tmp_path):
+def test_a_workdir_is_not_read_as_images(tmp_path):
     (tmp_path / "grids").mkdir()
     for i in range(3):
         images.write_png(tmp_path / "grids" / f"{i}.png", images.grid(PIXELS))
     for name in ("config.json", "metrics.jsonl"):
         (tmp_path / name).touch()
-    refuses(lambda: data.load("folder", str(tmp_path)), "workdir")
+    refuses(lambda: data.load("folder", str(tmp_path)), str(tmp_path))
 
 
 # --- .npz ---
 
 
 @given(st.data())
-def test_npz_files_that_were_changed(data):
-    """Refused, or what was in them."""
+def test_damaged_npz_files(data):
+    """An error, or the original images and labels."""
     import tempfile
 
     save = data.draw(st.sampled_from([np.savez, np.savez_compressed]))
@@ -233,7 +233,7 @@ def test_npz_files_that_were_changed(data):
 
 
 def member(shape, dtype="'|u1'", header=None, content=b"", version=1):
-    """An .npy whose header says what it likes."""
+    """An .npy with any header."""
     text = (header or f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}").encode("latin1")
     length = struct.pack("<H" if version == 1 else "<I", len(text))
     return b"\x93NUMPY" + bytes([version, 0]) + length + text + content
@@ -241,34 +241,34 @@ def member(shape, dtype="'|u1'", header=None, content=b"", version=1):
 
 DEEP = "(" * 3000
 MEMBERS = {
-    "more than there is": member("(1000000, 32, 32, 3)", content=bytes(3072)),
-    "more than any memory": member("(10000000000, 1024, 1024, 3)", content=bytes(3072)),
-    "fewer than there are": member("(1, 8, 8, 3)", content=bytes(3072)),
-    "below 0": member("(-1, 8, 8, 3)", content=bytes(192)),
-    "of objects": member("(1,)", "'|O'", content=b"cos\nsystem\n(S'true'\ntR."),
-    "of a pickle in parts": member("(1,)", "[('a', '|O')]", content=bytes(8)),
-    "of vast items": member("(1,)", "('|u1', (1000000000,))", content=bytes(8)),
-    "of a long type": member("(1,)", "'|V2000000000'", content=bytes(8)),
-    "deep": member("()", header=DEEP),
-    "deeper": member("()", header="-" * 9000 + "1"),
-    "no Python": member("()", header="{'descr': __import__('os').system('true')}"),
-    "no dict": member("()", header="[1, 2]"),
+    "longer than the content": member("(1000000, 32, 32, 3)", content=bytes(3072)),
+    "larger than any memory": member("(10000000000, 1024, 1024, 3)", content=bytes(3072)),
+    "shorter than the content": member("(1, 8, 8, 3)", content=bytes(3072)),
+    "a negative length": member("(-1, 8, 8, 3)", content=bytes(192)),
+    "objects": member("(1,)", "'|O'", content=b"cos\nsystem\n(S'true'\ntR."),
+    "a pickle in a structured type": member("(1,)", "[('a', '|O')]", content=bytes(8)),
+    "huge items": member("(1,)", "('|u1', (1000000000,))", content=bytes(8)),
+    "a long type": member("(1,)", "'|V2000000000'", content=bytes(8)),
+    "nested brackets": member("()", header=DEEP),
+    "nested signs": member("()", header="-" * 9000 + "1"),
+    "a call": member("()", header="{'descr': __import__('os').system('true')}"),
+    "a list": member("()", header="[1, 2]"),
     "another version": member("(1, 8, 8, 3)", content=bytes(192), version=3),
-    "a version to come": member("(1, 8, 8, 3)", content=bytes(192), version=9),
+    "an unknown version": member("(1, 8, 8, 3)", content=bytes(192), version=9),
     "half a header": member("(1, 8, 8, 3)")[:12],
-    "nothing": b"",
-    "numbers of eight bytes": member("(1, 8, 8, 3)", "'<f8'", content=bytes(8 * 192)),
+    "empty": b"",
+    "float64": member("(1, 8, 8, 3)", "'<f8'", content=bytes(8 * 192)),
     "text": member("(1, 8, 8, 3)", "'<U1'", content=bytes(4 * 192)),
     "no pixels": member("(1, 0, 8, 3)"),
     "no images": member("(0, 8, 8, 3)"),
     "five axes": member("(1, 1, 8, 8, 3)", content=bytes(192)),
-    "a true size": member("(True, 8, 8, 3)", content=bytes(192 * 2)),
+    "a bool as a length": member("(True, 8, 8, 3)", content=bytes(192 * 2)),
 }
 
 
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_arrays_that_are_none(name, how, tmp_path):
+def test_invalid_arrays(name, how, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.npz", "w", how) as archive:
         archive.writestr("arr_0.npy", MEMBERS[name])
     message = refuses(lambda: data.load("npz", str(tmp_path / "x.npz")), "x.npz")
@@ -276,15 +276,15 @@ def test_arrays_that_are_none(name, how, tmp_path):
 
 
 def declare(path, size):
-    """Says of the only member of an archive that it has so many bytes."""
+    """Sets the size of the only member of an archive in its central directory."""
     content = bytearray(path.read_bytes())
     central = content.rindex(b"PK\x01\x02")
     content[central + 24 : central + 28] = struct.pack("<I", size)
     path.write_bytes(content)
 
 
-def test_archives_that_unpack_to_all_of_the_memory(tmp_path, monkeypatch):
-    """By what they say, and by what they hold."""
+def test_archives_larger_than_the_memory(tmp_path, monkeypatch):
+    """By the size in the header, and by the size of the content."""
     size = 2**31
     with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("arr_0.npy", member(f"({size // 3072}, 32, 32, 3)", content=bytes(10**6)))
@@ -296,7 +296,7 @@ def test_archives_that_unpack_to_all_of_the_memory(tmp_path, monkeypatch):
     from ddim_jax.utils import files
 
     monkeypatch.setattr(files, "available_memory", lambda: 10**6)
-    refuses(lambda: data.load("npz", str(tmp_path / "y.npz")), "y.npz", "memory")
+    refuses(lambda: data.load("npz", str(tmp_path / "y.npz")), "y.npz")
 
 
 def test_two_arrays_of_one_name(tmp_path):
@@ -306,11 +306,11 @@ def test_two_arrays_of_one_name(tmp_path):
             np.save(content, pixels)
             with pytest.warns() if "arr_0.npy" in archive.namelist() else io.BytesIO():
                 archive.writestr("arr_0.npy", content.getvalue())
-    refuses(lambda: data.load("npz", str(tmp_path / "x.npz")), "x.npz", "same name")
+    refuses(lambda: data.load("npz", str(tmp_path / "x.npz")), "x.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x05\x06" + bytes(18), encoded(PIXELS[0]), bytes(1000)])
-def test_files_that_are_no_npz(content, tmp_path):
+def test_files_that_are_not_npz(content, tmp_path):
     (tmp_path / "x.npz").write_bytes(content)
     refuses(lambda: data.load("npz", str(tmp_path / "x.npz")), "x.npz")
 
@@ -323,8 +323,8 @@ def test_names_of_arrays_are_shown_escaped(name, tmp_path):
     holds(message.isprintable() and len(message) < 1000, message[:300])
 
 
-def test_more_images_than_the_memory_holds(monkeypatch):
-    class Vast:
+def test_more_images_than_fit_into_memory():
+    class Huge:
         image_shape, num_classes, crop, jpegs, instant = (1024, 1024, 3), 0, "none", 0, False
 
         def __len__(self):
@@ -333,40 +333,39 @@ def test_more_images_than_the_memory_holds(monkeypatch):
         def __getitem__(self, indices):
             raise AssertionError("read")
 
-    refuses(lambda: data.in_memory(Vast()), "memory")
+    refuses(lambda: data.in_memory(Huge()), str(10**9))
 
 
 # --- labels ---
 
-BAD = {
-    "below 0": (np.array([0, 1, -1, 2, 3, 4]), 2),
-    "fractional": (np.array([0, 1, 2, 2.5, 3, 4]), 3),
-    "not a number": (np.array([0, np.nan, 1, 2, 3, 4]), 1),
-    "infinite": (np.array([0, 1, 2, 3, 4, np.inf]), 5),
-    "vast": (np.array([0, 1, 2, 3, 4, 2**62]), 5),
-    "of 32 bits and more": (np.array([2**32, 1, 2, 3, 4, 5]), 0),
-    "of 64 bits": (np.array([0, 2**64 - 1, 2, 3, 4, 5], np.uint64), 1),
-    "text": (np.array(["0", "1", "2", "3", "4", "5"]), None),
-    "complex": (np.arange(6) + 1j, None),
-    "bools": (np.arange(6) > 2, None),
-    "dates": (np.arange(6).astype("M8[s]"), None),
-    "one-hot": (np.eye(6), None),
-    "too few": (np.arange(5), None),
-    "one for all": (np.array(3), None),
+BAD = {  # the labels, and what the error must name of them
+    "negative": (np.array([0, 1, -1, 2, 3, 4]), "image 2 ", "-1"),
+    "fractional": (np.array([0, 1, 2, 2.5, 3, 4]), "image 3 ", "2.5"),
+    "not a number": (np.array([0, np.nan, 1, 2, 3, 4]), "image 1 ", "nan"),
+    "infinite": (np.array([0, 1, 2, 3, 4, np.inf]), "image 5 ", "inf"),
+    "huge": (np.array([0, 1, 2, 3, 4, 2**62]), "image 5 ", str(2**62)),
+    "beyond 32 bits": (np.array([2**32, 1, 2, 3, 4, 5]), "image 0 ", str(2**32)),
+    "beyond int64": (np.array([0, 2**64 - 1, 2, 3, 4, 5], np.uint64), "image 1 ", str(2**64 - 1)),
+    "strings": (np.array(["0", "1", "2", "3", "4", "5"]), "<U1"),
+    "complex": (np.arange(6) + 1j, "complex128"),
+    "bools": (np.arange(6) > 2, "bool"),
+    "dates": (np.arange(6).astype("M8[s]"), "datetime64"),
+    "one-hot": (np.eye(6), "(6, 6)"),
+    "too few": (np.arange(5), "(5,)"),
+    "a scalar": (np.array(3), "()"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("key", ["labels", "train_labels", "arr_1"])
-def test_labels_that_are_none(name, key, tmp_path):
-    labels, first = BAD[name]
+def test_invalid_classes(name, key, tmp_path):
+    labels, *words = BAD[name]
     np.savez(tmp_path / "x.npz", images=PIXELS, **{key: labels})
-    words = [] if first is None else [f"image {first} "]
     refuses(lambda: data.load("npz", str(tmp_path / "x.npz")), "x.npz", "labels", *words)
 
 
 @given(st.lists(st.one_of(st.integers(-3, 12), st.floats(-2, 12), st.floats()), min_size=6, max_size=6))
-def test_labels_of_all_kinds(labels):
+def test_random_labels(labels):
     wrong = [
         i
         for i, label in enumerate(labels)
@@ -396,8 +395,8 @@ def prepared_root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
-def test_descriptions_that_were_changed(name, prepared_root, monkeypatch):
-    """Refused, naming the folder, or the images that were there."""
+def test_damaged_descriptions(name, prepared_root, monkeypatch):
+    """An error that names the data set, or the original images."""
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared_root))
     path = prepared_root / "mine" / "1.0.0" / name
     good = path.read_bytes()
@@ -422,8 +421,8 @@ def test_descriptions_that_were_changed(name, prepared_root, monkeypatch):
         path.write_bytes(good)
 
 
-def test_labels_beyond_the_classes(prepared_root, monkeypatch):
-    """tensorflow-datasets takes -1 for "no label"."""
+def test_classes_that_do_not_exist(prepared_root, monkeypatch):
+    """tensorflow-datasets accepts -1 for an example without a label."""
     import tensorflow_datasets as tfds
     from test_prepared import prepare
 
@@ -431,10 +430,10 @@ def test_labels_beyond_the_classes(prepared_root, monkeypatch):
     features = {"image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
     prepare(prepared_root, "unlabelled", features, {"train": rows})
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared_root))
-    refuses(lambda: everything("tfds", "unlabelled"), "labels must be whole numbers in 0..2", "image 0 is -1")
+    refuses(lambda: everything("tfds", "unlabelled"), "labels", "image 0 ", "-1")
 
 
-# --- what is published, to be prepared ---
+# --- published files, before they are prepared ---
 
 
 @pytest.fixture
@@ -445,44 +444,45 @@ def published(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celeba64"])
-def test_pipes_are_not_unpacked(name, published):
+def test_pipes_are_not_read(name, published):
     for file in preparing.RECIPES[name].files:
         os.mkfifo(published / file)
-    refuses(lambda: preparing.prepare(name, published), "regular file")
+    refuses(lambda: preparing.prepare(name, published), preparing.RECIPES[name].files[0])
 
 
-def test_archives_of_vast_files(published):
+def test_an_archive_with_a_huge_file(published):
     with tarfile.open(published / "cifar-10-binary.tar.gz", "w:gz") as archive:
         for i in range(1, 6):
             entry = tarfile.TarInfo(f"cifar-10-batches-bin/data_batch_{i}.bin")
             entry.size = 30_730 if i < 5 else 3_073 * 22_000
             archive.addfile(entry, io.BytesIO(bytes(entry.size)))
-    refuses(lambda: preparing.prepare("cifar10", published), "not those that are published", "bytes")
+    refuses(lambda: preparing.prepare("cifar10", published), str(published), "data_batch_", str(3_073 * 22_000))
     holds(not any((prepared.root() / "cifar10").glob("*/dataset_info.json")))
 
 
-def test_faces_of_vast_size(published):
+def test_a_huge_face(published):
     (published / "list_eval_partition.txt").write_text("000001.jpg 0\n")
-    vast = io.BytesIO()
-    Image.new("L", (20_000, 20_000)).save(vast, "JPEG", quality=1)
+    huge = io.BytesIO()
+    Image.new("L", (20_000, 20_000)).save(huge, "JPEG", quality=1)
     with zipfile.ZipFile(published / "img_align_celeba.zip", "w") as archive:
-        archive.writestr("img_align_celeba/000001.jpg", vast.getvalue())
-    refuses(lambda: preparing.prepare("celeba64", published), "not those that are published", "pixels")
+        archive.writestr("img_align_celeba/000001.jpg", huge.getvalue())
+    message = refuses(lambda: preparing.prepare("celeba64", published), str(published))
+    holds("000001.jpg" in message or str(20_000**2) in message, message)
 
 
 @pytest.mark.parametrize("text", ["a b c\n", "\x00 0\n", "000001.jpg\n", "../../x 0\n", "a\x1b[31m 0\n"])
-def test_lists_of_anything(text, published):
+def test_invalid_lists_of_the_partitions(text, published):
     (published / "list_eval_partition.txt").write_text(text)
     with zipfile.ZipFile(published / "img_align_celeba.zip", "w") as archive:
         archive.writestr("img_align_celeba/000001.jpg", encoded(PIXELS[0], "JPEG"))
-    message = refuses(lambda: preparing.prepare("celeba64", published), "not those that are published")
+    message = refuses(lambda: preparing.prepare("celeba64", published), str(published))
     holds(message.isprintable(), message)
 
 
-def test_json_is_read_of_a_description_that_is_vast(prepared_root, monkeypatch, tmp_path):
-    home = tmp_path / "vast" / "1.0.0"
+def test_a_huge_description(monkeypatch, tmp_path):
+    home = tmp_path / "huge" / "1.0.0"
     home.mkdir(parents=True)
     (home / "dataset_info.json").write_text(json.dumps({"fileFormat": "x" * 10**6}))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    message = refuses(lambda: data.load("tfds", "vast"), "in the format")
+    message = refuses(lambda: data.load("tfds", "huge"), str(home), "array_record", "xxx")
     holds(len(message) < 1000, message[:200])

@@ -1,7 +1,8 @@
-"""Wrong arguments of every public function of the mathematics, refused by name; and arguments at the ends of their
-ranges, which give the right result.
+"""Invalid arguments of every public function of the mathematics: each raises an error that names the argument. Valid
+arguments at the ends of their ranges give the right result.
 """
 
+import math
 from fractions import Fraction
 
 import hypothesis
@@ -44,7 +45,7 @@ SLOW = pytest.mark.slow
 net = lambda x, t: 0.4 * x
 LEVEL = schedule.level_at(TABLE, 5, X)
 
-# --- what no argument of a kind may be ---
+# --- invalid values of each kind of argument ---
 
 NOT_NUMBERS = st.sampled_from(["10", "", b"1", None, 1j, [], {}, (1, 2), object(), np.array(["1"]), slice(0, 1), len])
 SOME_NUMBERS = NOT_NUMBERS.filter(lambda value: not isinstance(value, (list, tuple)))
@@ -103,13 +104,13 @@ def integers(low, high=None):
 
 
 def reals(low=None, high=None, low_open=False, high_open=False):
-    """What is no number of an interval."""
+    """Values that are not numbers of an interval."""
     below = st.floats(max_value=low, exclude_max=not low_open) if low is not None else st.nothing()
     above = st.floats(min_value=high, exclude_min=not high_open) if high is not None else st.nothing()
     return NOT_SCALARS | NOT_FINITE | below | above
 
 
-# argument in question -> (what it may not be, a call with it, other words for it)
+# function(argument) -> (invalid values, a call with such a value, other names of which the error may contain one)
 ENTRIES = {
     # schedules and taus
     "linear(num_steps)": (integers(1, 10**7), schedule.linear),
@@ -158,8 +159,16 @@ ENTRIES = {
         st.sampled_from([None, "10", ["5"], [5, 3], [float("nan")], [], [1001], [[5]], [1e-320], [True], 5, {1: 2}]),
         lambda v: trajectory.explicit(1000, v),
     ),
-    "moved(offset)": (integers(0, 200), lambda v: trajectory.shift_and_truncate(1000, [0, 5, 900], v), "tau"),
-    "moved(end)": (reals(0, 900, False, True), lambda v: trajectory.shift_and_truncate(1000, [0, 5, 900], 0, v), "tau"),
+    "shift_and_truncate(offset)": (
+        integers(0, 200),
+        lambda v: trajectory.shift_and_truncate(1000, [0, 5, 900], v),
+        "tau",
+    ),
+    "shift_and_truncate(end)": (
+        reals(0, 900, False, True),
+        lambda v: trajectory.shift_and_truncate(1000, [0, 5, 900], 0, v),
+        "tau",
+    ),
     "descend(noise_schedule)": (NOT_SCHEDULES, lambda v: trajectory.descend(v, TAU)),
     "descend(tau)": (NOT_TAUS, lambda v: trajectory.descend(LINEAR, v)),
     "descend(end)": (reals(0, 0), lambda v: trajectory.descend(LINEAR, TAU, v), "tau"),
@@ -256,7 +265,7 @@ ENTRIES = {
         reals(0, 0.7),
         lambda v: gaussian.q_sigma(X, X, jax.tree.map(lambda leaf: leaf[3], DOWN), v),
     ),
-    "slerp(share)": (reals(0, 1), lambda v: latent.slerp(X[0], X[1], v)),
+    "slerp(fraction)": (reals(0, 1), lambda v: latent.slerp(X[0], X[1], v)),
     "slerp(a)": (
         NOT_NUMBERS | st.sampled_from([X[0] * 0, X[0] * np.nan, X[0][:2], X[0].astype(int)]),
         lambda v: latent.slerp(v, X[1], 0.5),
@@ -322,7 +331,7 @@ ENTRIES = {
 @pytest.mark.parametrize("entry", ENTRIES)
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=12, suppress_health_check=list(hypothesis.HealthCheck))
-def test_what_an_argument_cannot_be_is_refused_by_its_name(entry, data):
+def test_an_invalid_argument_is_named(entry, data):
     wrong, call, *others = ENTRIES[entry]
     value = data.draw(wrong, "value")
     message = refuses(lambda: call(value))
@@ -338,13 +347,13 @@ def test_what_an_argument_cannot_be_is_refused_by_its_name(entry, data):
 )
 @hypothesis.settings(max_examples=60)
 def test_transitions_built_by_hand(field, value, runner):
-    """One leaf wrong: refused by its name where its values cannot be, finite and of the right kind elsewhere."""
+    """Transitions with one invalid leaf."""
     right = np.array(getattr(DOWN, field), np.float64)
     of_shape = {"short": right[:-1], "long": np.append(right, 0.5), "square": right[None], "scalar": right[0]}
     if isinstance(value, float):
         wrong = np.where(np.arange(5) == 2, value, right)
         if field.startswith("lambda") and not np.isnan(value) or field in "ts" and value > 0:
-            return  # lambda has every sign, and another timestep may be passed to the network
+            return  # lambda may have any sign, and the timestep passed to the network any value
     else:
         wrong = np.array(["a"] * 5) if value == "text" else None if value is None else of_shape[value]
     built = DOWN._replace(**{field: wrong})
@@ -357,17 +366,17 @@ def test_transitions_built_by_hand(field, value, runner):
     refuses(run, "transitions")
 
 
-def test_levels_that_contradict_each_other_and_levels_that_float32_cannot_tell_apart():
+def test_inconsistent_levels_and_levels_that_are_equal_in_float32():
     built = DOWN._replace(alpha_bar_t=DOWN.alpha_bar_t * 0.5)
     refuses(lambda: samplers.integrate(DDIM, net, built, X), "one_minus_alpha_bar_t")
     flat = schedule.from_betas([0.1, *[1e-12] * 8, 0.2])
     steps = trajectory.descend(flat, np.arange(11))
     holds(np.isfinite(samplers.integrate(DDIM, net, steps, X)))
     for name in ("ab2", "ab4", "plms", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc"):
-        refuses(lambda name=name: samplers.integrate(registry.SAMPLERS[name](), net, steps, X), "apart in float32")
+        refuses(lambda name=name: samplers.integrate(registry.SAMPLERS[name](), net, steps, X), "transitions", "9", "8")
 
 
-def test_arguments_that_changed_places():
+def test_exchanged_arguments():
     runs = [
         lambda: trajectory.descend(TAU, LINEAR),
         lambda: trajectory.ascend(TAU, LINEAR),
@@ -412,7 +421,7 @@ def setting(name, spacing, S):
 
 @pytest.mark.parametrize("name, spacing, S", SETTINGS[:: len(SETTINGS) // 51 or 1])
 def test_the_largest_eta(name, spacing, S):
-    """Allowed, finite and right at the limit itself, by its step in float64; refused one representable number above."""
+    """At the limit the step is equal to its value in float64. The next representable number raises an error."""
     noise_schedule, down = setting(name, spacing, S)
     limit = samplers.max_eta(down)
     holds(limit >= 1)
@@ -444,7 +453,7 @@ def test_the_largest_eta_of_a_whole_run_under_jit_and_vmap():
     holds(np.abs(whole - run(limit * (1 - 1e-9))) < 1e-2)
     for found in (jax.jit(run)(limit), jax.vmap(run)(jnp.array([0.0, limit]))[1]):
         holds(np.allclose(found, whole, atol=1e-5))
-    holds(np.isnan(jax.jit(run)(1.01 * limit)).any(), "a traced eta beyond the limit must show")
+    holds(np.isnan(jax.jit(run)(1.01 * limit)).any(), "a traced eta beyond the limit must give NaN")
     one = trajectory.descend(LINEAR, [0, 1000])
     holds(samplers.max_eta(one) == np.inf)
     for eta in (5.0, 1e30, 1e300):
@@ -454,9 +463,7 @@ def test_the_largest_eta_of_a_whole_run_under_jit_and_vmap():
 
 @pytest.mark.parametrize("name, spacing, S", [("linear", "uniform", 10), pytest.param("vp", "karras", 5, marks=SLOW)])
 def test_the_gradient_with_respect_to_eta(name, spacing, S):
-    """Finite in float32, at 0 and at the limit too, and in float64 that of central differences: the run is smooth in
-    eta, also at 0.
-    """
+    """It is finite in float32, also at 0 and at the limit. In float64 it is equal to central differences."""
     noise_schedule, down = setting(name, spacing, S)
     eps_fn, limit = oracle.gaussian(noise_schedule, 0.3, 0.5), samplers.max_eta(down)
 
@@ -466,7 +473,7 @@ def test_the_gradient_with_respect_to_eta(name, spacing, S):
     for eta in (0.0, 0.5, limit):
         slopes = [derive(end)(eta, jnp.float32) for derive in (jax.grad, jax.jacfwd)]
         holds(np.isfinite(slopes), f"{eta}: {slopes}")
-        # At the limit the root of a variance that rounding makes 0 or not has no derivative to agree on.
+        # At the limit the square root of a variance of about 0 has no derivative that both modes agree on.
         holds(eta == limit or np.isclose(slopes[0], slopes[1], rtol=1e-3, atol=1e-3), f"{eta}: {slopes}")
     with jax.enable_x64(True):
         h = 1e-5
@@ -484,22 +491,22 @@ def test_the_gradient_with_respect_to_eta(name, spacing, S):
 
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=SLOW)])
 @pytest.mark.parametrize("name", registry.SAMPLERS)
-def test_half_precision_with_a_network_of_any(name, dtype):
-    """Of every sampler, on the schedule whose alpha_bar is 0 in float16: the run in float32 by a network that is given
-    x in half precision, and answers in its own.
+def test_half_precision_with_a_network_of_any_dtype(name, dtype):
+    """Every sampler, on a schedule whose alpha_bar is 0 in float16. The result is that of a run in float32 with a
+    network that gets x in half precision.
     """
     sampler, cosine = registry.build(registry.SAMPLERS[name], {"eta": 0.7}), schedule.cosine()
     down, exact = trajectory.descend(cosine, trajectory.uniform(1000, 8)), oracle.gaussian(cosine, 0.3, 0.5)
     x = jnp.asarray(X, dtype)
-    for answer in ("float32", dtype) if name == "ddim" else ("float32",):
-        eps_fn = lambda x, t, answer=answer: exact(x.astype(dtype).astype(jnp.float32), t).astype(answer)
+    for output in ("float32", dtype) if name == "ddim" else ("float32",):
+        eps_fn = lambda x, t, output=output: exact(x.astype(dtype).astype(jnp.float32), t).astype(output)
         expected = samplers.integrate(sampler, eps_fn, down, x.astype(jnp.float32), KEY)
         found = samplers.integrate(sampler, eps_fn, down, x, KEY)
         rounding = 2 * jnp.finfo(dtype).eps
         holds(found.dtype == dtype and np.allclose(found.astype(jnp.float32), expected, rounding, rounding), f"{found}")
 
 
-def test_half_precision_elsewhere(dtype="float16"):
+def test_half_precision_of_other_functions(dtype="float16"):
     x, cosine = jnp.asarray(X, dtype), schedule.cosine()
     tau, table = trajectory.uniform(1000, 5), schedule.levels(cosine)
     eps_fn, down = oracle.gaussian(cosine, 0.3, 0.5), trajectory.descend(cosine, tau)
@@ -520,11 +527,11 @@ def test_half_precision_elsewhere(dtype="float16"):
         holds(np.isfinite(found), f"{name}: {found}")
 
 
-# --- the distance between Gaussians ---
+# --- the Frechet distance ---
 
 
 def exact_distance(a, b):
-    """Of three points each, in fractions: of a 3x3 matrix M of rank 2 the nuclear norm is
+    """The distance of three points each, in fractions. The nuclear norm of a 3x3 matrix M of rank 2 is
     `sqrt(tr M M^T + 2 sqrt(sum of the principal minors of M M^T))`.
     """
     a, b = ([[Fraction(value) for value in row] for row in features.tolist()] for features in (a, b))
@@ -537,22 +544,16 @@ def exact_distance(a, b):
     M = [[dot(x, y) / 2 for y in b] for x in a]
     G = [[dot(x, y) for y in M] for x in M]
     minors = sum(G[i][i] * G[j][j] - G[i][j] ** 2 for i, j in ((0, 1), (0, 2), (1, 2)))
-    root = lambda value: Fraction(int(np.round(0)) + _isqrt(value.numerator * 10**80 // value.denominator), 10**40)
+    root = lambda value: Fraction(math.isqrt(value.numerator * 10**80 // value.denominator), 10**40)
     nuclear = root(G[0][0] + G[1][1] + G[2][2] + 2 * root(minors))
     spread = sum(dot(x, x) for x in (*a, *b)) / 2
     return float(sum((x - y) ** 2 for x, y in zip(*means, strict=True)) + spread - 2 * nuclear)
 
 
-def _isqrt(value):
-    import math
-
-    return math.isqrt(value)
-
-
 @hypothesis.given(st.integers(0, 2**31), st.integers(5, 40), st.sampled_from([1.0, 1e-3, 1e4]))
 @hypothesis.settings(max_examples=25)
 def test_the_frechet_distance_of_fewer_images_than_features(seed, D, scale):
-    """Relative to the exact value 1e-10, whatever the scales of the features are; in one piece and in parts."""
+    """The relative error is at most 1e-10 for features of all scales, also if the moments are merged from two parts."""
     rng = np.random.default_rng(seed)
     scales = scale * 10.0 ** rng.uniform(-3, 1, D)
     a, b = (rng.normal(size=(3, D)) * scales + shift for shift in (0, 0.1 * scale))

@@ -1,4 +1,4 @@
-"""A network or a batch that cannot fit into memory is refused before any of it is made; what fits never is."""
+"""The memory check raises an error for a network or a batch that cannot fit, before any allocation."""
 
 import dataclasses
 
@@ -9,10 +9,10 @@ import pytest
 from attacking import holds, refused, refuses
 from conftest import meshes
 from processes import run
-from test_generate import make, params_of
+from tiny import make, params_of
 
 from ddim_jax import config as config_lib
-from ddim_jax import sampling
+from ddim_jax import samplers, sampling
 from ddim_jax.training import memory
 from ddim_jax.utils import sharding
 from ddim_jax.utils.errors import ConfigError
@@ -39,7 +39,7 @@ def check_training(config, mesh):
 
 @hypothesis.given(st.integers(10**9, 10**30), st.sampled_from([0, 1]), st.booleans())
 @hypothesis.settings(max_examples=20)
-def test_a_batch_that_no_machine_holds(batch, mesh, training):
+def test_a_batch_larger_than_any_memory(batch, mesh, training):
     config, _ = make()
     if training:
         config = with_fields(config, train=dict(batch_size=batch))
@@ -52,7 +52,7 @@ def test_a_batch_that_no_machine_holds(batch, mesh, training):
 
 
 @pytest.mark.parametrize("channels", [2**17, 2**24])
-def test_a_network_that_no_machine_holds(channels, monkeypatch):
+def test_a_network_larger_than_any_memory(channels, monkeypatch):
     config, _ = make(channels=channels)
     for check in (
         lambda: check_sampling(config, meshes()[0]),
@@ -64,47 +64,39 @@ def test_a_network_that_no_machine_holds(channels, monkeypatch):
             holds(check() is None)
 
 
-def test_a_batch_larger_than_what_is_drawn_is_as_large_as_that():
+def test_a_batch_is_not_larger_than_the_number_of_images():
     config, _ = make()
     config = with_fields(config, sample=dict(batch_size=10**12, num_images=10))
     holds(check_sampling(config, meshes()[0]) is None)
 
 
 @pytest.mark.parametrize("batch, channels", [(8, 8), pytest.param(64, 8, marks=SLOW), pytest.param(16, 32, marks=SLOW)])
-def test_what_fits_is_never_refused(batch, channels, monkeypatch):
-    """The estimate stays below what the compiled program of sampling needs, as the compiler says."""
+def test_the_estimate_of_sampling_is_a_lower_bound(batch, channels, monkeypatch):
+    """Compared with the memory analysis of the compiled program."""
     config, process = make(eta=0.0, num_images=batch, batch_size=batch, channels=channels)
     mesh, params = meshes()[0], params_of(config)
     pipeline = config_lib.pipeline(config, params, mesh, process)
     keys, x = sampling.start(pipeline, sharding.split_batch(mesh, jax.numpy.arange(batch)))
-    transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
-    lowered = sampling.samplers._scan.lower(
-        process.sampler,
-        sampling.conditioned(pipeline),
-        transitions,
-        x,
-        None,
-        keep=False,
-    )
-    needed = lowered.compile().memory_analysis()
+    integrate = jax.jit(lambda model, x: samplers.integrate(process.sampler, model, process.transitions, x))
+    needed = integrate.lower(sampling.conditioned(pipeline), x).compile().memory_analysis()
     total = needed.argument_size_in_bytes + needed.output_size_in_bytes + needed.temp_size_in_bytes
     monkeypatch.setattr(memory, "available", lambda mesh: total)
     holds(check_sampling(config, mesh) is None)
     monkeypatch.setattr(memory, "available", lambda mesh: total // 10)
-    refuses(lambda: check_sampling(config, mesh), "need at least", errors=(ConfigError,))
+    refuses(lambda: check_sampling(config, mesh), "config.", memory.SWITCH, errors=(ConfigError,))
 
 
-def test_devices_that_do_not_say(monkeypatch):
+def test_devices_of_unknown_memory(monkeypatch):
     config, _ = make()
     config = with_fields(config, sample=dict(batch_size=10**12, num_images=10**12))
     monkeypatch.setattr(memory, "available", lambda mesh: None)
     holds(check_sampling(config, meshes()[0]) is None)
 
 
-def test_the_commands_refuse_before_they_begin(tmp_path):
+def test_the_commands_check_the_memory_first(tmp_path):
     out, digits = tmp_path / "out", ("--config", "configs/digits.py")
     large = ("--config.sample.num_images=2000000000", "--config.sample.batch_size=2000000000")
     refused(run("ddim_jax.sample", *digits, *large, "--out", out), "config.sample.batch_size")
     process = run("ddim_jax.train", *digits, "--config.train.batch_size=2000000000", "--workdir", out)
     refused(process, "config.train.batch_size")
-    holds(not out.exists(), "the folder was made")
+    holds(not out.exists(), "the folder was created")

@@ -1,4 +1,4 @@
-"""Names that come from files and options are names: none leads out of a folder, and none writes to a terminal."""
+"""Names in files and options are never used as paths, and their control characters are never printed."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ names = st.one_of(st.sampled_from(HOSTILE), st.text(max_size=300), st.text("./\\
 
 
 def inside(path, folder):
-    """Whether a path is below a folder, by its parts alone, and can be printed and made."""
+    """Whether the path is below the folder, by its parts, printable, and valid for a file system."""
     path, folder = pathlib.Path(path), pathlib.Path(folder)
     return (
         path.is_relative_to(folder)
@@ -44,7 +44,7 @@ PROCESS = config_lib.process(CONFIG.sample, config_lib.noise_schedule(CONFIG.sch
 
 
 @hypothesis.given(names)
-def test_the_default_folder_of_any_name_is_below_samples(name):
+def test_the_default_folder_is_below_samples(name):
     config = dataclasses.replace(CONFIG, name=name)
     folder = sample.default_folder(config, None, PROCESS, weights.Weights(None, "", 1), {"weights": name})
     holds(inside(folder, "samples") and len(folder.parts) == 3)
@@ -53,13 +53,13 @@ def test_the_default_folder_of_any_name_is_below_samples(name):
 
 
 @hypothesis.given(st.dictionaries(names, names, min_size=1, max_size=12))
-def test_the_folder_of_any_cell_is_one_name_below_cells(axes):
+def test_the_folder_of_a_cell_is_one_name_below_cells(axes):
     folder = common.folder_of(axes)
     holds(inside(folder, "cells") and len(folder.parts) == 2)
 
 
 @hypothesis.given(st.lists(st.tuples(names, names), min_size=2, max_size=2, unique=True))
-def test_two_cells_never_share_a_folder(values):
+def test_two_cells_have_different_folders(values):
     first, second = (dict(zip(("sample.tau", "pretrained"), pair, strict=True)) for pair in values)
     holds(common.folder_of(first) != common.folder_of(second))
 
@@ -78,8 +78,8 @@ def test_cells_of_earlier_versions_keep_their_names():
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("/tmp/escaped_by_ddim_jax", "x\x00y", "..")),
     ],
 )
-def test_a_name_in_a_file_of_weights_is_no_path(tmp_path, name):
-    """Refused, or drawn below samples; by the command without --out."""
+def test_a_name_in_a_weights_file_is_not_used_as_a_path(tmp_path, name):
+    """The command without --out: an error, or samples below the folder samples."""
     home = tmp_path / "home"
     home.mkdir()
     with safetensors.safe_open(checkpoints.shipped("digits"), framework="numpy") as file:
@@ -100,31 +100,32 @@ def test_a_name_in_a_file_of_weights_is_no_path(tmp_path, name):
 
 
 @hypothesis.given(names)
-def test_what_a_foreign_record_says_is_printed_as_text(tmp_path_factory, name):
+def test_strings_of_a_record_are_printed_escaped(tmp_path_factory, name):
     out = tmp_path_factory.mktemp("out")
     record = {"sample": {"sampler": name}, "model": {name: name}}
     (out / "run.json").write_text(json.dumps(record))
-    message = refuses(lambda: output_folder.open_folder(out, {"sample": {"sampler": 0}}, ()), errors=(ConfigError,))
+    call = lambda: output_folder.open_folder(out, {"sample": {"sampler": 0}}, ())
+    message = refuses(call, str(out), "sample.sampler", errors=(ConfigError,))
     holds(message.isprintable() and len(message) < 500)
 
 
-def test_names_of_files_in_a_record_never_lead_outside(tmp_path):
+def test_invalid_names_of_files_in_a_record(tmp_path):
     (tmp_path / "secret.npz").write_bytes(b"x")
     out = tmp_path / "out"
     out.mkdir()
     for name in ("../secret.npz", "/etc/passwd", "", "..", "a/b", "\x00", "x" * 300):
         record = {"made_from": {}, "files": {name: {"sha256": "0" * 64}}}
         (out / "run.json").write_text(json.dumps(record))
-        refuses(lambda: output_folder.open_folder(out, {}, ()), "run.json is damaged", errors=(ConfigError,))
+        refuses(lambda: output_folder.open_folder(out, {}, ()), str(out / "run.json"), errors=(ConfigError,))
 
 
 @pytest.mark.parametrize("count", ["²", "٣", "1e3", "-1", "0", "360", "9" * 5000, " ", "1,5", "0x10", "１"])
-def test_a_count_is_a_number(count):
+def test_invalid_counts(count):
     message = refuses(lambda: encode.load_images(None, count, CONFIG), "--count", errors=(ConfigError,))
     holds(len(message) < 200)
 
 
-def test_both_names_of_an_option_are_one_number(tmp_path, monkeypatch):
+def test_images_and_count_are_the_same_option(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(oracle_table1.common, "begin", lambda *args, **depends: seen.append(depends) or 1 / 0)
     config = config_lib.parse(digits.get_config().to_dict())

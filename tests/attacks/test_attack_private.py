@@ -1,8 +1,9 @@
-"""What convert writes leaves the machine: nothing private is in it, no text of a file becomes markdown, and nothing is
-replaced that convert did not write.
+"""The output of convert may be published: it holds nothing private, and no text of a config becomes markdown. convert
+replaces only files that it wrote.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -18,9 +19,8 @@ import pytest
 import safetensors
 import yaml
 from attacking import holds, refused, refuses
-from mutations import smoke_values
 from processes import run
-from test_unet import random_params
+from tiny import random_params, smoke_values
 
 from configs import smoke
 from ddim_jax import checkpoints, convert
@@ -39,8 +39,8 @@ def params():
     return random_params(config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model))
 
 
-def secretive():
-    """A config that names places and accounts, in its own fields and in some that no config has."""
+def private_values():
+    """A config with paths and accounts, in its fields and in unknown fields."""
     values = smoke_values()
     for place in PLACES:
         section, _, field = place.rpartition(".")
@@ -54,7 +54,7 @@ def workdir(params, tmp_path_factory):
     """A run with that config."""
     workdir = tmp_path_factory.mktemp(SECRET) / "run"
     with Checkpoints(workdir, keep=1) as checkpoints:
-        checkpoints.save(TrainState(jnp.int32(7), params, params, {}, jnp.int32(0)), secretive())
+        checkpoints.save(TrainState(jnp.int32(7), params, params, {}, jnp.int32(0)), private_values())
         checkpoints.wait()
     return workdir
 
@@ -66,45 +66,45 @@ def converted(source, to, format_=None, overwrite=False, paths=False):
 
 
 def texts(where):
-    """The bytes of all files, and their names."""
+    """The bytes of all files and of their names."""
     paths = [where, *where.rglob("*")] if where.is_dir() else [where]
     return b"".join(path.read_bytes() for path in paths if path.is_file()) + " ".join(p.name for p in paths).encode()
 
 
-# --- nothing private ---
+# --- paths and accounts ---
 
 
 @pytest.mark.parametrize("format_", FORMATS)
-def test_what_is_written_names_no_place_and_no_account(workdir, tmp_path, format_):
-    there = converted(workdir, tmp_path / FORMATS[format_], format_)
-    holds(SECRET.encode() not in texts(there), format_)
-    if format_ != "diffusers":  # and through another format
-        holds(SECRET.encode() not in texts(converted(there, tmp_path / "again")))
+def test_the_output_holds_no_path_and_no_account(workdir, tmp_path, format_):
+    first = converted(workdir, tmp_path / FORMATS[format_], format_)
+    holds(SECRET.encode() not in texts(first), format_)
+    if format_ != "diffusers":
+        holds(SECRET.encode() not in texts(converted(first, tmp_path / "second")))
 
 
-def test_what_is_written_says_how_it_was_made(workdir, tmp_path):
+def test_the_card_holds_the_config(workdir, tmp_path):
     card = (converted(workdir, tmp_path / "folder") / "README.md").read_text()
     config = json.loads(card.split("```json")[1].split("```")[0])
-    for section, fields in smoke_values().items():
-        if section in ("model", "schedule", "sample", "name"):
-            holds(config[section] == json.loads(json.dumps(fields)), section)
+    expected = json.loads(json.dumps(dataclasses.asdict(config_lib.parse(smoke_values()))))
+    for section in ("model", "schedule", "sample", "name"):
+        holds(config[section] == expected[section], section)
     holds(config["train"]["learning_rate"] == smoke_values()["train"]["learning_rate"])
-    config_lib.parse_saved(config)  # whole still
+    config_lib.parse_saved(config)  # the config is complete
 
 
 @pytest.mark.parametrize("format_", ["safetensors", "diffusers"])
-def test_the_rest_on_request(workdir, tmp_path, format_):
+def test_paths_are_written_on_request(workdir, tmp_path, format_):
     holds(
         f"/home/{SECRET}/path".encode() in texts(converted(workdir, tmp_path / FORMATS[format_], format_, paths=True))
     )
 
 
-def test_every_field_of_text_is_known_to_be_harmless():
-    """A new field that may hold a path must be PRIVATE, or be listed here."""
-    harmless = {"name", "sample.tau", "evaluate.metrics"}
+def test_every_string_field_is_private_or_public():
+    """A new field that may hold a path must be in PRIVATE. Another string field must be in the list here."""
+    public = {"name", "sample.tau", "evaluate.metrics"}
     for name, kind in _fields(config_lib.Config):
         if kind is str and not _is_choice(name):
-            holds(name in harmless or name in config_lib.PRIVATE, name)
+            holds(name in public or name in config_lib.PRIVATE, name)
 
 
 def _fields(kind, path=""):
@@ -116,7 +116,7 @@ def _fields(kind, path=""):
 
 
 def _is_choice(name):
-    """Whether the field is one of a table's names: another text is refused."""
+    """Whether the field is a name in a table, so that another string raises an error."""
     try:
         config_lib.parse(_with(smoke_values(), name, SECRET))
     except ConfigError as error:
@@ -128,16 +128,16 @@ def _with(values, name, value):
     return config_lib.with_value(values, name, value)
 
 
-def test_the_public_part_of_a_config_is_what_it_was_but_for_places():
+def test_the_public_part_of_a_config_lacks_only_the_private_fields():
     values = smoke_values()
-    public = config_lib.public(secretive())
+    public = config_lib.public(private_values())
     holds(SECRET not in json.dumps(public))
     holds(config_lib.parse(public).train == config_lib.parse(values).train)
     holds(config_lib.public({"model": {"channels": 8}}) == {"model": {"channels": 8}})
     holds(config_lib.public({}) == {} and config_lib.public({"model": 5}) == {"model": {}})
 
 
-# --- no text becomes markdown ---
+# --- markdown ---
 
 MARKDOWN = [
     "`` ` ``\n# owned",
@@ -149,7 +149,7 @@ MARKDOWN = [
 
 
 @pytest.mark.parametrize("text", MARKDOWN, ids=repr)
-def test_texts_of_a_config_stay_texts_in_the_card(params, tmp_path, text):
+def test_strings_of_a_config_are_not_markdown_in_the_card(params, tmp_path, text):
     values = smoke_values()
     values["sample"]["tau"] = text
     for section, field in (("train", "ema_schedule"), ("data", "name"), ("evaluate", "metrics")):
@@ -173,11 +173,11 @@ def test_texts_of_a_config_stay_texts_in_the_card(params, tmp_path, text):
     holds(not fenced and json.loads(card.rsplit("```json", 1)[1].rsplit("```", 1)[0])["name"] == "smoke")
 
 
-# --- nothing else is replaced ---
+# --- --overwrite ---
 
 
 def listing(folder):
-    """All that is in a folder, with the content of files."""
+    """{path: content, None for a folder} of everything in a folder."""
     return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -196,7 +196,7 @@ def notes(folder, workdir):
 
 def a_foreign_pipeline(folder, workdir):
     converted(workdir, folder)
-    (folder / "README.md").write_text("a pipeline of somebody else\n")
+    (folder / "README.md").write_text("another card\n")
 
 
 def a_pipeline_and_more(folder, workdir):
@@ -220,27 +220,28 @@ OTHERS = [a_run, a_run_in_training, notes, a_foreign_pipeline, a_pipeline_and_mo
 
 @pytest.mark.parametrize("make", OTHERS)
 @pytest.mark.parametrize("format_", ["diffusers", "orbax"])
-def test_overwrite_replaces_nothing_of_others(workdir, tmp_path, make, format_):
-    make(tmp_path / "there", workdir)
+def test_overwrite_does_not_replace_another_folder(workdir, tmp_path, make, format_):
+    to = tmp_path / "present"
+    make(to, workdir)
     before = listing(tmp_path)
     for overwrite in (False, True):
-        call = lambda overwrite=overwrite: converted(workdir, tmp_path / "there", format_, overwrite)
-        refuses(call, "there", errors=(ConfigError,))
+        call = lambda overwrite=overwrite: converted(workdir, to, format_, overwrite)
+        refuses(call, str(to), "--to", errors=(ConfigError,))
     holds(listing(tmp_path) == before)
 
 
 @pytest.mark.parametrize("place", ["/", "~", "~/..", "/tmp", "/etc"])
-def test_overwrite_never_fills_the_machine_s_own_folders(workdir, tmp_path, monkeypatch, place):
-    monkeypatch.setattr(convert, "WRITERS", {name: lambda *args: None for name in FORMATS})  # should it come to that
+def test_overwrite_does_not_replace_a_system_folder(workdir, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(convert, "WRITERS", {name: lambda *args: None for name in FORMATS})  # for the case of a failure
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / ".profile").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     place = pathlib.Path(place).expanduser()
-    refuses(lambda: converted(workdir, place, "diffusers", True), errors=(ConfigError,))
+    refuses(lambda: converted(workdir, place, "diffusers", True), f" {place} ", "--to", errors=(ConfigError,))
 
 
 @pytest.mark.parametrize("content", [b"", b"notes", "foreign"], ids=str)
-def test_overwrite_replaces_no_file_of_others(workdir, tmp_path, content):
+def test_overwrite_does_not_replace_another_file(workdir, tmp_path, content):
     path = tmp_path / "w.safetensors"
     if content == "foreign":
         safetensors.numpy.save_file({"lora": np.ones(3)}, path)
@@ -248,11 +249,11 @@ def test_overwrite_replaces_no_file_of_others(workdir, tmp_path, content):
         path.write_bytes(content)
     before = path.read_bytes()
     call = lambda: converted(workdir, path, overwrite=True)
-    refuses(call, "w.safetensors", errors=(ConfigError, CheckpointError))
+    refuses(call, str(path), errors=(ConfigError, CheckpointError))
     holds(path.read_bytes() == before)
 
 
-def test_overwrite_replaces_what_convert_wrote(workdir, tmp_path):
+def test_overwrite_replaces_an_output_of_convert(workdir, tmp_path):
     for name, format_ in (("folder", "diffusers"), ("w.safetensors", "safetensors")):
         converted(workdir, tmp_path / name, format_)
         before = listing(tmp_path)
@@ -263,25 +264,25 @@ def test_overwrite_replaces_what_convert_wrote(workdir, tmp_path):
         holds(mutations.equal(mutations.load(tmp_path / name)[1], mutations.load(workdir)[1]))
 
 
-def test_what_a_killed_process_left_does_not_block(workdir, tmp_path):
+def test_temporary_folders_of_a_killed_process_are_no_error(workdir, tmp_path):
     for format_ in ("diffusers", "orbax"):
         (tmp_path / format_ / f".{'0' * 16}.tmp" / "checkpoints").mkdir(parents=True)
         converted(workdir, tmp_path / format_, format_)
 
 
 @pytest.mark.slow
-def test_a_failure_leaves_nothing(workdir, tmp_path, monkeypatch):
-    """Of either folder, new or empty; and the same command then works."""
+def test_a_failure_leaves_no_files(workdir, tmp_path, monkeypatch):
+    """With a new folder, and with an empty one. Then the same command succeeds."""
     for format_ in ("diffusers", "orbax"):
-        for there in (False, True):
-            to = tmp_path / f"{format_}-{there}"
-            if there:
+        for exists in (False, True):
+            to = tmp_path / f"{format_}-{exists}"
+            if exists:
                 to.mkdir()
             with monkeypatch.context() as patch:
                 patch.setattr(os, "replace", _full)
                 with pytest.raises((OSError, CheckpointError)):
                     converted(workdir, to, format_)
-            holds(to.exists() == there and (not there or not listing(to)), format_)
+            holds(to.exists() == exists and (not exists or not listing(to)), format_)
             converted(workdir, to, format_)
 
 
@@ -299,16 +300,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-FULL = {"orbax": "the disk is full", "diffusers": "No space left on device", "safetensors": "No space left on device"}
-
-
 @pytest.mark.parametrize("format_", FORMATS)
-def test_a_full_disk_blocks_no_retry(workdir, small_disk, format_):
+def test_the_same_command_succeeds_after_a_full_disk(workdir, small_disk, format_):
     ballast = small_disk / "ballast"
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
     ballast.write_bytes(bytes(free - 40_000))
     to = small_disk / FORMATS[format_]
-    refused(run("ddim_jax.convert", "--from", workdir, "--to", to, "--format", format_), FULL[format_])
+    reason = "checkpoints" if format_ == "orbax" else os.strerror(errno.ENOSPC)
+    refused(run("ddim_jax.convert", "--from", workdir, "--to", to, "--format", format_), str(to), reason)
     holds(sorted(path.name for path in small_disk.iterdir()) == ["ballast"])
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     converted(workdir, to, format_)

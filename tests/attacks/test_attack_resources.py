@@ -1,4 +1,4 @@
-"""Disks, memory and logs that fail: one line, before the work where that can be known, and nothing is lost."""
+"""Full disks and too little memory: an error of one line, before the work starts where possible. No result is lost."""
 
 import dataclasses
 import errno
@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from attacking import holds, refused, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import ROOT, ok, run
-from test_commands import SMOKE, trained  # noqa: F401, a fixture
+from test_commands import trained  # noqa: F401, a fixture
+from tiny import SMOKE
 
 from configs import smoke
 from ddim_jax import config as config_lib
@@ -61,7 +63,7 @@ def main(options):
         "full": lambda: fail(errno.ENOSPC),
         "named": lambda: fail(errno.EROFS, "/a/file"),
         "broken": lambda: fail(errno.EIO),
-        "library": lambda: throw(OSError("encoder error -2")),  # as Pillow says it
+        "library": lambda: throw(OSError("encoder error -2")),  # as Pillow raises it
         "thread": thread,
         "destructor": lambda: [Unwritten()].clear(),
         "memory": lambda: throw(MemoryError("64 TiB")),
@@ -75,7 +77,7 @@ cli.start(main, {"how": ("", "")}, config=False)
 
 
 @pytest.mark.parametrize(
-    "how, line",
+    "how, reason",
     {
         "full": os.strerror(errno.ENOSPC),
         "named": f"/a/file: {os.strerror(errno.EROFS)}",
@@ -83,18 +85,19 @@ cli.start(main, {"how": ("", "")}, config=False)
         "library": "encoder error -2",
         "thread": os.strerror(errno.EDQUOT),
         "destructor": os.strerror(errno.EFBIG),
-        "memory": "not enough memory: 64 TiB",
-        "device": "not enough memory: RESOURCE_EXHAUSTED: Out of memory",
+        "memory": "64 TiB",
+        "device": "RESOURCE_EXHAUSTED: Out of memory",
         "text": r"a name \x1b[31m of \x9b a file \udcff",
     }.items(),
 )
-def test_what_the_system_refuses_is_one_line(how, line, tmp_path):
+def test_an_error_of_the_system_is_one_line(how, reason, tmp_path):
     (tmp_path / "one_command.py").write_text(COMMAND)
-    holds(refused(run("one_command", f"--how={how}", cwd=tmp_path)).removeprefix("error: ") == line)
+    refused(run("one_command", f"--how={how}", cwd=tmp_path), reason)
 
 
 @pytest.mark.slow
-def test_what_cannot_be_printed_is_not_done(tmp_path):
+def test_an_output_that_cannot_be_printed_is_an_error(tmp_path):
+    """stdout is a full device, or a closed pipe."""
     (tmp_path / "one_command.py").write_text(COMMAND)
     for stdout in ("/dev/full", subprocess.PIPE):
         process = subprocess.Popen(
@@ -123,7 +126,7 @@ def test_what_cannot_be_printed_is_not_done(tmp_path):
     ],
 )
 def test_a_file_that_grows_too_long_is_named(module, file_bytes, name, tmp_path):
-    """And what is left behind does not stop the same command, where it has more room."""
+    """With a larger limit the same command then succeeds."""
     args = (
         (*SMOKE, "--config.train.num_steps=5", "--workdir")
         if module == "train"
@@ -137,7 +140,7 @@ def test_a_file_that_grows_too_long_is_named(module, file_bytes, name, tmp_path)
 
 @pytest.mark.parametrize("ends", ["by waiting", "by leaving", "by another error"])
 def test_a_checkpoint_that_grows_too_long(ends, tmp_path):
-    """The error is one line that names the folder and the reason; the first error counts; nothing is left behind."""
+    """The error names the folder and the reason. An earlier error takes precedence. No file remains."""
     tree = {"a": np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)}
     state = TrainState(jnp.int32(5), *jax.tree.map(jnp.array, (tree, tree, tree)), jnp.int32(0))
 
@@ -150,7 +153,7 @@ def test_a_checkpoint_that_grows_too_long(ends, tmp_path):
                 checkpoints.wait()
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    words = ["the first"] if ends == "by another error" else [str(tmp_path), os.strerror(errno.EFBIG), "none yet"]
+    words = ["the first"] if ends == "by another error" else [str(tmp_path), os.strerror(errno.EFBIG)]
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         refuses(save, *words, errors=(ConfigError, CheckpointError))
@@ -159,7 +162,7 @@ def test_a_checkpoint_that_grows_too_long(ends, tmp_path):
     holds(not list((tmp_path / "checkpoints").iterdir()))
 
 
-# --- what cannot succeed is refused before it begins ---
+# --- checks before the work starts ---
 
 
 @given(
@@ -169,23 +172,23 @@ def test_a_checkpoint_that_grows_too_long(ends, tmp_path):
     st.integers(0, 12),
     st.lists(st.integers(0, 59), max_size=6, unique=True),
 )
-def test_the_disk_needs_room_for_the_checkpoints_that_there_will_be(num_steps, every, keep, keep_every, there):
-    """Counted by writing and removing them, as Orbax does."""
-    there = sorted(step for step in there if step < num_steps)
-    begin, kept, most = max(there, default=0), list(there), 0
+def test_the_number_of_checkpoints_to_come(num_steps, every, keep, keep_every, existing):
+    """Compared with the checkpoints that exist at once if they are written and removed as in Orbax."""
+    existing = sorted(step for step in existing if step < num_steps)
+    begin, kept, most = max(existing, default=0), list(existing), 0
     for step in range(begin + 1, num_steps + 1):
         if step % every == 0 or step == num_steps:
             kept.append(step)
             most = max(most, len(kept))
             kept = [old for old in kept if old in kept[-keep:] or (keep_every and old % keep_every == 0)]
     recipe = RECIPE._replace(num_steps=num_steps, checkpoint_every=every, keep=keep, keep_every=keep_every)
-    holds(workdir.checkpoints_to_come(recipe, begin, there) == most - len(there))
+    holds(workdir.checkpoints_to_come(recipe, begin, existing) == most - len(existing))
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 4 * 400 * 1000 - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4 * 400 * 1000 - 1))
     state = {"params": np.zeros(100_000, np.float32)}
-    words = ("config.train.keep is 3", "4 checkpoints", "1.526 MiB", str(tmp_path))
+    words = ("config.train.keep", "1.526 MiB", str(tmp_path))  # the size of four checkpoints
     recipe = RECIPE._replace(num_steps=10**12, checkpoint_every=10, keep=3, keep_every=0)
     refuses(lambda: workdir.check_disk(recipe, tmp_path, state, 0, []), *words)
     workdir.check_disk(recipe, tmp_path, state, 10, [10])
@@ -197,10 +200,10 @@ def check_memory(config, mesh):
 
 
 @pytest.mark.parametrize("fields", [{"batch_size": 1 << 24}, {"batch_size": 1 << 26, "accumulate": 4}])
-def test_a_batch_that_cannot_fit_is_refused(fields, mesh, monkeypatch):
+def test_a_batch_larger_than_the_memory(fields, mesh, monkeypatch):
     monkeypatch.setattr(sharding, "device_memory", lambda: 1 << 33)
     config = with_train(**fields)
-    words = ("config.model and config.train.batch_size", "8 GiB", f"{1 << 24} images", "DDIM_JAX_NO_MEMORY_CHECK=1")
+    words = ("config.model", "config.train.batch_size", "8 GiB", str(1 << 24), "DDIM_JAX_NO_MEMORY_CHECK=1")
     refuses(lambda: check_memory(config, mesh), *words)
     check_memory(with_train(batch_size=16), mesh)
     monkeypatch.setenv("DDIM_JAX_NO_MEMORY_CHECK", "1")
@@ -210,15 +213,16 @@ def test_a_batch_that_cannot_fit_is_refused(fields, mesh, monkeypatch):
     check_memory(config, mesh)
 
 
-def test_a_network_that_cannot_fit_is_refused_before_anything_is_read(tmp_path):
-    """Nothing is made of the folder either."""
+def test_a_network_larger_than_the_memory(tmp_path):
+    """The error comes before the data is read and before the folder is created."""
     huge = ("--config.model.channels=4096", "--config.model.channel_mult=(64,)")
     huge += ("--config.data.name=npz", "--config.data.path=nowhere.npz")
-    refused(run("ddim_jax.train", *SMOKE, *huge, "--workdir", tmp_path / "run"), "memory", "DDIM_JAX_NO_MEMORY_CHECK")
+    process = run("ddim_jax.train", *SMOKE, *huge, "--workdir", tmp_path / "run")
+    refused(process, "config.model", "DDIM_JAX_NO_MEMORY_CHECK")
     holds(not (tmp_path / "run").exists())
 
 
-def test_the_memory_of_a_device_is_that_of_its_machine():
+def test_the_memory_of_a_cpu_device_is_part_of_the_memory_of_the_machine():
     count, machine = len(jax.local_devices()), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     holds(0 < sharding.device_memory() <= machine // count)
 
@@ -236,7 +240,7 @@ def test_the_estimate_is_a_lower_bound(fields, mesh, monkeypatch):
     check_memory(config, mesh)
 
 
-def test_sizes_for_people():
+def test_human_size():
     for count, text in {
         0: "0 bytes",
         1023: "1023 bytes",
@@ -247,23 +251,20 @@ def test_sizes_for_people():
         holds(files.human_size(count) == text, files.human_size(count))
 
 
-# --- where a run stands ---
+# --- the workdir ---
 
 
 @pytest.mark.parametrize("name", ["workdir"])
-def test_an_empty_folder_is_not_the_current_one(name, tmp_path):
-    refused(
-        run("ddim_jax.train", "--config", str(ROOT / "configs/smoke.py"), f"--{name}=", cwd=tmp_path),
-        f"--{name} is empty",
-    )
+def test_an_empty_path_is_not_the_current_folder(name, tmp_path):
+    refused(run("ddim_jax.train", "--config", str(ROOT / "configs/smoke.py"), f"--{name}=", cwd=tmp_path), f"--{name}")
     holds(not list(tmp_path.iterdir()))
 
 
 @pytest.mark.slow
-def test_a_run_that_is_further_is_not_rewritten(tmp_path, trained):  # noqa: F811
+def test_a_longer_run_is_not_changed(tmp_path, trained):  # noqa: F811
     shutil.copytree(trained, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     args = ("ddim_jax.train", *SMOKE, "--workdir", tmp_path / "run")
-    refused(run(*args, "--config.train.num_steps=10"), "config.train.num_steps is 10", "is at step 20")
-    ok(run(*args, "--config.train.log_every=1"))  # it is done: there is nothing to be done otherwise
+    refused(run(*args, "--config.train.num_steps=10"), "config.train.num_steps", "10", "step 20")
+    ok(run(*args, "--config.train.log_every=1"))  # the run is complete
     holds(before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()})

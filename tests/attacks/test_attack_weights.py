@@ -1,4 +1,4 @@
-"""Weights that changed on the disk, or are not finite: a file of ours, one that ships, and every part of a run."""
+"""Damaged and non-finite weights: a file that ddim_jax writes, a shipped file, and every part of a run."""
 
 import json
 import pathlib
@@ -14,9 +14,9 @@ import safetensors.numpy
 from attacking import holds, refused, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import damage_is_seen, damaged, refuses_or, same_network, smoke_values
+from mutations import damage_is_seen, damaged, refuses_or, same_network
 from processes import run
-from test_unet import random_params
+from tiny import random_params, smoke_values
 
 from configs import smoke
 from ddim_jax import checkpoints
@@ -25,10 +25,9 @@ from ddim_jax.checkpoints import diffusers_export
 from ddim_jax.checkpoints.run import Checkpoints
 from ddim_jax.evaluation import classifier, digits_classifier
 from ddim_jax.training.train_state import TrainState
-from ddim_jax.utils.errors import CheckpointError
+from ddim_jax.utils.errors import CheckpointError, DamagedError
 
 NETWORK = config_lib.network(config_lib.parse(smoke.get_config().to_dict()).model)
-SMOKE = ("--config", "configs/smoke.py")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,8 @@ def params():
     return random_params(NETWORK)
 
 
-def changed_in(params, module, leaf, value):
-    """The parameters with one value of one leaf changed."""
+def with_value(params, module, leaf, value):
+    """The parameters with another value at index 0 of one leaf."""
     return params | {module: params[module] | {leaf: params[module][leaf].at[0].set(value)}}
 
 
@@ -58,7 +57,7 @@ def expected(file):
 
 @settings(max_examples=100)
 @given(data=st.data())
-def test_a_file_of_ours_that_changed(file, expected, data):
+def test_a_damaged_file(file, expected, data):
     changed = file.with_name("changed.safetensors")
     changed.write_bytes(data.draw(damaged(file.read_bytes())))
     refuses_or(lambda: mutations.load(changed), lambda read: same_network(read, expected))
@@ -66,7 +65,7 @@ def test_a_file_of_ours_that_changed(file, expected, data):
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_its_header_that_changed(file, expected, data):
+def test_a_damaged_header(file, expected, data):
     """Names, types, shapes, the config and the step."""
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
@@ -76,24 +75,24 @@ def test_its_header_that_changed(file, expected, data):
 
 
 @pytest.mark.parametrize("part", ["config", "step", "format", "tensors"])
-def test_parts_of_two_files_do_not_make_one(file, params, tmp_path, part):
-    """Of the same network, trained further, with another schedule."""
+def test_a_mixture_of_two_files(file, params, tmp_path, part):
+    """Both files are of the same network. The other one has another step and schedule."""
     values = smoke_values()
     other = tmp_path / "other.safetensors"
     checkpoints.save(other, params, values | {"schedule": values["schedule"] | {"beta_end": 0.03}}, 6)
     with safetensors.safe_open(other, framework="numpy") as of_other, safetensors.safe_open(file, "numpy") as of_file:
-        there, taken = of_file.metadata(), of_other.metadata()
-    there = there | ({part: taken[part]} if part in ("config", "step") else {"format": "other"})
+        metadata, others = of_file.metadata(), of_other.metadata()
+    metadata = metadata | ({part: others[part]} if part in ("config", "step") else {"format": "other"})
     arrays = safetensors.numpy.load_file(file)
     if part == "tensors":
         arrays["conv_in/kernel"] = arrays["conv_in/kernel"] * 2
-    mutations.write_old_safetensors(tmp_path / "mixed.safetensors", arrays, there)
-    refuses(lambda: mutations.load(tmp_path / "mixed.safetensors"), errors=(CheckpointError,))
+    mutations.write_old_safetensors(tmp_path / "mixed.safetensors", arrays, metadata)
+    refuses(lambda: mutations.load(tmp_path / "mixed.safetensors"), "mixed.safetensors", errors=(CheckpointError,))
 
 
 @pytest.mark.parametrize("place", range(8))
 @pytest.mark.parametrize("name", ["digits", "digits_conditional"])
-def test_a_bit_of_a_file_that_ships(name, place, tmp_path):
+def test_a_flipped_bit_of_a_shipped_file(name, place, tmp_path):
     shipped = checkpoints.shipped(name)
     content = bytearray(shipped.read_bytes())
     content[len(content) * (2 * place + 1) // 16] ^= 1 << place
@@ -102,68 +101,70 @@ def test_a_bit_of_a_file_that_ships(name, place, tmp_path):
 
 
 @pytest.mark.parametrize("place", range(8))
-def test_a_bit_of_the_classifier_that_ships(place, tmp_path):
+def test_a_flipped_bit_of_the_shipped_classifier(place, tmp_path):
     content = bytearray(digits_classifier.SHIPPED.read_bytes())
     content[len(content) * (2 * place + 1) // 16] ^= 1 << place
     (tmp_path / "classifier.safetensors").write_bytes(content)
     read = lambda: classifier.read(tmp_path / "classifier.safetensors", digits_classifier.Classifier(), (8, 8, 1), "it")
-    refuses(read, "is damaged", errors=(CheckpointError,))
+    refuses(read, "classifier.safetensors", errors=(DamagedError,))
 
 
-def test_a_bit_that_changed_is_one_line_on_the_command_line(tmp_path):
+def test_a_flipped_bit_is_an_error_of_one_line(tmp_path):
     content = bytearray(checkpoints.shipped("digits").read_bytes())
     content[2_000_000] ^= 16
     (tmp_path / "digits.safetensors").write_bytes(content)
     given = f"--config.pretrained={tmp_path / 'digits.safetensors'}"
-    refused(run("ddim_jax.sample", "--config", "configs/default.py", given, "--out", tmp_path / "out"), "is damaged")
+    process = run("ddim_jax.sample", "--config", "configs/default.py", given, "--out", tmp_path / "out")
+    refused(process, str(tmp_path / "digits.safetensors"), "up_1_block_0/conv_0/kernel")
 
 
-def test_a_file_from_before_there_were_checksums(params, file, tmp_path):
+def test_a_file_without_checksums(params, file, tmp_path):
     flat = {"/".join(path): leaf for path, leaf in mutations.flat(params).items()}
     metadata = {"format": "ddim_jax", "config": json.dumps(smoke_values()), "step": "5"}
     mutations.write_old_safetensors(tmp_path / "smoke.safetensors", flat, metadata)
     holds(same_network(mutations.load(tmp_path / "smoke.safetensors"), mutations.load(file)))
 
 
-# --- values that are not finite, and not floats ---
+# --- values that are not finite, and dtypes that are not floats ---
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_parameters_that_are_not_finite(params, tmp_path, value):
-    """In each format they are refused, and named."""
-    bad = changed_in(params, "norm_out", "bias", value)
+def test_non_finite_parameters(params, tmp_path, value):
+    """In each format the error names the parameter."""
+    bad = with_value(params, "norm_out", "bias", value)
     mutations.write_smoke(tmp_path / "smoke.safetensors", bad)
     diffusers_export.save(tmp_path / "folder", bad, smoke_values(), "a card\n")
     with Checkpoints(tmp_path / "run", keep=1) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(0), params, bad, {}, jnp.int32(0)), smoke_values())
         checkpoints.wait()
-    for name, where in [
+    for name, leaf in [
         ("smoke.safetensors", "norm_out/bias"),
         ("folder", "conv_norm_out.bias"),
         ("run", "ema_params/norm_out/bias"),
     ]:
-        refuses(lambda: mutations.load(tmp_path / name), where, "not finite", errors=(CheckpointError,))  # noqa: B023
+        path = tmp_path / name
+        refuses(lambda path=path: mutations.load(path), str(path), leaf, errors=(CheckpointError,))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.bool_, np.int64])
-def test_tensors_that_are_no_floats(params, tmp_path, dtype):
-    """Bits of another type are not weights, though their shapes are right."""
+def test_tensors_of_another_dtype(params, tmp_path, dtype):
+    """The shapes are right."""
     diffusers_export.save(tmp_path / "folder", params, smoke_values(), "a card\n")
     path = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors["conv_in.bias"] = np.ones(tensors["conv_in.bias"].shape, dtype)
     safetensors.numpy.save_file(tensors, path)
-    refuses(lambda: mutations.load(tmp_path / "folder"), "conv_in.bias", errors=(CheckpointError,))
+    words = (str(path), "conv_in.bias", np.dtype(dtype).name)
+    refuses(lambda: mutations.load(tmp_path / "folder"), *words, errors=(CheckpointError,))
 
 
-def test_half_precision_that_overflows(params, tmp_path):
-    """float64 beyond float32 is no finite weight."""
+def test_float64_beyond_float32(params, tmp_path):
     diffusers_export.save(tmp_path / "folder", params, smoke_values(), "a card\n")
     path = tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors["conv_in.bias"] = np.full(tensors["conv_in.bias"].shape, 1e300)
     safetensors.numpy.save_file(tensors, path)
-    refuses(lambda: mutations.load(tmp_path / "folder"), "conv_in.bias", errors=(CheckpointError,))
+    refuses(lambda: mutations.load(tmp_path / "folder"), str(path), "conv_in.bias", errors=(CheckpointError,))
 
 
 # --- a run ---
@@ -175,7 +176,7 @@ def whole(tmp_path_factory, params):
     workdir = tmp_path_factory.mktemp("run")
     with Checkpoints(workdir, keep=5) as checkpoints:
         for step in (5, 10):
-            ema = changed_in(params, "norm_out", "bias", float(step))
+            ema = with_value(params, "norm_out", "bias", float(step))
             state = TrainState(jnp.int32(step), params, ema, {}, jnp.int32(0))
             checkpoints.save(state, smoke_values() | {"name": f"step{step}"}, "the data")
             checkpoints.wait()
@@ -194,7 +195,7 @@ def read_json_items(workdir, step=10):
 
 @settings(max_examples=60)
 @given(data=st.data(), item=st.sampled_from(["config", "record"]))
-def test_a_json_item_that_changed(whole, data, item):
+def test_a_damaged_json_item(whole, data, item):
     expected = read_json_items(whole)
     path = whole / "checkpoints" / "10" / item / "metadata"
     content = path.read_bytes()
@@ -207,8 +208,8 @@ def test_a_json_item_that_changed(whole, data, item):
 
 @pytest.mark.parametrize("item", ["config", "record"])
 @pytest.mark.parametrize("digit", [3, 4, 5, 6, 7, 8])
-def test_one_digit_of_it_is_damage(workdir, item, digit):
-    """Not the user's mistake: --skip_damaged helps."""
+def test_another_digit_in_a_json_item(workdir, item, digit):
+    """A DamagedError, so that --skip_damaged has an effect."""
     path = workdir / "checkpoints" / "10" / item / "metadata"
     text = path.read_text()
     at = [i for i, character in enumerate(text) if character.isdigit()][digit * 5]
@@ -225,22 +226,22 @@ def test_an_item_of_another_step(workdir, item):
     def everything():
         with Checkpoints(workdir) as checkpoints:
             config = checkpoints.config(10)
-        said, ema = mutations.load(workdir)
+        _, ema = mutations.load(workdir)
         return config["name"] == "step10" and float(ema["norm_out"]["bias"][0]) == 10
 
     refuses_or(everything, bool)
 
 
 @pytest.mark.parametrize("item", ["config", "record", "ema_params"])
-def test_an_item_that_is_gone(workdir, item):
+def test_a_missing_item(workdir, item):
     shutil.rmtree(workdir / "checkpoints" / "10" / item)
-    refuses(lambda: mutations.load(workdir), errors=(CheckpointError,))
+    refuses(lambda: mutations.load(workdir), str(workdir / "checkpoints" / "10"), item, errors=(CheckpointError,))
 
 
 @pytest.mark.parametrize("name", ["30", "7", "4294967306", "99999999999999999999999"])
 @pytest.mark.parametrize("how", [shutil.copytree, pathlib.Path.rename], ids=["copied", "renamed"])
 def test_a_step_under_another_number(workdir, name, how):
-    """2^32 + 10 too, which is 10 to a counter of 32 bits."""
+    """Also 2^32 + 10, which is 10 in 32 bits."""
     steps = workdir / "checkpoints"
     how(steps / "10", steps / name)
 
@@ -252,20 +253,22 @@ def test_a_step_under_another_number(workdir, name, how):
 
 
 @pytest.mark.slow
-def test_a_step_that_was_copied_does_not_resume(workdir):
-    """It did, as the step that it was called: with --skip_damaged it is set aside, and training goes on from 10."""
+def test_a_copied_step_does_not_resume(workdir):
+    """The error names --skip_damaged."""
     steps = workdir / "checkpoints"
     shutil.copytree(steps / "10", steps / "20")
-    refused(run("ddim_jax.train", *SMOKE, "--workdir", workdir), "20", "renamed or copied", "--skip_damaged")
+    refused(
+        run("ddim_jax.train", "--config", "configs/smoke.py", "--workdir", workdir), str(steps / "20"), "--skip_damaged"
+    )
 
 
-def as_before_there_were_digests(step):
+def remove_digests(step):
     record = step / "record" / "metadata"
     content = json.loads(record.read_text())
     record.write_text(json.dumps({name: content[name] for name in ("checksums", "data")}))
 
 
-def as_before_there_was_a_record(step):
+def remove_record(step):
     shutil.rmtree(step / "record")
     path = step / "_CHECKPOINT_METADATA"
     content = json.loads(path.read_text())
@@ -273,17 +276,17 @@ def as_before_there_was_a_record(step):
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("older", [as_before_there_were_digests, as_before_there_was_a_record])
-def test_a_checkpoint_from_before(workdir, whole, older):
-    older(workdir / "checkpoints" / "10")
+@pytest.mark.parametrize("as_earlier_version", [remove_digests, remove_record])
+def test_a_checkpoint_of_an_earlier_version(workdir, whole, as_earlier_version):
+    as_earlier_version(workdir / "checkpoints" / "10")
     holds(same_network(mutations.load(workdir), mutations.load(whole)))
 
 
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(data=st.data())
-def test_any_file_of_a_step_that_changed(whole, data):
-    """Wherever it changed, it is refused, or the values are those that were saved."""
+def test_any_damaged_file_of_a_step(whole, data):
+    """An error, or the values that were saved."""
     expected = mutations.load(whole)
     step = whole / "checkpoints" / "10"
     names = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file() and path.stat().st_size)
@@ -296,7 +299,6 @@ def test_any_file_of_a_step_that_changed(whole, data):
         path.write_bytes(content)
 
 
-def test_the_steps_are_those_that_orbax_sees(whole):
-    """The tests above write what Orbax reads."""
+def test_orbax_reads_the_same_steps(whole):
     with ocp.CheckpointManager(whole / "checkpoints", options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         holds(sorted(manager.all_steps()) == [5, 10])

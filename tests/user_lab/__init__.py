@@ -1,3 +1,3 @@
-"""A laboratory of somebody who uses ddim_jax: their network, sampler, schedule, tau, data, features and metric. Nothing
-of it is part of ddim_jax, which finds all of it by "module:attribute".
+"""The code of a user of ddim_jax: networks, a sampler, a schedule, a tau, a data set, features and a metric. ddim_jax
+does not import it, except by the name "module:attribute".
 """

@@ -1,4 +1,4 @@
-"""A config file of one's own, beside ddim_jax's."""
+"""The config file of the user."""
 
 from ml_collections import ConfigDict
 

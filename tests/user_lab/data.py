@@ -1,4 +1,4 @@
-"""A data set of one's own: bars, horizontal or vertical."""
+"""A data set of the user: horizontal and vertical bars."""
 
 import numpy as np
 

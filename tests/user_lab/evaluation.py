@@ -1,4 +1,4 @@
-"""A feature extractor and a metric of one's own."""
+"""A feature network and a metric of the user."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +8,7 @@ from ddim_jax.evaluation.metrics import Metric
 
 
 def pixel_rows(weights=""):
-    """Means of rows and of columns."""
+    """The means of rows and columns."""
 
     def features(params, images):
         x = images[..., 0].astype(jnp.float32) * params["scale"]

@@ -1,4 +1,4 @@
-"""A sampler of one's own with a hyper-parameter, and a tau."""
+"""A sampler of the user with a hyper-parameter, and a tau."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from ddim_jax import gaussian, samplers
 
 
 class Churn(NamedTuple):
-    """DDIM that replaces a part of eps by new noise of the same variance in every step."""
+    """DDIM that replaces a fraction of eps by new noise of the same variance in every step."""
 
     churn: float = 0.3
     stochastic = True
@@ -28,7 +28,7 @@ class Churn(NamedTuple):
 
 
 def no_sampler(churn):
-    return samplers.ddim  # a factory, not what it makes
+    return samplers.ddim  # a factory instead of a sampler
 
 
 def cubic(noise_schedule, num_steps):

@@ -1,4 +1,4 @@
-"""An objective, a loss weight, a time distribution, an optimizer with a schedule, and a moving average of one's own."""
+"""An objective, a loss weight, a time distribution, an optimizer with a schedule, and a moving average of the user."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ddim_jax.training import objectives
 
 
 def huber(network, noise_schedule, prediction, time, delta=0.5):
-    """The Huber loss of eps, and beside it how often it is linear."""
+    """The Huber loss of eps. The metric `large` is the fraction of examples with a large loss."""
     table = schedule.levels(noise_schedule)
 
     def loss(params, x_0, t, eps, labels, dropout_key):
@@ -19,8 +19,8 @@ def huber(network, noise_schedule, prediction, time, delta=0.5):
         error = denoiser(gaussian.q_marginal(x_0, eps, level), level).eps - eps
         return optax.huber_loss(error, delta=delta).mean((1, 2, 3))
 
-    made = objectives.make(table.num_steps, loss, time=time)
-    return made._replace(metrics=lambda example, losses: {"large": (losses > delta**2 / 2).mean()})
+    objective = objectives.make(table.num_steps, loss, time=time)
+    return objective._replace(metrics=lambda example, losses: {"large": (losses > delta**2 / 2).mean()})
 
 
 def snr_power(exponent=0.5):
@@ -29,7 +29,7 @@ def snr_power(exponent=0.5):
 
 
 def late(power=2.0):
-    """t nearer to T, the more so the larger the power."""
+    """t near T for a large power."""
     return lambda key, shape, T: 1 + (T - 1) * jax.random.uniform(key, shape) ** (1 / power)
 
 
@@ -40,5 +40,5 @@ def chain(peak=1e-2, momentum=0.8):
 
 
 def halving(decay):
-    """No average in the first ten steps."""
+    """No averaging in the first ten steps."""
     return lambda step: jnp.where(step < 10, 0.0, decay)

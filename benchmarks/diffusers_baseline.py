@@ -1,4 +1,4 @@
-"""diffusers on PyTorch, as `benchmarks.suite` times it."""
+"""The baseline of `benchmarks.suite`: diffusers on PyTorch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ EAGER, CHANNELS_LAST, COMPILED = "diffusers", "channels_last", "torch.compile"
 Runs = dict[str, Callable[[], Any]]
 
 
-class Theirs:
-    """diffusers' network with our weights, three times: as it is, in channels_last, and compiled."""
+class DiffusersBaseline:
+    """The network in diffusers, with the weights of ddim_jax, in three variants: eager, channels_last, torch.compile.
+
+    params: the parameters in ddim_jax. compiled: whether to include torch.compile. ConfigError if PyTorch or diffusers
+    is not installed.
+    """
 
     def __init__(self, config: Config, params: Any, compiled: bool):
         try:
             import diffusers
             import torch
         except ImportError as error:
-            raise ConfigError(f'--competitors needs pip install -e ".[parity]" ({error})') from error
+            raise ConfigError(f'--competitors: needs pip install -e ".[parity]" ({error})') from error
 
         self.torch, self.diffusers = torch, diffusers
         self.versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
@@ -44,18 +48,22 @@ class Theirs:
             if compiled:
                 mode = "max-autotune" if self.device == "cuda" else "default"
                 self.networks[COMPILED] = load().to(memory_format=torch.channels_last)
-                self.networks[COMPILED].compile(mode=mode)  # in place: it stays a pipeline's component
+                self.networks[COMPILED].compile(mode=mode)  # in place, because a pipeline accepts no wrapper
 
     def wait(self) -> None:
+        """Waits until the device has finished."""
         if self.device == "cuda":
             self.torch.cuda.synchronize()
 
     def tensor(self, x: np.ndarray, name: str) -> Any:
+        """x (B, H, W, C) as a tensor (B, C, H, W), in the memory format of the variant `name`."""
         layout = self.torch.contiguous_format if name == EAGER else self.torch.channels_last
         tensor = self.torch.tensor(x.transpose(0, 3, 1, 2)).to(self.device, self.dtype)
         return tensor.contiguous(memory_format=layout)
 
     def forward(self, x: np.ndarray) -> Runs:
+        """One forward pass of each variant."""
+
         def run(network: Any, tensor: Any) -> None:
             with self.torch.inference_mode():
                 network(tensor, 499)
@@ -65,7 +73,9 @@ class Theirs:
         return {name: (lambda n=n, name=name: run(n.eval(), tensors[name])) for name, n in self.networks.items()}
 
     def ddim(self, batch: int, S: int) -> Runs:
-        """By `DDIMPipeline`; in bfloat16, which it cannot give to NumPy in the end, by the same steps as it takes."""
+        """S steps of DDIM for each variant, by `DDIMPipeline`. It cannot convert bfloat16 to NumPy, so in bfloat16 the
+        same steps are written out.
+        """
 
         def by_pipeline(network: Any) -> None:
             pipeline = self.diffusers.DDIMPipeline(network, self.diffusers.DDIMScheduler(clip_sample=False))
@@ -88,6 +98,7 @@ class Theirs:
         return {name: (lambda n=n: run(n.eval())) for name, n in self.networks.items()}
 
     def training(self, config: Config, pixels: np.ndarray) -> Runs:
+        """One update of each variant: loss, gradient, clipping, Adam, and moving average."""
         torch = self.torch
         alpha_bar = torch.tensor(config_lib.noise_schedule(config.schedule).alpha_bar[1:], dtype=self.dtype)
         alpha_bar = alpha_bar.to(self.device)
@@ -102,9 +113,9 @@ class Theirs:
             def once() -> None:
                 t, eps = torch.randint(0, len(alpha_bar), (len(x_0),), device=self.device), torch.randn_like(x_0)
                 level = alpha_bar[t].reshape(-1, 1, 1, 1)
-                said = network(level.sqrt() * x_0 + (1 - level).sqrt() * eps, t).sample
+                predicted = network(level.sqrt() * x_0 + (1 - level).sqrt() * eps, t).sample
                 optimizer.zero_grad(set_to_none=True)
-                torch.nn.functional.mse_loss(said, eps).backward()
+                torch.nn.functional.mse_loss(predicted, eps).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, config.train.clip_norm)
                 optimizer.step()
                 torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - config.train.ema_decay)

@@ -1,0 +1,138 @@
+"""Checkpoints of guided-diffusion (ADM; Dhariwal and Nichol 2021) and improved-diffusion (Nichol and Dhariwal 2021).
+
+A file is a state dict alone. What its tensors do not tell (the size of the images, the heads, the noise) is known of
+the published files by their names, and is read of any other from `model_flags.txt` next to it: the flags that the
+training script was given, as in the READMEs of both projects, for example
+
+    --image_size 64 --num_channels 192 --num_res_blocks 3 --num_head_channels 64 --learn_sigma True
+
+A flag that changes numbers and is not supported raises an error that names it.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ddim_jax.checkpoints.guided_diffusion_flags import SCHEDULES, flags_of, network_fields
+from ddim_jax.checkpoints.info import CheckpointInfo, no_raw_parameters
+from ddim_jax.checkpoints.parameter_names import LEAVES, Layout, Path
+from ddim_jax.checkpoints.tensors import Tensors, read
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError
+
+
+def is_there(found: Tensors) -> bool:
+    """Whether the tensors have the names of these projects."""
+    return {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= found.shapes.keys()
+
+
+def open_file(path: pathlib.Path, found: Tensors) -> CheckpointInfo:
+    """What a state dict is of. CheckpointError where its training is not known, or is not supported."""
+    flags, where = flags_of(path)
+    model = network_fields(flags, where)
+
+    def read_params(like: Any, ema: bool) -> Any:
+        no_raw_parameters(str(path), ema)
+        heads = (flags["num_heads"], flags["num_head_channels"])
+        split = split_attention(found, *heads, new_order=flags["use_new_attention_order"])
+        return read(split._replace(layout=layout_of(model)), like, where)
+
+    return CheckpointInfo(
+        str(path),
+        read_params,
+        name=files.name_from(path.stem),
+        model=model,
+        schedule={"name": SCHEDULES[flags["noise_schedule"]], "num_steps": flags["diffusion_steps"], **_betas(flags)},
+        sample=SAMPLE,
+    )
+
+
+# Their DDIM clips the predicted x_0 and derives eps again.
+SAMPLE = {"tau": "uniform", "tau_offset": 0, "tau_end": 0, "clip_x0": True, "clip_range": 1.0, "clip_quantile": 0.0}
+
+
+def _betas(flags: Mapping[str, Any]) -> dict[str, Any]:
+    scale = 1000 / flags["diffusion_steps"]
+    return {"beta_start": scale * 1e-4, "beta_end": scale * 0.02, "betas": ()}
+
+
+# --- tensors ---
+
+BLOCK = {
+    "norm_0": "in_layers.0",
+    "conv_0": "in_layers.2",
+    "embedding": "emb_layers.1",
+    "norm_1": "out_layers.0",
+    "conv_1": "out_layers.3",
+    "shortcut": "skip_connection",
+}
+ATTENTION = {"norm": "norm", "query": "qkv.query", "key": "qkv.key", "value": "qkv.value", "out": "proj_out"}
+
+
+def layout_of(model: Mapping[str, Any]) -> Layout:
+    """The names of a network's tensors: their blocks are numbered, one for everything that a skip connection joins."""
+    table = {"time_0": "time_embed.0", "time_1": "time_embed.2", "class": "label_emb", "conv_in": "input_blocks.0.0"}
+    table |= {"middle_block_0": "middle_block.0", "middle_attention": "middle_block.1"}
+    table |= {"middle_block_1": "middle_block.2", "norm_out": "out.0", "conv_out": "out.2"}
+    levels, blocks, number = len(model["channel_mult"]), model["num_res_blocks"], 0
+    attends = [model["image_size"] >> level in model["attention_resolutions"] for level in range(levels)]
+    resampled = "{}.{}.{}" if model["resample"] == "block" else "{}.{}.{}.{}"
+    for level in range(levels):
+        for i in range(blocks):
+            number += 1
+            table[f"down_{level}_block_{i}"] = f"input_blocks.{number}.0"
+            table[f"down_{level}_attention_{i}"] = f"input_blocks.{number}.1"
+        if level < levels - 1:
+            number += 1
+            table[f"down_{level}_halve"] = resampled.format("input_blocks", number, 0, "op")
+    number = -1
+    for level in reversed(range(levels)):
+        for i in range(blocks + 1):
+            number += 1
+            table[f"up_{level}_block_{i}"] = f"output_blocks.{number}.0"
+            table[f"up_{level}_attention_{i}"] = f"output_blocks.{number}.1"
+        table[f"up_{level}_double"] = resampled.format("output_blocks", number, 1 + attends[level], "conv")
+
+    def name(path: Path, num_levels: int) -> str:
+        top, *modules, leaf = path
+        inner = ATTENTION if "attention" in top else BLOCK
+        return ".".join([table[top], *(inner[module] for module in modules), LEAVES[leaf]])
+
+    return Layout(name, frozenset({"shortcut"}))
+
+
+def split_attention(found: Tensors, num_heads: int, head_channels: int, new_order: bool) -> Tensors:
+    """The tensors, with `qkv` (3 C, C, 1) of each attention as `qkv.query`, `qkv.key` and `qkv.value` (C, C), and the
+    matrices of other 1-D convolutions without their last axis.
+
+    The rows of `qkv` are heads, then query, key and value of each; in the new order query, key and value, then the
+    heads of each. num_heads: where head_channels is -1.
+    """
+    parts = ("query", "key", "value")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in found.shapes.items():
+        shape = shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape
+        if ".qkv." in name and shape and shape[0] % 3 == 0:
+            shapes |= {name.replace(".qkv.", f".qkv.{part}."): (shape[0] // 3, *shape[1:]) for part in parts}
+        else:
+            shapes[name] = shape
+
+    def read_one(name: str) -> np.ndarray:
+        part = next((part for part in parts if f".qkv.{part}." in name), None)
+        if part is None:
+            return found.read(name).reshape(shapes[name])
+        fused = found.read(name.replace(f".{part}.", "."))
+        channels = shapes[name][0]
+        heads = num_heads if head_channels == -1 else channels // head_channels
+        if not heads or channels % heads:
+            raise CheckpointError(f"{found.source}: {name} has {channels} channels, which {heads} heads do not divide")
+        order = (3, heads) if new_order else (heads, 3)
+        fused = fused.reshape(*order, channels // heads, *shapes[name][1:])
+        chosen = fused[parts.index(part)] if new_order else fused[:, parts.index(part)]
+        return chosen.reshape(shapes[name])
+
+    return Tensors(found.source, shapes, read_one)

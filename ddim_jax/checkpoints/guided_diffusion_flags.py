@@ -1,0 +1,209 @@
+"""The flags of the training scripts of guided-diffusion and improved-diffusion, and what they mean for config.model."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError
+
+FLAGS = "model_flags.txt"
+
+
+FLAGS_BYTES = 1 << 16
+
+
+CLASSES = 1000  # of ImageNet
+
+
+# The flags that are understood, with the defaults of guided-diffusion.
+DEFAULTS: Mapping[str, Any] = {
+    "image_size": 64,
+    "num_channels": 128,
+    "num_res_blocks": 2,
+    "num_heads": 4,
+    "num_heads_upsample": -1,
+    "num_head_channels": -1,
+    "attention_resolutions": "16,8",
+    "channel_mult": "",
+    "dropout": 0.0,
+    "class_cond": False,
+    "use_scale_shift_norm": True,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+    "learn_sigma": False,
+    "diffusion_steps": 1000,
+    "noise_schedule": "linear",
+    "predict_xstart": False,
+    "rescale_timesteps": False,
+}
+
+
+# Flags without influence on the network's output at a timestep.
+WITHOUT_INFLUENCE = (
+    *("use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "sigma_small", "timestep_respacing"),
+    *("lr", "batch_size", "microbatch", "ema_rate", "lr_anneal_steps", "weight_decay", "schedule_sampler", "data_dir"),
+    *(
+        "num_samples",
+        "model_path",
+        "log_interval",
+        "save_interval",
+        "resume_checkpoint",
+        "fp16_scale_growth",
+        "use_ddim",
+    ),
+)
+
+
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+
+
+SCHEDULES = {"linear": "linear", "cosine": "cosine"}
+
+
+_ADM = (
+    "--attention_resolutions 32,16,8 --learn_sigma True --num_channels 256 --num_head_channels 64 --num_res_blocks 2 "
+    "--resblock_updown True --use_scale_shift_norm True"
+)
+
+
+_IMPROVED = "--learn_sigma True --diffusion_steps 4000 --noise_schedule cosine --rescale_timesteps True"
+
+
+# The published files, as regular expressions of their names without the ending, and the flags of their READMEs.
+PUBLISHED = {
+    "64x64_diffusion": (
+        f"{_ADM} --image_size 64 --class_cond True --dropout 0.1 --noise_schedule cosine --num_channels 192 "
+        f"--num_res_blocks 3 --use_new_attention_order True"
+    ),
+    "128x128_diffusion": f"{_ADM} --image_size 128 --class_cond True --num_heads 4 --num_head_channels -1",
+    "256x256_diffusion": f"{_ADM} --image_size 256 --class_cond True",
+    "256x256_diffusion_uncond": f"{_ADM} --image_size 256",
+    "512x512_diffusion": f"{_ADM} --image_size 512 --class_cond True",
+    "lsun_(bedroom|cat|horse)(_nodropout)?": f"{_ADM} --image_size 256 --dropout 0.1",
+    "cifar10_uncond_50M_500K": f"{_IMPROVED} --image_size 32 --num_res_blocks 3 --dropout 0.3",
+    "imagenet64_uncond_100M_1500K": f"{_IMPROVED} --image_size 64 --num_res_blocks 3",
+    "imagenet64_cond_270M_250K": (
+        f"{_IMPROVED} --image_size 64 --num_channels 192 --num_res_blocks 3 --class_cond True"
+    ),
+    r"lsun_uncond_100M_\w+": (
+        "--image_size 256 --num_heads 1 --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16"
+    ),
+}
+
+
+def flags_of(path: pathlib.Path) -> tuple[dict[str, Any], str]:
+    """The flags of a file, by its name or from the file next to it, and where they are from, for people."""
+    beside = path.with_name(FLAGS)
+    if beside.is_file():
+        files.check_regular(beside)
+        if beside.stat().st_size > FLAGS_BYTES:
+            raise CheckpointError(f"{beside} has {beside.stat().st_size} bytes, at most {FLAGS_BYTES} are read")
+        return parse_flags(beside.read_text(errors="replace"), str(beside)), f"{FLAGS} next to it"
+    for name, flags in PUBLISHED.items():
+        if re.fullmatch(name, path.stem):
+            return parse_flags(flags, path.stem), "the published network of that name"
+    names = ", ".join(
+        name.replace(r"\w+", "*").replace("(bedroom|cat|horse)(_nodropout)?", "bedroom") for name in PUBLISHED
+    )
+    raise CheckpointError(
+        f"{path} does not say how it was trained; put {FLAGS} with the flags of its training next to it (without, the "
+        f"published files are known: {names})"
+    )
+
+
+def parse_flags(text: str, where: str) -> dict[str, Any]:
+    """The flags "--name value" of a text, which may be lines of a shell script (MODEL_FLAGS="..."), over the defaults.
+    CheckpointError for a flag that is not known, and for a value of another type.
+    """
+    text = re.sub(r"#.*|\b[A-Z_]+=|[\"']", " ", text)
+    flags, words = dict(DEFAULTS), iter(text.split())
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise CheckpointError(f"{where}: expected --name value, got {files.shown(word)}")
+        value = value if equals else next(words, None)
+        if name in WITHOUT_INFLUENCE:
+            continue
+        if name not in DEFAULTS:
+            raise CheckpointError(f"{where}: --{files.shown(name)} is not supported; supported: {', '.join(DEFAULTS)}")
+        flags[name] = _typed(name, value, where)
+    return flags
+
+
+def _typed(name: str, value: str | None, where: str) -> Any:
+    kind = type(DEFAULTS[name])
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[str(value).lower()]
+        return kind(value)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{where}: --{name} must be of type {kind.__name__}, got {files.shown(value)}") from None
+
+
+def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of config.model that flags mean. CheckpointError, naming the flag, for what is not supported."""
+
+    def refuse(name: str, supported: str) -> None:
+        raise CheckpointError(f"{where}: --{name} {files.shown(flags[name])} is not supported; supported: {supported}")
+
+    size = flags["image_size"]
+    if flags["channel_mult"]:
+        mult = tuple(_numbers(flags, "channel_mult", float, where))
+    elif size in CHANNEL_MULT:
+        mult = CHANNEL_MULT[size]
+    else:
+        refuse("image_size", f"{', '.join(map(str, CHANNEL_MULT))}, or any with --channel_mult")
+    widths = [int(factor * flags["num_channels"]) for factor in mult]
+    if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
+        refuse("channel_mult", "numbers whose widths are multiples of the first")
+    if flags["num_heads_upsample"] not in (-1, flags["num_heads"]):
+        refuse("num_heads_upsample", "-1, or as many as --num_heads")
+    if flags["noise_schedule"] not in SCHEDULES:
+        refuse("noise_schedule", ", ".join(SCHEDULES))
+    if not 1 <= flags["diffusion_steps"] <= 1_000_000:
+        refuse("diffusion_steps", "1..1000000")
+    divided = flags["num_head_channels"] != -1
+    return {
+        "image_size": size,
+        "image_channels": 3,
+        "channels": widths[0],
+        "channel_mult": tuple(width // widths[0] for width in widths),
+        "time_channels": flags["num_channels"],
+        "num_res_blocks": flags["num_res_blocks"],
+        "attention_resolutions": tuple(_numbers(flags, "attention_resolutions", int, where)),
+        "middle_attention": True,
+        "head_channels": flags["num_head_channels"] if divided else 0,
+        "num_heads": 0 if divided else flags["num_heads"],
+        "groups": 32,
+        "norm_epsilon": 1e-5,
+        "scale_shift": flags["use_scale_shift_norm"],
+        "resample": "block" if flags["resblock_updown"] else "conv",
+        "downsample_padding": "both",
+        "frequency_shift": 0.0,
+        "cos_first": True,
+        "time_scale": 1000 / flags["diffusion_steps"] if flags["rescale_timesteps"] else 1.0,
+        "learn_sigma": flags["learn_sigma"],
+        "num_classes": CLASSES if flags["class_cond"] else 0,
+        "label_dropout": 0.0,
+        "dropout": flags["dropout"],
+        "prediction": "x0" if flags["predict_xstart"] else "eps",
+    }
+
+
+def _numbers(flags: Mapping[str, Any], name: str, kind: type, where: str) -> list[Any]:
+    try:
+        return [kind(part) for part in flags[name].split(",") if part.strip()]
+    except ValueError:
+        raise CheckpointError(
+            f"{where}: --{name} must be numbers with commas between, got {files.shown(flags[name])}"
+        ) from None

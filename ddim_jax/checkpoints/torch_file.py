@@ -1,0 +1,300 @@
+"""Files that PyTorch wrote, read without PyTorch and without running what is in them.
+
+Since version 1.6 such a file is a zip archive: `data.pkl`, a pickle whose tensors refer to storages, and the storages,
+`data/KEY`. Before, it was the same as a sequence of pickles with the storages behind them. Both are read; the tar files
+of versions before 0.1.10 are not. A tensor is read when it is asked for, through a memory map.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import mmap
+import pathlib
+import pickle
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ddim_jax.checkpoints import pickles
+from ddim_jax.checkpoints.pickles import Global
+from ddim_jax.utils import files
+from ddim_jax.utils.errors import CheckpointError, DamagedError
+
+MAGIC = 0x1950A86A20F9469CFC6C  # of the format before 1.6
+MAX_AXES, MAX_COUNT = 32, 1 << 48
+
+DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+class Storage(NamedTuple):
+    """A flat array of a file."""
+
+    dtype: np.dtype
+    count: int  # of elements
+    read: Callable[[], np.ndarray]  # () -> (count,) of the dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A view of a storage."""
+
+    storage: Storage
+    offset: int  # in elements
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+
+    def read(self) -> np.ndarray:
+        """The array, a copy. DamagedError where its storage is not what was written."""
+        flat = self.storage.read()
+        size = self.storage.dtype.itemsize
+        view = np.lib.stride_tricks.as_strided(
+            flat[self.offset :], self.shape, [stride * size for stride in self.strides], writeable=False
+        )
+        return np.array(view)
+
+
+def load(path: pathlib.Path) -> Any:
+    """The content of a file: plain values and `Tensor`s. CheckpointError where it asks for anything else, or is no such
+    file; DamagedError where its own CRCs show that it has changed.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        files.check_regular(path)
+        if zipfile.is_zipfile(path):
+            return pickles.safely(lambda: _load_zip(path))
+        if tarfile.is_tarfile(path):
+            raise ValueError("it is a tar file, of a version of PyTorch before 0.1.10: save it with a later one")
+        with open(path, "rb") as file:
+            return pickles.safely(lambda: _load_stream(file, path))
+    except DamagedError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, tarfile.TarError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as tensors alone (nothing in it was executed): {error}"
+        ) from error
+
+
+# --- tensors ---
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_) -> Tensor:
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor has no storage")
+    for number in (offset, *shape, *strides):
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < MAX_COUNT:
+            raise ValueError("a tensor has an offset, a length or a stride that is no whole number from 0 to 2^48")
+    if len(shape) != len(strides) or len(shape) > MAX_AXES:
+        raise ValueError(f"a tensor has {len(shape)} axes and {len(strides)} strides")
+    size, last = 1, offset
+    for length, stride in zip(shape, strides, strict=True):
+        size *= length
+        last += max(length - 1, 0) * stride
+    if size and last >= storage.count or size > storage.count:  # a view with strides of 0 may claim any size
+        raise ValueError(f"a tensor of the shape {tuple(shape)} is larger than its storage of {storage.count} elements")
+    return Tensor(storage, offset if size else 0, tuple(shape), tuple(strides))
+
+
+def _parameter(data: Any, *_) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise ValueError("a parameter has no tensor")
+    return data
+
+
+def _ordered_dict(items: Any = ()) -> dict[Any, Any]:
+    return dict(items)
+
+
+def _size(shape: Any) -> tuple[int, ...]:
+    return tuple(shape)
+
+
+CALLS: Mapping[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": _size,
+}
+
+
+def dtype_of(kind: Any) -> np.dtype:
+    """The dtype of "torch.FloatStorage" and its like. ValueError for a global that is none."""
+    if not isinstance(kind, Global) or kind.module not in ("torch", "torch.cuda") or kind.name not in DTYPES:
+        raise pickles.Unsupported(f"it has a storage of the type {str(kind)[:100]}")
+    return DTYPES[kind.name]
+
+
+# --- the zip archive ---
+
+
+def _load_zip(path: pathlib.Path) -> Any:
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        if len(set(names)) != len(names):
+            raise ValueError("two of its entries have one name")
+        if any(
+            entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries
+        ):
+            raise ValueError("it is compressed, which PyTorch never does")
+        begins = {entry.filename: _begin(file, entry) for entry in entries}
+        ranges = sorted((begins[entry.filename], begins[entry.filename] + entry.file_size) for entry in entries)
+        ends = [0, *(end for _, end in ranges)]
+        if ends[-1] > size or any(begin < end for (begin, _), end in zip(ranges, ends, strict=False)):
+            raise ValueError("its entries overlap, or go beyond the file")
+        known = {entry.filename: entry for entry in entries}
+        (pickled,) = [name for name in names if name.rpartition("/")[2] == "data.pkl"] or [None]
+        if pickled is None:
+            raise ValueError("there is no data.pkl in it")
+        prefix = pickled.removesuffix("data.pkl")
+        order = known.get(f"{prefix}byteorder")
+        if order is not None and _bytes(path, begins[order.filename], order) != b"little":
+            raise ValueError("its byte order is not little-endian")
+        if known[pickled].file_size > pickles.MAX_BYTES:
+            raise ValueError(f"its data.pkl has {known[pickled].file_size} bytes, at most {pickles.MAX_BYTES} are read")
+        content = _bytes(path, begins[pickled], known[pickled])
+
+        def storage(id_: Any) -> Storage:
+            kind, key, _, count = _storage_id(id_, 5)
+            entry = known.get(f"{prefix}data/{key}")
+            if entry is None:
+                raise ValueError(f"the storage {str(key)[:100]!r} is missing")
+            return _storage(path, begins[entry.filename], entry, dtype_of(kind), count)
+
+        stream = io.BytesIO(content)
+        loaded = pickles.load(stream, CALLS, storage)
+        if stream.read(1):
+            raise ValueError("there is more behind its pickle")
+        return loaded
+
+
+def _begin(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry begin: behind its own header."""
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise ValueError("an entry has no header")
+    return entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+
+
+def _bytes(path: pathlib.Path, begin: int, entry: zipfile.ZipInfo) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(begin)
+        content = file.read(entry.file_size)
+    _check_crc(path, entry, content)
+    return content
+
+
+def _check_crc(path: pathlib.Path, entry: zipfile.ZipInfo, content: Any) -> None:
+    """DamagedError where an entry has not its CRC; PyTorch can be told to write 0 for all."""
+    if entry.CRC and zlib.crc32(content) != entry.CRC:
+        raise DamagedError(f"{path} is damaged: {entry.filename} in it has not the CRC that was written")
+
+
+def _storage(path: pathlib.Path, begin: int, entry: zipfile.ZipInfo, dtype: np.dtype, count: int) -> Storage:
+    if count * dtype.itemsize != entry.file_size:
+        raise ValueError(f"{entry.filename} has {entry.file_size} bytes, not {count} elements of {dtype}")
+
+    def read() -> np.ndarray:
+        flat = mapped(path, begin, dtype, count)
+        _check_crc(path, entry, flat.view(np.uint8) if count else b"")
+        return flat
+
+    return Storage(dtype, count, read)
+
+
+def mapped(path: pathlib.Path, begin: int, dtype: np.dtype, count: int) -> np.ndarray:
+    """`count` elements of a file from the byte `begin` on, (count,), through a memory map that ends with the array."""
+    if not count:
+        return np.zeros(0, dtype)
+    with open(path, "rb") as file:
+        first = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        bytes_ = mmap.mmap(file.fileno(), begin - first + count * dtype.itemsize, access=mmap.ACCESS_READ, offset=first)
+    return np.frombuffer(bytes_, np.uint8, count * dtype.itemsize, begin - first).view(dtype)
+
+
+def _storage_id(id_: Any, length: int) -> tuple[Any, str, Any, int]:
+    """(kind, key, location, count) of a persistent id. ValueError if it is none."""
+    if not isinstance(id_, tuple) or len(id_) < length or id_[0] != "storage" or not isinstance(id_[2], str):
+        raise ValueError("a persistent id is none of a storage")
+    count = id_[4]
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < MAX_COUNT:
+        raise ValueError("a storage has no number of elements")
+    return id_[1], id_[2], id_[3], count
+
+
+# --- the sequence of pickles ---
+
+
+def _load_stream(file: BinaryIO, path: pathlib.Path | None = None) -> Any:
+    """What the format before 1.6 holds. path: of the file, through which storages are mapped; None: the file is in
+    memory.
+    """
+    head = file.read(2)
+    file.seek(-len(head), io.SEEK_CUR)
+    if head[:1] != pickle.PROTO:
+        raise ValueError("it is neither a zip archive nor a pickle")
+    if pickles.load(file, {}) != MAGIC:
+        raise ValueError("it is a pickle, but none that torch.save wrote")
+    pickles.load(file, {})  # the version of the format
+    about = pickles.load(file, {})
+    if not isinstance(about, dict) or about.get("little_endian") is not True:
+        raise ValueError("its byte order is not little-endian")
+    found: dict[str, list[Any]] = {}  # key -> [dtype, count, where it begins]
+
+    def storage(id_: Any) -> Storage:
+        kind, key, _, count = _storage_id(id_, 6)
+        if id_[5] is not None:
+            raise pickles.Unsupported("it has a view of a storage")
+        place = found.setdefault(key, [dtype_of(kind), count, None])
+        if place[:2] != [dtype_of(kind), count]:
+            raise ValueError(f"the storage {key[:100]!r} is two")
+
+        def read() -> np.ndarray:
+            return _slice(file, path, place)
+
+        return Storage(place[0], count, read)
+
+    content = pickles.load(file, CALLS, storage)
+    keys = pickles.load(file, {})
+    names = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not names or sorted(keys) != sorted(found):
+        raise ValueError("its list of storages is another")
+    end = file.seek(0, io.SEEK_CUR)
+    size = file.seek(0, io.SEEK_END)
+    for key in keys:
+        file.seek(end)
+        (count,) = struct.unpack("<q", file.read(8).ljust(8, b"\xff"))
+        dtype, expected, _ = found[key]
+        found[key][2], end = end + 8, end + 8 + expected * dtype.itemsize
+        if count != expected or end > size:
+            raise ValueError(f"the storage {key[:100]!r} is cut short")
+    return content
+
+
+def _slice(file: BinaryIO, path: pathlib.Path | None, place: list[Any]) -> np.ndarray:
+    dtype, count, begin = place
+    if path is not None:
+        return mapped(path, begin, dtype, count)
+    file.seek(begin)
+    return np.frombuffer(file.read(count * dtype.itemsize), dtype)
