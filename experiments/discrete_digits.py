@@ -62,8 +62,8 @@ def main(options: types.SimpleNamespace) -> None:
     network = dataclasses.replace(config, model=dataclasses.replace(config.model, image_channels=LEVELS))
     mesh = sharding.data_mesh(config.mesh.data, config.mesh.fsdp)
     with error_context("config.data"):
-        name, path, options = config.data.name, config.data.path, config.data.options
-        source, test = (data.load(name, path, split, options) for split in ("train", "test"))
+        load = lambda split: data.load(config.data.name, config.data.path, split, config.data.options)
+        source, test = load("train"), load("test")
     if source.image_shape[-1] != 1:
         raise ConfigError("config.data: must have grey images, with one channel")
 
