@@ -99,7 +99,7 @@ def run(
         pretrained = weights.find(config, str(workdir) if converted else None, mesh)
         return pretrained.params, pretrained.source
 
-    def open_writers(begin: int) -> MetricWriters:
+    def open_writers(begin: int, pending: list[Any]) -> MetricWriters:
         if begin < recipe.num_steps and sharding.is_main_process():
             with files.replacing(workdir / "config.json") as file:
                 file.write(json.dumps(record, indent=1).encode())
@@ -107,6 +107,7 @@ def run(
         return MetricWriters(
             workdir,
             begin,
+            pending,
             num_steps=recipe.num_steps,
             log_every=config.train.log_every,
             batch_size=recipe.batch_size,

@@ -2,9 +2,9 @@
 
 The items of a step are `params`, `ema_params`, `optimizer` (the step, the number of skipped updates and the optimizer's
 state), `config` and `record` (JSON). Sampling reads only the items that it needs. The record holds the shapes of the
-parameters, and checksums of every array, of the config, and of itself. Reading an item verifies its checksum: a
-DamagedError names what has changed on the disk. The record, or fields of it, can be missing in checkpoints of earlier
-versions: these are read without that check.
+parameters, the metrics that are not yet logged, and checksums of every array, of the config, and of itself. Reading an
+item verifies its checksum: a DamagedError names what has changed on the disk. The record, or fields of it, can be
+missing in checkpoints of earlier versions: these are read without that check.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -24,12 +24,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
-from ddim_jax.checkpoints.shapes import check_shapes, checksum, shapes_of
+from ddim_jax.checkpoints.shapes import arrays_on_host, check_shapes, checksum, checksums, shapes_of
 from ddim_jax.utils import files, sharding
 from ddim_jax.utils.errors import CheckpointError, DamagedError
 
 JSON_FILE = "metadata"  # the file of the items config and record
-RECORD = {"checksums": dict, "shapes": dict, "config": str, "data": str, "digest": str}  # the types of its fields
+# The types of the fields of the record.
+RECORD = {"checksums": dict, "shapes": dict, "metrics": list} | dict.fromkeys(("config", "data", "digest"), str)
 
 
 class State(Protocol):
@@ -105,17 +106,19 @@ class Checkpoints:
         """All complete steps, in ascending order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: State, config: dict[str, Any], data: str = "") -> None:
-        """Starts an asynchronous save. config: JSON values. data: the fingerprint of the training data.
+    def save(self, state: State, config: dict[str, Any], data: str = "", metrics: Sequence[Any] = ()) -> None:
+        """Starts an asynchronous save. config: JSON values. data: the fingerprint of the training data. metrics: the
+        metrics of the updates that are not yet logged, as JSON values.
 
         CheckpointError if this save or the previous one fails.
         """
         items = {"params": _item(state.params), "ema_params": _item(state.ema_params), "optimizer": _optimizer(state)}
         record = {
-            "checksums": _checksums(items),
+            "checksums": checksums(items),
             "shapes": shapes_of(state.params),
             "config": files.json_digest(config),
             "data": data,
+            "metrics": list(metrics),
         }
         record["digest"] = files.json_digest(record)
         try:
@@ -166,6 +169,10 @@ class Checkpoints:
     def data(self, step: int) -> str:
         """The fingerprint of the training data that was saved with the step, "" if none was saved."""
         return self._record(step).get("data", "")
+
+    def metrics(self, step: int) -> list[Any]:
+        """The metrics that were not yet logged when the step was saved, [] if none were saved."""
+        return self._record(step).get("metrics", [])
 
     def config(self, step: int) -> dict[str, Any]:
         """The config (JSON values) that was saved with the step."""
@@ -253,7 +260,7 @@ class Checkpoints:
         except Exception as error:  # damaged files raise exceptions of many types
             raise self._unreadable(step, error) from error
         items = {name: restored[name] for name in targets}
-        for name, array in _on_host(items):
+        for name, array in arrays_on_host(items):
             if _differs(expected, name, checksum(array)):
                 raise self._damaged(step, f"{name} does not match its checksum")
             if not name.startswith("optimizer/") and not np.isfinite(array).all():
@@ -264,9 +271,8 @@ class Checkpoints:
         return DamagedError(f"{self._folder / str(step)} is damaged: {reason}")
 
     def _unreadable(self, step: int, error: Exception) -> DamagedError:
-        return DamagedError(
-            f"{self._folder / str(step)} cannot be read: {(str(error) or repr(error)).splitlines()[0][:300]}"
-        )
+        reason = (str(error) or repr(error)).splitlines()[0].split(" See full TensorStore details")[0]
+        return DamagedError(f"{self._folder / str(step)} cannot be read: {reason[:300]}")
 
 
 def _differs(saved: Mapping[str, Any], name: str, current: str) -> bool:
@@ -287,14 +293,3 @@ def _tree(item: Any, like: Any) -> Any:
 def _optimizer(state: State) -> dict[str, Any]:
     objective = {"objective": state.objective} if jax.tree.leaves(state.objective) else {}
     return {"step": state.step, "skipped": state.skipped, "state": state.opt_state, **objective}
-
-
-def _checksums(items: Mapping[str, Any]) -> dict[str, str]:
-    """The SHA-256 of every array, with names "item/module/leaf"."""
-    return {name: checksum(array) for name, array in _on_host(items)}
-
-
-def _on_host(items: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(name "item/module/leaf", complete array on the host) of every array, whatever its sharding."""
-    for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]:
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), sharding.to_host(leaf)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from ddim_jax.utils import sharding
 from ddim_jax.utils.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,3 +47,14 @@ def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
 def checksum(array: np.ndarray) -> str:
     """The SHA-256 of the bytes of an array."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def checksums(items: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of every array, with names "item/module/leaf"."""
+    return {name: checksum(array) for name, array in arrays_on_host(items)}
+
+
+def arrays_on_host(items: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name "item/module/leaf", complete array on the host) of every array, whatever its sharding."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(dict(items))[0]:
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), sharding.to_host(leaf)

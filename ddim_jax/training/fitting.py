@@ -67,6 +67,9 @@ class _Losses:
         self._metrics.append(metrics.loss)
         self._bar.update()
 
+    def pending(self) -> list[Any]:
+        return []
+
     def __enter__(self) -> _Losses:
         return self
 
@@ -144,7 +147,7 @@ def fit(
 
     opened = []
 
-    def open_writers(begin: int) -> _Losses:
+    def open_writers(begin: int, pending: list[Any]) -> _Losses:
         opened.append(_Losses(begin, num_steps, progress))
         return opened[0]
 

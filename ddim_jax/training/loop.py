@@ -35,6 +35,8 @@ class Writers(Protocol):
 
     def add_update(self, step: int, metrics: train_step.Metrics) -> None: ...
 
+    def pending(self) -> list[Any]: ...  # JSON values: what a process that resumes here needs for its next line
+
     def __enter__(self) -> Writers: ...
 
     def __exit__(self, *exception) -> None: ...
@@ -47,7 +49,7 @@ def run(
     recipe: Recipe,
     source: data.Source,
     mesh: Mesh,
-    open_writers: Callable[[int], Writers],
+    open_writers: Callable[[int, list[Any]], Writers],
     workdir: pathlib.Path | None = None,
     *,
     record: Mapping[str, Any] | None = None,
@@ -59,7 +61,8 @@ def run(
     """Trains for recipe.num_steps updates in total, resuming from the last checkpoint, and returns the last state.
 
     source: the training data; its examples have the shape of the network.
-    open_writers: a function (the step that training starts or resumes from) -> Writers.
+    open_writers: a function (the step that training starts or resumes from, the `pending` metrics that were saved with
+        that step) -> Writers.
     workdir: the folder to which checkpoints are written. None: no checkpoints.
     record: a JSON object that is saved with each checkpoint.
     check_saved: called with the record of a checkpoint. It raises ConfigError or CheckpointError if training must not
@@ -75,7 +78,7 @@ def run(
     trains in the workdir; CheckpointError or DamagedError if a checkpoint cannot be used.
     """
     with contextlib.ExitStack() as stack:
-        checkpoints, fingerprint, begin = None, "", 0
+        checkpoints, fingerprint, begin, pending = None, "", 0, []
         if workdir is not None:
             with error_context("config.data"):
                 fingerprint = data.fingerprint(source)
@@ -85,19 +88,23 @@ def run(
         if checkpoints is not None:
             restored = _restore(state, recipe, workdir, fingerprint, checkpoints, check_saved, skip_damaged)
             state, begin = restored or (state, 0)
+            pending = checkpoints.metrics(begin) if begin else []
         if not begin and (initial := initial_params(checkpoints is not None and checkpoints.latest() == 0)):
             params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), initial[0], state.params)
             state = state._replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
             say(f"starts from {initial[1]}")
         if checkpoints is not None and begin < recipe.num_steps:
             check_disk(recipe, workdir, state, begin, checkpoints.steps())
-        with open_writers(begin) as writers:
+        with open_writers(begin, pending) as writers:
             if begin < recipe.num_steps:
                 example = source[np.arange(1)].images
                 update, writers.flops = compiled_update(recipe, mesh, state, step_key, example.shape[1:], example.dtype)
             if begin:
                 on_step(writers, begin, state.ema_params, resumed=True)
-            save = None if checkpoints is None else lambda state: checkpoints.save(state, dict(record), fingerprint)
+
+            def save(state: TrainState) -> None:
+                checkpoints.save(state, dict(record), fingerprint, writers.pending())
+
             with interrupts.postponed() as pending_signal:
                 in_flight = collections.deque()
                 for step, batch in enumerate(training_batches(recipe, source, mesh, begin), begin + 1):
@@ -109,10 +116,10 @@ def run(
                     while len(in_flight) > (0 if last or due or stop else sharding.steps_in_flight()):
                         check_finite(recipe, *in_flight.popleft())
                     # No checkpoint while updates are skipped: it would replace a checkpoint from before.
-                    if save and (last or stop or (due and not metrics.skipped)):
+                    if checkpoints is not None and (last or stop or (due and not metrics.skipped)):
                         check_state(state)
                         save(state)
-                    if save and stop and not last:
+                    if checkpoints is not None and stop and not last:
                         checkpoints.wait()
                         print(
                             f"\nstopped at step {step}, which is saved; run the same command to resume", file=sys.stderr

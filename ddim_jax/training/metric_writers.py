@@ -10,7 +10,7 @@ import json
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -120,6 +120,9 @@ class WeightsAndBiases:
 class MetricWriters:
     """Writes the metrics every log_every steps, as means over the updates that were not skipped. Only then are they
     transferred to the host.
+
+    An update between two lines is also saved with a checkpoint, so that the lines of a resumed run equal those of an
+    uninterrupted one.
     """
 
     flops = 0.0  # floating-point operations of one update
@@ -128,6 +131,7 @@ class MetricWriters:
         self,
         workdir: pathlib.Path,
         begin: int,
+        pending: Sequence[Any] = (),
         *,
         num_steps: int,
         log_every: int,
@@ -136,6 +140,7 @@ class MetricWriters:
         wandb: Callable[[], Writer] | None = None,
     ):
         """begin: the step that training starts or resumes from.
+        pending: the return value of `pending` at that step, in the process that saved it.
         num_steps: the last step.
         log_every: the number of steps between lines.
         batch_size: over all devices.
@@ -144,6 +149,8 @@ class MetricWriters:
         """
         self._log_every, self._batch_size, self._num_levels = log_every, batch_size, num_levels
         self._workdir = workdir
+        with error_context(str(workdir)):
+            self._pending = [_from_json(metrics) for metrics in pending]
         self._writers: list[Writer] = []
         if sharding.is_main_process():
             with error_context(str(workdir)):
@@ -155,7 +162,6 @@ class MetricWriters:
         self._bar = tqdm(
             total=num_steps, initial=begin, unit="step", desc="training", disable=not sharding.is_main_process()
         )
-        self._pending: list[train_step.Metrics] = []
         self._since = None
 
     def add_update(self, step: int, metrics: train_step.Metrics) -> None:
@@ -177,6 +183,10 @@ class MetricWriters:
             displayed = ("loss", "images_per_second")
             self._bar.set_postfix({name: f"{means[name]:.4g}" for name in displayed if means.get(name) is not None})
             self._write("metrics.jsonl", step, means)
+
+    def pending(self) -> list[Any]:
+        """The metrics of the updates after the last line, as JSON values."""
+        return [_to_json(metrics) for metrics in jax.device_get(self._pending)]
 
     def write_evaluation(self, step: int, numbers: Mapping[str, float] | None = None, **pictures: np.ndarray) -> None:
         """Writes the numbers of an evaluation of a step, and pictures. The time since the last step is not counted as
@@ -243,19 +253,40 @@ def wandb_id(workdir: pathlib.Path) -> str:
     return wandb_id(workdir)
 
 
+def _to_json(metrics: train_step.Metrics) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).tolist(), metrics)._asdict()
+
+
+def _from_json(value: Any) -> train_step.Metrics:
+    """The inverse of `_to_json`. ValueError if the value is not of its form."""
+    try:
+        arrays = {name: np.array(leaf, np.float64) for name, leaf in value.items() if name != "more"}
+        more = {name: np.array(leaf, np.float64) for name, leaf in value["more"].items()}
+        metrics = train_step.Metrics(**arrays, more=more)
+        bins = (metrics.bin_losses, metrics.bin_counts)
+        scalars = [*metrics[: train_step.Metrics._fields.index("bin_losses")], *more.values()]
+        if any(leaf.shape != (train_step.BINS,) for leaf in bins) or any(leaf.ndim for leaf in scalars):
+            raise ValueError("a metric has another shape")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the metrics of the checkpoint cannot be read: {error}") from error
+    return metrics
+
+
 def summary(steps: list[train_step.Metrics], num_levels: int) -> dict[str, float | None]:
     """The means over the updates that were not skipped, None if all were skipped; the number of skipped updates; and
     the mean loss of the images whose t is in each quarter of 1..num_levels, None if there are none.
     """
     applied = [metrics for metrics in steps if metrics.skipped == 0]
-    mean = lambda name: float(np.mean([getattr(metrics, name) for metrics in applied])) if applied else None
-    means = {name: mean(name) for name in ("loss", "grad_norm", "ema_distance")}
+    # In float64: the metrics that a checkpoint holds have this type, and the mean of an interrupted run is the same.
+    mean = lambda values: float(np.mean(np.array(values, np.float64)))
+    names = ("loss", "grad_norm", "ema_distance")
+    means = {name: mean([getattr(metrics, name) for metrics in applied]) if applied else None for name in names}
     means["skipped"] = len(steps) - len(applied)
-    for name in applied[0].more if applied else ():
-        means[name] = float(np.mean([metrics.more[name] for metrics in applied]))
+    for name in applied[-1].more if applied else ():
+        means[name] = mean([metrics.more[name] for metrics in applied if name in metrics.more])
     for i in range(train_step.BINS):
         first, last = (-(-num_levels * k // train_step.BINS) for k in (i, i + 1))
-        count = sum(metrics.bin_counts[i] for metrics in applied)
-        total = sum(metrics.bin_losses[i] for metrics in applied)
+        count = sum(float(metrics.bin_counts[i]) for metrics in applied)
+        total = sum(float(metrics.bin_losses[i]) for metrics in applied)
         means[f"loss_t{first + 1}_to_{last}"] = float(total / count) if count else None
     return means

@@ -32,13 +32,14 @@ CONFIG = config_lib.parse(smoke.get_config().to_dict())
 METRICS = train_step.Metrics(*map(np.float32, (0.5, 1.0, 0.1)), np.int32(0), np.bool_(True), np.ones(4), np.ones(4))
 
 
-def writers(workdir, begin, config):
+def writers(workdir, begin, config, pending=()):
     """The MetricWriters of ddim_jax.train."""
     public = config_lib.public(dataclasses.asdict(config))
     wandb = functools.partial(metric_writers.WeightsAndBiases, workdir, config.train.wandb, config.name, public)
     return metric_writers.MetricWriters(
         workdir,
         begin,
+        pending,
         num_steps=config.train.num_steps,
         log_every=config.train.log_every,
         batch_size=config.train.batch_size,
@@ -158,6 +159,53 @@ def test_the_files_of_tensorboard(tmp_path):
     holds({(5, "loss"), (10, "loss"), (15, "fid"), (15, "samples"), (25, "loss")} <= set(values), values)
     restarts = [event.step for event in found if event.session_log.status == 1]
     holds(restarts == [1, 11], "TensorBoard must discard the later steps of the first process")
+
+
+def random_metrics(step):
+    rng = np.random.default_rng(step)
+    numbers = rng.normal(size=3).astype(np.float32)
+    skipped = step % 4 == 0  # the loss of a skipped update is not finite
+    bins = rng.normal(size=(2, 4)).astype(np.float32)
+    numbers[0] = np.nan if skipped else numbers[0]
+    return train_step.Metrics(*numbers, np.int32(skipped), np.bool_(True), *bins, {"x": np.float32(step)})
+
+
+@pytest.mark.parametrize("stop", range(11))
+def test_the_lines_of_an_interrupted_run(stop, tmp_path):
+    """A run that is resumed between two lines writes the lines of an uninterrupted one, to the last digit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    with writers(whole, 0, CONFIG) as log:
+        for step in range(1, 11):
+            log.add_update(step, random_metrics(step))
+    with writers(parts, 0, CONFIG) as log:
+        for step in range(1, stop + 1):
+            log.add_update(step, random_metrics(step))
+        pending = json.loads(json.dumps(log.pending()))
+    with writers(parts, stop, CONFIG, pending) as log:
+        for step in range(stop + 1, 11):
+            log.add_update(step, random_metrics(step))
+    lines = lambda folder: [
+        {name: value for name, value in json.loads(text).items() if not name.endswith("per_second")}
+        for text in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    holds(lines(parts) == lines(whole) and [one["step"] for one in lines(whole)] == [5, 10])
+
+
+VALID = {"loss": 0.5, "grad_norm": 1, "ema_distance": 1, "skipped": 0, "finite": 1, "more": {}}
+VALID |= {"bin_losses": [1] * 4, "bin_counts": [1] * 4}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"loss": "x"}, {"loss": [1, 2]}, {"bin_losses": 3}, {"bin_counts": [[1]] * 4}, {"more": 5}, {"more": {"x": "y"}}]
+    + [{"finite": {}}, {"other": 1}, {"more": {"x": [1, 2]}}],
+)
+def test_pending_metrics_of_another_form(change, tmp_path):
+    writers(tmp_path, 0, CONFIG, [VALID]).pending()
+    for value in (VALID | change, [], None, 3, {}):
+        refuses(lambda value=value: writers(tmp_path, 0, CONFIG, [value]), str(tmp_path), "metrics")
 
 
 DAMAGES = {

@@ -122,7 +122,7 @@ def test_an_output_that_cannot_be_printed_is_an_error(tmp_path):
         pytest.param("train", 20_000, "checkpoints", marks=pytest.mark.slow),
         pytest.param("train", 300, "config.json", marks=pytest.mark.slow),
         pytest.param("train", 4000, "grids", marks=pytest.mark.slow),
-        pytest.param("sample", 300, "run.json", marks=pytest.mark.slow),
+        pytest.param("sample", 300, "", marks=pytest.mark.slow),
     ],
 )
 def test_a_file_that_grows_too_long_is_named(module, file_bytes, name, tmp_path):
