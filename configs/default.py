@@ -54,7 +54,7 @@ def get_config() -> ConfigDict:
     model.label_dropout = 0.0  # probability that a label is dropped in training, for guidance
     model.dtype = "float32"  # float32 | bfloat16: dtype of the computation; parameters are float32
     model.remat = False  # rematerialisation: less memory in training, a third more time
-    model.prediction = "eps"  # eps | x0 | v: prediction type of the network
+    model.prediction = "eps"  # eps | x0 | v | edm: prediction type of the network
 
     config.schedule = schedule = ConfigDict()
     schedule.name = "linear"  # linear | scaled_linear | cosine | sigmoid | from_betas; in closed form for
@@ -84,7 +84,7 @@ def get_config() -> ConfigDict:
     train.objective = objective = ConfigDict()
     objective.name = "noise_prediction"  # L_gamma, Eq. (5), or your objective "module:function"
     objective.weight = "one"  # gamma_t: one (as in the paper) | x0 | v (unweighted error of x_0, of v) |
-    # min_snr | p2
+    # min_snr | p2 | edm
     objective.weight_options = {}  # arguments of the loss weight
     objective.time = "uniform"  # distribution of t: uniform | real (uniform in [1, T]) | logit_normal |
     # importance

@@ -197,8 +197,49 @@ def from_v_output(x_t: Array, v: Array, level: Level) -> Prediction:
     return Prediction(signal * x_t - noise * v, signal * v + noise * x_t)
 
 
-# The parametrizations of a network: (x_t, network output, level) -> Prediction.
-PREDICTIONS = {"eps": from_eps_output, "x0": from_x0_output, "v": from_v_output}
+SIGMA_DATA = 0.5  # of EDM: the standard deviation of the images
+
+
+def from_edm_output(x_t: Array, output: Array, level: Level) -> Prediction:
+    """The prediction of a network with the preconditioning of EDM (Karras et al. 2022, Eq. 7). Defined for every
+    alpha_bar.
+
+    The paper has `x_sigma = x_0 + sigma eps` and `x_0 = c_skip x_sigma + c_out F`, with F the output. Here
+    `x_t = sqrt(ab) x_sigma` and `sigma^2 = (1 - ab) / ab`. With sigma_data = d and `n^2 = (1 - ab) + d^2 ab`:
+    `x_0 = (d^2 sqrt(ab) x_t / n + d sqrt(1 - ab) F) / n`, `eps = (sqrt(1 - ab) x_t / n - d sqrt(ab) F) / n`.
+
+    With d = 1 this is `from_v_output` of -F.
+    """
+    signal, noise, scale = jnp.sqrt(level.alpha_bar), jnp.sqrt(level.one_minus_alpha_bar), _edm_scale(level)
+    x, d = x_t / scale, SIGMA_DATA
+    return Prediction((d**2 * signal * x + d * noise * output) / scale, (noise * x - d * signal * output) / scale)
+
+
+def _edm_scale(level: Level) -> Array:
+    """The standard deviation of x_t if that of x_0 is SIGMA_DATA."""
+    return jnp.sqrt(level.one_minus_alpha_bar + SIGMA_DATA**2 * level.alpha_bar)
+
+
+def _edm_inputs(x_t: Array, time: Array, level: Level) -> tuple[Array, Array]:
+    """(c_in x_sigma, c_noise) of EDM: x_t with variance 1, and `ln(sigma) / 4`. Undefined at alpha_bar = 0 and 1."""
+    return x_t / _edm_scale(level), jnp.log(level.one_minus_alpha_bar / level.alpha_bar) / 8
+
+
+class Parametrization(NamedTuple):
+    """The relation between a network and a denoiser: the inputs of the network, and the meaning of its output."""
+
+    inputs: Callable[[Array, Array, Level], tuple[Array, Array]]  # (x_t, network time t - 1, level) -> (x, time)
+    prediction: Callable[[Array, Array, Level], Prediction]  # (x_t, network output, level) -> Prediction
+
+
+_unchanged = lambda x_t, time, level: (x_t, time)
+
+PREDICTIONS = {
+    "eps": Parametrization(_unchanged, from_eps_output),
+    "x0": Parametrization(_unchanged, from_x0_output),
+    "v": Parametrization(_unchanged, from_v_output),
+    "edm": Parametrization(_edm_inputs, from_edm_output),
+}
 
 
 def sigma(eta: Array, transition) -> Array:

@@ -74,12 +74,21 @@ def weight_p2(k: float = 1.0, gamma: float = 1.0) -> LossWeight:
     return LossWeight(_v, factor)
 
 
+def weight_edm() -> LossWeight:
+    """`gamma_t = (ab + 4 (1 - ab)) / ab`: the squared error of the network output of EDM.
+
+    It is the weight lambda(sigma) of Karras et al. (2022, table 1) with sigma_data = 0.5, times sigma^2.
+    """
+    return LossWeight(_v, lambda level: level.alpha_bar + level.one_minus_alpha_bar / gaussian.SIGMA_DATA**2)
+
+
 WEIGHTS = {
     "one": weight_one,
     "x0": weight_x0,
     "v": weight_v,
     "min_snr": weight_min_snr,
     "p2": weight_p2,
+    "edm": weight_edm,
 }
 
 

@@ -103,9 +103,11 @@ def test_every_parameterisation_gives_the_same_x_0_and_eps(t, x_0, eps):
         level = schedule.Level(t, TABLE.alpha_bar[t], TABLE.one_minus_alpha_bar[t])
         x_t = gaussian.q_marginal(x_0, eps, level)
         outputs = {"eps": eps, "x0": x_0, "v": gaussian.predict_v(x_0, eps, level)}
+        sigma, x_sigma = np.sqrt(level.one_minus_alpha_bar / level.alpha_bar), x_t / np.sqrt(level.alpha_bar)
+        outputs["edm"] = (x_0 - 0.25 / (sigma**2 + 0.25) * x_sigma) * np.sqrt(sigma**2 + 0.25) / (0.5 * sigma)
         assert set(outputs) == set(registry.PREDICTIONS)
         for name, value in outputs.items():
-            assert registry.PREDICTIONS[name](x_t, value, level) == pytest.approx((x_0, eps), abs=1e-9)
+            assert registry.PREDICTIONS[name].prediction(x_t, value, level) == pytest.approx((x_0, eps), abs=1e-9)
         assert gaussian.predict_x0(x_t, eps, level) == pytest.approx(x_0, abs=1e-9)
 
 

@@ -41,6 +41,7 @@ GAMMAS = {  # the weights of the error of eps, as functions of alpha_bar
     "v": lambda ab: 1 / ab,
     "min_snr": lambda ab: np.minimum(ab / (1 - ab), 5) / (ab / (1 - ab)),
     "p2": lambda ab: 1 / (1 + ab / (1 - ab)),
+    "edm": lambda ab: 1 + 4 * (1 - ab) / ab,
 }
 
 

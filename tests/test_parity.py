@@ -566,7 +566,7 @@ def model_output(x, time, xp):
 def bounded(prediction, sample, keep_eps):
     """The denoiser that model_output is, with x_0 bounded as a scheduler's settings say."""
     model = gaussian.Denoise(
-        lambda x, level: gaussian.PREDICTIONS[prediction](x, model_output(x, level.t - 1, jnp), level)
+        lambda x, level: gaussian.PREDICTIONS[prediction].prediction(x, model_output(x, level.t - 1, jnp), level)
     )
     if sample["clip_x0"] and sample["clip_quantile"]:
         return gaussian.threshold_x0(model, sample["clip_quantile"], sample["clip_range"], keep_eps=keep_eps)

@@ -44,6 +44,8 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """
     if model["patch_size"] != 1:
         raise CheckpointError(f"model.patch_size: must be 1, got {model['patch_size']}: UNet2DModel has no patches")
+    if model.get("prediction") == "edm":
+        raise CheckpointError("model.prediction: must be eps, x0 or v in a diffusers folder, got edm")
     for name, default in ONLY_OURS.items():
         if model.get(name, default) != default:
             raise CheckpointError(f"model.{name}: must be {default} in a diffusers folder, got {model[name]}")

@@ -81,7 +81,7 @@ def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
         count=count,
         size=model["image_size"],
         channels=model["image_channels"],
-        prediction={"eps": "the noise", "x0": "the image", "v": "v"}[model["prediction"]],
+        prediction={"eps": "the noise", "x0": "the image", "v": "v", "edm": "F of EDM"}[model["prediction"]],
         updates=f" after {step:,} updates" if step else "",
         clipped=", use_clipped_model_output=True" if sample["clip_x0"] else "",
         notes="".join(f"{note}\n" for note in notes) + ("\n" if notes else ""),

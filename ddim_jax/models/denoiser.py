@@ -1,6 +1,7 @@
 """The conversion of a network to a denoiser.
 
 Published networks count time from 0. This is the only module that converts the timestep t to the network time t - 1.
+Networks with the preconditioning of EDM get ln(sigma) / 4 instead, see `gaussian.PREDICTIONS`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Denoiser(Denoise):
     labels: (B,) ints for a class-conditional network, else None.
     lowest: the noise level of t = 1, `schedule.level(1)`, the lowest one in training. For t < 1, as at t = 0 where
         encoding starts, the network is evaluated at t = 1, and eps is computed from its output with this noise level.
-        Required to encode with a network that predicts x_0.
+        Required where alpha_bar = 1, as in encoding, for a network that predicts x_0, and for "edm", whose network
+        time ln(sigma) / 4 is infinite there.
     dropout_key: one key in training, where dropout is active, else None.
 
     A denoiser is a pytree: other params, labels or noise levels of the same shapes do not trigger recompilation. Raises
@@ -57,13 +59,16 @@ class Denoiser(Denoise):
         return Denoiser(self.network, self.params, self.prediction, labels, self.lowest, self.dropout_key)
 
     def predict(self, x_t: Array, level: Level) -> Prediction:
-        output = _output(self.network, self.params, self.labels, self.dropout_key, x_t, jnp.maximum(level.t, 1))
-        to_prediction = PREDICTIONS[self.prediction]
+        trained = level
+        if self.lowest is not None:
+            below = level.t < self.lowest.t
+            trained = Level(level.t, *(_where(below, a, b) for a, b in zip(self.lowest[1:], level[1:], strict=True)))
+        parametrization = PREDICTIONS[self.prediction]
+        x, time = parametrization.inputs(x_t, _network_time(level.t), trained)
+        output = _output(self.network, self.params, self.labels, self.dropout_key, x, time)
+        x_0, eps = parametrization.prediction(x_t, output, trained)
         if self.lowest is None:
-            return to_prediction(x_t, output, level)
-        below = level.t < self.lowest.t
-        trained = Level(level.t, *(_where(below, a, b) for a, b in zip(self.lowest[1:], level[1:], strict=True)))
-        x_0, eps = to_prediction(x_t, output, trained)
+            return Prediction(x_0, eps)
         # The 1 avoids NaN in the derivative where alpha_bar = 0.
         safe = level._replace(alpha_bar=_where(below, level.alpha_bar, 1))
         return Prediction(_where(below, predict_x0(x_t, eps, safe), x_0), eps)
@@ -74,8 +79,12 @@ class Denoiser(Denoise):
         alpha_bar = np.asarray(alpha_bar)
         if self.prediction == "eps" and (alpha_bar == 0).any():
             raise ValueError("prediction must be x0 or v where alpha_bar = 0: there x_0 cannot be computed from eps")
+        if self.prediction == "edm" and (alpha_bar == 0).any():
+            raise ValueError("prediction must be x0 or v where alpha_bar = 0: there sigma of EDM is infinite")
         if self.prediction == "x0" and self.lowest is None and (alpha_bar == 1).any():
             raise ValueError("lowest must be given where alpha_bar = 1: there eps cannot be computed from x_0")
+        if self.prediction == "edm" and self.lowest is None and (alpha_bar == 1).any():
+            raise ValueError("lowest must be given where alpha_bar = 1: there ln(sigma) of EDM is infinite")
 
     def tree_flatten(self):
         return (self.params, self.labels, self.lowest, self.dropout_key), (self.network, self.prediction)
@@ -112,15 +121,20 @@ class _Classes:
     network: Network | nn.Module
 
     def __call__(self, params, labels, dropout_key, x_t, t):
-        return jax.nn.log_softmax(_output(self.network, params, labels, dropout_key, x_t, jnp.maximum(t, 1)))
+        return jax.nn.log_softmax(_output(self.network, params, labels, dropout_key, x_t, _network_time(t)))
 
 
-def _output(network, params, labels, dropout_key, x_t, t):
+def _network_time(t: Array) -> Array:
+    """The time of the network, which counts from 0. Below t = 1 it is that of t = 1."""
+    return jnp.maximum(t, 1) - 1
+
+
+def _output(network, params, labels, dropout_key, x_t, time):
     if labels is not None and not (jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == x_t.shape[:1]):
         raise ValueError(
             f"labels must be integers of the shape {x_t.shape[:1]}, got shape {labels.shape} and dtype {labels.dtype}"
         )
-    time = jnp.broadcast_to(t - 1, x_t.shape[:1])
+    time = jnp.broadcast_to(time.reshape(time.shape[:1]), x_t.shape[:1])  # from (), (B,) or (B, 1, ..., 1)
     train = dropout_key is not None
     rngs = {"dropout": dropout_key} if train else None
     if not isinstance(network, Network):
