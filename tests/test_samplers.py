@@ -109,7 +109,9 @@ def golden_network(x, t):
 def test_the_golden_loop_of_diffusers(prediction, beta_start, total, mean):
     """The sums in diffusers' own tests of its DDIM scheduler: T = 1000, linear, "leading", 10 steps, eta = 0."""
     noise_schedule = schedule.linear(beta_start=beta_start)
-    denoise = gaussian.Denoise(lambda x, level: registry.PREDICTIONS[prediction].prediction(x, golden_network(x, level.t), level))
+    denoise = gaussian.Denoise(
+        lambda x, level: registry.PREDICTIONS[prediction].prediction(x, golden_network(x, level.t), level)
+    )
     x = samplers.integrate(
         samplers.ddim(),
         denoise,

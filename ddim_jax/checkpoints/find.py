@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pathlib
 
-from ddim_jax.checkpoints import diffusers_folder, official, safetensors_file
+from ddim_jax.checkpoints import diffusers_folder, edm, official, safetensors_file
 from ddim_jax.checkpoints.hub import Folder, hub_repository
 from ddim_jax.checkpoints.info import CheckpointInfo
 from ddim_jax.utils.errors import CheckpointError
 
 SUPPORTED = (
     "a diffusers folder (with model_index.json), a hub repository of one (owner/name), a folder with the ckpt.pth of "
-    "the official code, a .pth, .ckpt or .safetensors file, a workdir"
+    "the official code, a .pth, .ckpt or .safetensors file, a .pkl file of EDM, a workdir"
 )
 
 
@@ -31,6 +31,8 @@ def open_checkpoint(where: str) -> CheckpointInfo:
         raise CheckpointError(f"{where} is a folder without a checkpoint; supported: {SUPPORTED}")
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{where} is neither a regular file nor a folder; supported: {SUPPORTED}")
+    if path.is_file() and path.suffix == edm.SUFFIX:
+        return edm.open_file(path)
     if path.is_file():
         return safetensors_file.open_file(path) if safetensors_file.is_ours(path) else official.open_file(path)
     repository = hub_repository(where)

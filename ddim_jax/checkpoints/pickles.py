@@ -3,16 +3,20 @@
 `load` runs the opcodes that make plain values: numbers, texts, bytes, lists, tuples, dicts and sets. A global,
 "module name", is looked up in a table of the caller's and is otherwise only a name; to call it means to call what the
 table says. So nothing of a file is executed, whoever wrote it, and memory is bounded by the size of the file.
+
+One file because the stack machine is one loop, and a reader compares its opcodes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any, BinaryIO, NamedTuple
 
 MAX_BYTES = 16 << 20  # of one pickle: those of the published checkpoints, which hold names and shapes, have 1 MB
+SKIPPED_BYTES = 4096  # longer byte strings are not read, if `load` may skip them
 
 
 class Global(NamedTuple):
@@ -25,6 +29,21 @@ class Global(NamedTuple):
         return f"{self.module}.{self.name}"
 
 
+@dataclasses.dataclass(eq=False)
+class Object:
+    """An object of a class that a pickle names. Nothing of the class is imported."""
+
+    kind: str  # the name of the class
+    state: Any = None  # what the pickle sets as its state
+
+
+class Skipped(NamedTuple):
+    """A byte string that is not read: where it is in the file."""
+
+    begin: int
+    length: int
+
+
 class Unsupported(ValueError):
     """A pickle asks for more than values."""
 
@@ -32,10 +51,13 @@ class Unsupported(ValueError):
 Calls = Mapping[str, Callable[..., Any]]  # "module.name" -> its result; it raises ValueError for bad arguments
 
 
-def load(file: BinaryIO, calls: Calls, persistent: Callable[[Any], Any] | None = None) -> Any:
+def load(file: BinaryIO, calls: Calls, persistent: Callable[[Any], Any] | None = None, *, skip: bool = False) -> Any:
     """The value of the pickle that begins where the file is; afterwards the file is behind it.
 
-    calls: the globals that may be called. persistent: what a persistent id means; None: there must be none.
+    calls: the globals that may be called; a result that is an `Object` gets the state that the pickle sets.
+    persistent: what a persistent id means; None: there must be none.
+    skip: a byte string of more than SKIPPED_BYTES is not read: it becomes `Skipped`, and does not count for MAX_BYTES.
+
     Unsupported where the pickle asks for anything else; ValueError where it is no pickle, is cut short, or has more
     than MAX_BYTES. A key of a dict and an item of a set must be a number, a text or bytes: to hash anything else may
     take for ever.
@@ -50,8 +72,7 @@ def load(file: BinaryIO, calls: Calls, persistent: Callable[[Any], Any] | None =
         del stack[begin:]
         return items
 
-    for opcode, argument, _ in pickletools.genops(_Limited(file)):
-        name = opcode.name
+    for name, argument in _opcodes(_Limited(file, skip)):
         if name in _IGNORED:
             pass
         elif name in _CONSTANTS:
@@ -112,7 +133,9 @@ def load(file: BinaryIO, calls: Calls, persistent: Callable[[Any], Any] | None =
             stack.append(_call(calls, called, arguments))
         elif name == "BUILD":
             state = stack.pop()
-            if not (isinstance(stack[-1], dict) and isinstance(state, dict)):  # the attributes of an OrderedDict
+            if isinstance(stack[-1], Object):
+                stack[-1].state = state
+            elif not (isinstance(stack[-1], dict) and isinstance(state, dict)):  # the attributes of an OrderedDict
                 raise Unsupported(f"it sets the state of a {_kind(stack[-1])}")
         elif name in ("PERSID", "BINPERSID"):
             if persistent is None:
@@ -123,6 +146,22 @@ def load(file: BinaryIO, calls: Calls, persistent: Callable[[Any], Any] | None =
         else:
             raise Unsupported(f"it holds the opcode {name}")
     raise ValueError("it ends before its last opcode")
+
+
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+_LENGTHS = {"BINBYTES": pickletools.read_uint4, "BINBYTES8": pickletools.read_uint8}
+
+
+def _opcodes(file: _Limited) -> Iterator[tuple[str, Any]]:
+    """(name, argument) of every opcode, also of those behind the last one."""
+    while code := file.read(1):
+        if code not in _OPCODES:
+            raise ValueError(f"it holds the unknown opcode {code!r}")
+        opcode = _OPCODES[code]
+        if opcode.name in _LENGTHS:
+            yield opcode.name, file.bytes(_LENGTHS[opcode.name](file))
+        else:
+            yield opcode.name, opcode.arg.reader(file) if opcode.arg else None
 
 
 def safely(read: Callable[[], Any]) -> Any:
@@ -192,10 +231,21 @@ def _of(kind: type, value: Any) -> Any:
 
 
 class _Limited:
-    """A file of which MAX_BYTES are read."""
+    """A file of which MAX_BYTES are read. skip: see `load`."""
 
-    def __init__(self, file: BinaryIO):
-        self._file, self._left = file, MAX_BYTES
+    def __init__(self, file: BinaryIO, skip: bool):
+        self._file, self._left, self._skip = file, MAX_BYTES, skip
+
+    def bytes(self, length: int) -> bytes | Skipped:
+        """A byte string of this length. ValueError if the file is shorter; what is skipped is not checked."""
+        if self._skip and length > SKIPPED_BYTES:
+            begin = self._file.tell()
+            self._file.seek(begin + length)
+            return Skipped(begin, length)
+        content = self.read(length)
+        if len(content) < length:
+            raise ValueError(f"expected {length} bytes, but only {len(content)} remain")
+        return content
 
     def read(self, count: int) -> bytes:
         return self._count(self._file.read(min(count, self._left + 1)))

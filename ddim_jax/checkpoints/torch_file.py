@@ -3,10 +3,16 @@
 Since version 1.6 such a file is a zip archive: `data.pkl`, a pickle whose tensors refer to storages, and the storages,
 `data/KEY`. Before, it was the same as a sequence of pickles with the storages behind them. Both are read; the tar files
 of versions before 0.1.10 are not. A tensor is read when it is asked for, through a memory map.
+
+A plain pickle of objects that hold tensors, as NVIDIA's are, has each storage as a byte string with the content of such
+a file, in the format before 1.6. `load_pickle` reads it.
+
+One file because the formats share the checks of a tensor and of a storage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import mmap
@@ -16,7 +22,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
@@ -77,14 +83,56 @@ def load(path: pathlib.Path) -> Any:
     """
     if not path.exists():
         raise CheckpointError(f"there is no file {path}")
-    try:
-        files.check_regular(path)
+    with _one_line(path):
         if zipfile.is_zipfile(path):
             return pickles.safely(lambda: _load_zip(path))
         if tarfile.is_tarfile(path):
             raise ValueError("it is a tar file, of a version of PyTorch before 0.1.10: save it with a later one")
         with open(path, "rb") as file:
             return pickles.safely(lambda: _load_stream(file, path))
+
+
+def load_pickle(path: pathlib.Path, calls: pickles.Calls) -> Any:
+    """The content of a plain pickle with tensors in it: values, `Tensor`s, and what the calls return.
+
+    calls: the globals that may be called, in addition to those of tensors. CheckpointError as for `load`.
+    """
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}")
+    with _one_line(path), open(path, "rb") as file:
+        size = path.stat().st_size
+
+        def storage(content: Any) -> Storage:
+            if isinstance(content, pickles.Skipped):
+                with open(path, "rb") as inner:
+                    inner.seek(content.begin)
+                    found = _load_stream(inner, path, min(content.begin + content.length, size))
+            else:
+                if not isinstance(content, bytes):
+                    raise ValueError("a storage is not of bytes")
+                found = _load_stream(io.BytesIO(content))
+            if not isinstance(found, Storage):
+                raise ValueError("the bytes of a storage hold something else")
+            return found
+
+        def read() -> Any:
+            if file.read(1) != pickle.PROTO:
+                raise ValueError("it is not a pickle")
+            file.seek(0)
+            content = pickles.load(file, {**CALLS, "torch.storage._load_from_bytes": storage, **calls}, skip=True)
+            if file.read(1):
+                raise ValueError("there is more behind its pickle")
+            return content
+
+        return pickles.safely(read)
+
+
+@contextlib.contextmanager
+def _one_line(path: pathlib.Path) -> Iterator[None]:
+    """Turns what reading a file raises into a CheckpointError of one line, except a DamagedError."""
+    try:
+        files.check_regular(path)
+        yield
     except DamagedError:
         raise
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, tarfile.TarError) as error:
@@ -246,9 +294,11 @@ def _storage_id(id_: Any, length: int) -> tuple[Any, str, Any, int]:
 # --- the sequence of pickles ---
 
 
-def _load_stream(file: BinaryIO, path: pathlib.Path | None = None) -> Any:
-    """What the format before 1.6 holds. path: of the file, through which storages are mapped; None: the file is in
-    memory.
+def _load_stream(file: BinaryIO, path: pathlib.Path | None = None, size: int | None = None) -> Any:
+    """What the format before 1.6 holds, from where the file is.
+
+    path: of the file, through which storages are mapped; None: the file is in memory. size: where it ends; None: at the
+    end of the file.
     """
     head = file.read(2)
     file.seek(-len(head), io.SEEK_CUR)
@@ -281,7 +331,7 @@ def _load_stream(file: BinaryIO, path: pathlib.Path | None = None) -> Any:
     if not names or sorted(keys) != sorted(found):
         raise ValueError("its list of storages is another")
     end = file.seek(0, io.SEEK_CUR)
-    size = file.seek(0, io.SEEK_END)
+    size = file.seek(0, io.SEEK_END) if size is None else size
     for key in keys:
         file.seek(end)
         (count,) = struct.unpack("<q", file.read(8).ljust(8, b"\xff"))
