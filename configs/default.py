@@ -33,10 +33,14 @@ def get_config() -> ConfigDict:
     model.image_channels = 3
     model.patch_size = 1  # above 1: patches of this side length are the positions of the network
     model.channels = 128  # number of channels at full resolution
-    model.channel_mult = (1, 2, 2, 2)  # multiplier of the channels at each resolution, from the highest down
+    model.channel_mult = (1, 2, 2, 2)  # multiplier of the channels at each resolution, from the highest down;
+    # it may be a fraction, such as 1.5
     model.num_res_blocks = 2  # per resolution in the encoder; the decoder has one more
     model.attention_resolutions = (16,)  # resolutions with self-attention after every block
+    model.attention_resolutions_down = ()  # further resolutions with it, in the encoder only
+    model.attention_resolutions_up = ()  # the same, in the decoder only
     model.middle_attention = True  # self-attention in the middle block
+    model.middle_groups = 0  # groups of GroupNorm before it; 0: as model.groups; -1: no GroupNorm
     model.head_channels = 0  # channels per attention head; 0: num_heads heads
     model.num_heads = 0  # attention heads where head_channels is 0; 0: one head, as in DDPM
     model.groups = 32  # groups of GroupNorm

@@ -196,13 +196,16 @@ def _config(values: dict[str, Any]) -> Config:
     """The checked Config. With config.pretrained, the checkpoint sets the fields of the network and the schedule."""
     if values.get("pretrained") in (None, ""):
         return config_lib.parse(values)
+    completed = weights.completed(values)
     for field, value in _overrides().items():
         section, _, name = field.partition(".")
+        if field == "model.image_size" and completed["model"]["image_size"] == values["model"]["image_size"]:
+            continue  # of a checkpoint that does not tell the size of its images
         # A name "package.module:attribute" permits the import of that code, see `compatibility.check_trusted`.
         code = name == "name" and ":" in value
         if section in ("model", "schedule") and name not in config_lib.NOT_ARCHITECTURE and not code:
             raise ConfigError(f"config.{field}: config.pretrained sets this field from the checkpoint; leave it out")
-    return config_lib.parse(weights.completed(values))
+    return config_lib.parse(completed)
 
 
 def _overrides() -> dict[str, Any]:

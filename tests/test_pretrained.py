@@ -23,7 +23,7 @@ from tiny import random_params, smoke_config, smoke_values
 from configs import default, digits_conditional
 from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import diffusers_export, diffusers_folder, parameter_names
+from ddim_jax.checkpoints import diffusers_export, diffusers_network, parameter_names
 from ddim_jax.config import weights
 from ddim_jax.models import network as network_lib
 from ddim_jax.utils.errors import CheckpointError
@@ -451,8 +451,8 @@ def test_the_class_none_is_kept_by_diffusers():
     model = dataclasses.asdict(config.model)
     exported = diffusers_export.unet_config(model)
     assert exported["num_class_embeds"] == 11
-    fields = diffusers_folder.network_fields(json.loads(json.dumps(exported)), "here")
+    fields = diffusers_network.network_fields(json.loads(json.dumps(exported)), "here")
     assert fields == {name: model[name] for name in fields} and fields["label_dropout"] == 0.1
     for wrong in ({"_label_dropout": "much"}, {"num_class_embeds": None}):
         with raises(CheckpointError, "here", "_label_dropout"):
-            diffusers_folder.network_fields(exported | wrong, "here")
+            diffusers_network.network_fields(exported | wrong, "here")
