@@ -177,7 +177,7 @@ def test_the_size_of_a_published_network(name):
         ("--num_heads_upsample 2", "num_heads_upsample"),
         ("--noise_schedule sqrt", "noise_schedule"),
         ("--image_size 48", "image_size"),
-        ("--channel_mult 1,1.5", "channel_mult"),
+        ("--channel_mult 1,-1", "channel_mult"),
         ("--channel_mult a,b", "channel_mult"),
         ("--diffusion_steps 0", "diffusion_steps"),
         ("--large_size 256", "large_size"),
@@ -203,5 +203,5 @@ def test_what_diffusers_cannot_hold_is_not_exported(kind, tmp_path):
     """A folder of diffusers would be another network; a .safetensors file holds all of it."""
     path, _, _ = published(kind, tmp_path)
     model = dataclasses.asdict(weights.read_info(str(path)).model)
-    with pytest.raises(CheckpointError, match="model.num_heads|model.scale_shift"):
+    with pytest.raises(CheckpointError, match="model.num_heads|model.time_scale"):
         diffusers_export.unet_config(model)

@@ -6,12 +6,12 @@ diffusers. Unsupported settings that change the numbers raise an error that name
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from ddim_jax.checkpoints.diffusers_settings import settings, unsupported
-from ddim_jax.models.unet import MOST_LEVELS, NO_NORM
+from ddim_jax.models.unet import MOST_LEVELS, NO_NORM, multipliers
 
 # Fields of UNet2DModel that must have one of these values. The first one is the default of a missing field.
 FIXED = {
@@ -138,11 +138,6 @@ def network_fields(values: Mapping[str, Any], where: str, image_size: int | None
     }
 
 
-def multipliers(widths: Sequence[int]) -> tuple[float, ...]:
-    """config.model.channel_mult for the numbers of channels at each resolution: ints where the first one divides."""
-    return tuple(width / widths[0] if width % widths[0] else width // widths[0] for width in widths)
-
-
 def _middle_groups(unet: Mapping[str, Any], scale_shift: bool) -> int:
     """config.model.middle_groups. Without attn_norm_num_groups and with scale_shift the attention of the middle block
     has no GroupNorm, unlike that of the other blocks.
@@ -172,7 +167,10 @@ def _blocks(unet: Mapping[str, Any], where: str) -> tuple[str, list[bool], list[
                 continue
             if name == attention and unet[resample] not in RESAMPLE:
                 refuse(resample, unet[resample], " or ".join(map(repr, RESAMPLE)))
-            kinds[plain.get(name) or RESAMPLE[unet[resample]]] = f"{name} with {resample} {unet[resample]!r}"
+            if name in plain:
+                kinds[plain[name]] = name
+            else:
+                kinds[RESAMPLE[unet[resample]]] = f"{name} with {resample} {unet[resample]!r}"
         attends[direction] = [name == attention for name in types]
     if len(kinds) > 1:
         both = "blocks that all resample by a convolution or all by a residual block"

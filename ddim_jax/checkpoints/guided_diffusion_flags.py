@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ddim_jax.models.unet import multipliers
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import CheckpointError
 
@@ -164,8 +165,8 @@ def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
     else:
         refuse("image_size", f"{', '.join(map(str, CHANNEL_MULT))}, or any with --channel_mult")
     widths = [int(factor * flags["num_channels"]) for factor in mult]
-    if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
-        refuse("channel_mult", "numbers whose widths are multiples of the first")
+    if not widths or min(widths) < 1:
+        refuse("channel_mult", "numbers above 0")
     if flags["num_heads_upsample"] not in (-1, flags["num_heads"]):
         refuse("num_heads_upsample", "-1, or as many as --num_heads")
     if flags["noise_schedule"] not in SCHEDULES:
@@ -177,7 +178,7 @@ def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
         "image_size": size,
         "image_channels": 3,
         "channels": widths[0],
-        "channel_mult": tuple(width // widths[0] for width in widths),
+        "channel_mult": multipliers(widths),
         "time_channels": flags["num_channels"],
         "num_res_blocks": flags["num_res_blocks"],
         "attention_resolutions": tuple(_numbers(flags, "attention_resolutions", int, where)),

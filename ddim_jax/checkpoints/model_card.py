@@ -72,7 +72,8 @@ def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
     learned = model.get("learn_sigma", False)
     if learned:
         notes.append("The network also predicts a variance, which `DDIMPipeline` does not support.")
-    elif sample["clip_x0"]:
+    clipped = ", use_clipped_model_output=True" if sample["clip_x0"] else ""
+    if clipped and not learned:
         notes.append("With `use_clipped_model_output=True`, eps is computed from the clipped prediction of x_0.")
     if model["num_classes"]:
         notes.append("The network is class-conditional. Its unet takes `class_labels`; the pipeline does not.")
@@ -87,7 +88,7 @@ def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
         prediction={"eps": "the noise", "x0": "the image", "v": "v"}[model["prediction"]],
         updates=f" after {step:,} updates" if step else "",
         pipeline="DDPMPipeline" if learned else "DDIMPipeline",
-        arguments=str(config["schedule"]["num_steps"]) if learned else "50, eta=0.0" + ", use_clipped_model_output=True" * bool(sample["clip_x0"]),
+        arguments=str(config["schedule"]["num_steps"]) if learned else f"50, eta=0.0{clipped}",
         notes="".join(f"{note}\n" for note in notes) + ("\n" if notes else ""),
         config=json.dumps(config, indent=1),
     )

@@ -11,6 +11,7 @@ One file because the blocks are used only by the network that names them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -224,6 +225,11 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits / (channels // heads) ** 0.5, axis=-1)
         h = jnp.einsum("bhqk,bkhc->bqhc", weights.astype(value.dtype), value).reshape(-1, channels)
         return x + nn.Dense(channels, kernel_init=_ZERO, name="out", **dense)(h).reshape(x.shape)
+
+
+def multipliers(widths: Sequence[int]) -> tuple[float, ...]:
+    """The channel_mult of a `UNet` with these numbers of channels at each resolution: ints where the first one divides."""
+    return tuple(width / widths[0] if width % widths[0] else width // widths[0] for width in widths)
 
 
 class UNet(nn.Module):
