@@ -139,7 +139,7 @@ def own_steps(values: Mapping[str, Any], where: str) -> str:
 def _scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
     name = values.get("_class_name", "DDIMScheduler")
     if isinstance(name, str) and name in REFUSED:
-        unsupported(where, "_class_name", name, f"schedulers of DDPM networks such as DDIMScheduler; {REFUSED[name]}")
+        unsupported(where, "_class_name", name, f"DDIMScheduler, DDPMScheduler and others of DDPM; {REFUSED[name]}")
     if not isinstance(name, str) or name not in SCHEDULERS:
         unsupported(where, "_class_name", name, ", ".join(SCHEDULERS))
     return SCHEDULERS[name]

@@ -228,7 +228,7 @@ class Attention(nn.Module):
 
 
 def multipliers(widths: Sequence[int]) -> tuple[float, ...]:
-    """The channel_mult of a `UNet` with these numbers of channels at each resolution: ints where the first one divides."""
+    """The channel_mult for these numbers of channels at each resolution: ints where the first one divides."""
     return tuple(width / widths[0] if width % widths[0] else width // widths[0] for width in widths)
 
 
