@@ -126,7 +126,7 @@ def check_signal(transitions: Transitions, name: str) -> None:
         return
     if not (np.asarray(transitions.alpha_bar_t).all() and np.asarray(transitions.alpha_bar_s).all()):
         raise ValueError(
-            f"transitions must have alpha_bar above 0 for {name}; ddim, ddpm and ddpm_hat support alpha_bar = 0"
+            f"transitions must have alpha_bar above 0 for {name}; ddim, ddpm, ddpm_hat and ddpm_learned support 0"
         )
 
 

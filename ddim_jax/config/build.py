@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -203,8 +204,11 @@ def pipeline(config: Config, params: Any, mesh: Mesh, sampling_process: Sampling
     sample = config.sample
     if sampling_process is None:
         sampling_process = process(sample, noise_schedule(config.schedule))
+    model = denoiser(config, params)
+    with error_context("config.sample.sampler"):
+        _check_variance(sample.sampler, sampling_process, model)
     return Pipeline(
-        denoiser(config, params),
+        model,
         sampling_process,
         mesh,
         sample.batch_size,
@@ -213,6 +217,18 @@ def pipeline(config: Config, params: Any, mesh: Mesh, sampling_process: Sampling
         sample.guidance,
         _bound_x0(sample),
     )
+
+
+def _check_variance(name: str, process: SamplingProcess, model: Denoiser) -> None:
+    """Raises ValueError if the sampler needs a variance that the network does not predict."""
+    if not getattr(process.sampler, "needs_variance", False):
+        return
+    network = model.network
+    level = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), process.transitions.level_t)
+    labels = jnp.zeros(1, jnp.int32) if network.num_classes else None
+    predicted = jax.eval_shape(model.with_labels(labels), jax.ShapeDtypeStruct((1, *network.shape), np.float32), level)
+    if predicted.variance_fraction is None:
+        raise ValueError(f"{name} needs a network that predicts the variance, see config.model.learn_sigma")
 
 
 def denoiser(config: Config, params: Any) -> Denoiser:
