@@ -306,7 +306,7 @@ ENTRIES = {
         lambda v: losses.j_sigma(net, v, X, KEYS),
     ),
     "gamma_exact(sigma2)": (reals(0, None, True), lambda v: losses.gamma_exact(DOWN, v)),
-    "discrete_ddim(share)": (reals(0, 1), discrete.discrete_ddim),
+    "discrete_ddim(fraction)": (reals(0, 1), discrete.discrete_ddim),
     "discrete.initial(shape)": (
         st.sampled_from([(), (1,), (3, 1), (3, 0), (2.5,)]),
         lambda v: discrete.initial(KEYS, v),
