@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     data.path = ""  # the folder (with train/ and test/, or flat), the .npz file, or the name
     # of the data set in tensorflow-datasets
     data.flip = False  # mirror training images left to right with probability 1/2
-    data.in_memory = False  # read all images once and store them in memory
+    data.in_memory = False  # read all images once and keep them in memory
     data.workers = 0  # processes that read and decode images; 0: threads of the main process
     data.options = {}  # arguments of the data set; of "folder": image_size, crop, resize, for images of mixed sizes
 
@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     objective.options = {}  # arguments of your objective
     train.ema_decay = 0.9999  # decay of the moving average of the parameters, with which samples are drawn
     train.ema_schedule = "constant"  # constant | warmup: min(ema_decay, (1 + k) / (10 + k)); or "module:function"
-    train.accumulate = 1  # gradient accumulation steps; the memory is that of one part of the batch
+    train.accumulate = 1  # gradient accumulation steps; the memory is that of one microbatch
     train.max_skipped = 20  # training ends after this number of consecutive updates that are not finite
     train.log_every = 100  # steps between entries of metrics.jsonl and TensorBoard
     train.checkpoint_every = 5000  # steps between checkpoints; a multiple of log_every
@@ -118,8 +118,8 @@ def get_config() -> ConfigDict:
     # timesteps: "1,50,150,250.5,400,550,700,850,1000"; not set: as in
     # config.pretrained, or uniform without it
     sample.tau_offset = 0  # added to every timestep of tau
-    sample.tau_end = 0  # the timestep at which the last step ends; 0: the image
-    sample.fixed_stride = False  # every step is from t to t - T // S, as in diffusers, not to the next of tau
+    sample.tau_end = 0  # the timestep at which the last step ends; 0: x_0
+    sample.fixed_stride = False  # every step is from t to t - T // S, as in diffusers, not to the next timestep
     sample.num_images = 64  # number of images to draw
     sample.batch_size = 64  # images per batch; changes only the rounding of the images
     sample.seed = 0  # the noise of image i depends only on (seed, i); below 2^32
