@@ -26,8 +26,8 @@ class Sampler(Protocol):
     """One step x_t -> x_s of a generative process. A pytree whose leaves are the hyper-parameters of the sampler.
 
     The leaves are traced, so a new value does not trigger recompilation. A sampler defines `stochastic`, `check`,
-    `init` and `step`. `order`, `calls_per_step`, `min_steps` and `needs_variance` are optional facts: a sampler need
-    not define them, and `integrate` does not read them. They are read-only and not leaves.
+    `init` and `step`. `order`, `calls_per_step`, `min_steps` and `needs_variance` are optional attributes: `integrate`
+    does not read them. They are read-only and not leaves.
 
     The timestep t and its shape, () or (B,), are documented in `gaussian.Denoise`.
     """
@@ -42,7 +42,7 @@ class Sampler(Protocol):
 
     @property
     def calls_per_step(self) -> int:
-        """Optional: the network calls of one step. The first steps or the last step may need another number."""
+        """Optional: the number of network calls per step. The first steps may have another number."""
 
     @property
     def min_steps(self) -> int:
@@ -177,7 +177,7 @@ class DDPMLearned(NamedTuple):
         fraction = predictions[0].variance_fraction
         if fraction is None:
             raise ValueError("model must predict a variance for ddpm_learned, got a denoiser without variance_fraction")
-        log = lambda variance: jnp.log(jnp.where(transition.s > 0, variance, 1))  # at s = 0 both variances are unused
+        log = lambda variance: jnp.log(jnp.where(transition.s > 0, variance, 1))  # for s = 0 both are unused
         deviation = jnp.exp((fraction * log(transition.beta) + (1 - fraction) * log(transition.posterior_variance)) / 2)
         return mean + jnp.where(transition.s > 0, deviation, 0) * noise, state
 
@@ -203,7 +203,7 @@ def ddpm_hat() -> DDPMHat:
 
 
 def ddpm_learned() -> DDPMLearned:
-    """DDPM with the variance that the network predicts, as ADM and improved-diffusion are sampled."""
+    """DDPM with the variance that the network predicts: the sampler of improved-diffusion and ADM."""
     return DDPMLearned()
 
 
@@ -284,7 +284,7 @@ def invert(
 
 
 def image_keys(key: Array, index: Array) -> Array:
-    """One key per image: `fold_in(key, i)` for every i in index. Image i then depends only on the seed and i.
+    """One key per image: `fold_in(key, i)` for every i in index. Image i then depends only on (key, i).
 
     key: one key.
     index: (B,) ints. Raises ValueError otherwise.

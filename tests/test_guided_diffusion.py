@@ -202,6 +202,8 @@ def test_the_size_of_a_published_network(name):
     [
         ("--num_heads_upsample 2", "num_heads_upsample"),
         ("--noise_schedule sqrt", "noise_schedule"),
+        ("--num_head_channels 0", "num_head_channels"),
+        ("--num_heads 0", "num_heads"),
         ("--image_size 48", "image_size"),
         ("--channel_mult 1,1.5", "channel_mult"),
         ("--channel_mult a,b", "channel_mult"),

@@ -168,6 +168,9 @@ def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not 1 <= flags["diffusion_steps"] <= 1_000_000:
         refuse("diffusion_steps", "1..1000000")
     divided = flags["num_head_channels"] != -1
+    name = "num_head_channels" if divided else "num_heads"
+    if flags[name] < 1:
+        refuse(name, "a number of at least 1")
     return {
         "image_size": size,
         "image_channels": 3,

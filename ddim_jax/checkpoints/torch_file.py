@@ -165,9 +165,9 @@ def _load_zip(path: pathlib.Path) -> Any:
         if ends[-1] > size or any(begin < end for (begin, _), end in zip(ranges, ends, strict=False)):
             raise ValueError("its entries overlap, or extend beyond the end of the file")
         known = {entry.filename: entry for entry in entries}
-        (pickled,) = [name for name in names if name.rpartition("/")[2] == "data.pkl"] or [None]
-        if pickled is None:
-            raise ValueError("it has no data.pkl")
+        pickled, *others = [name for name in names if name.rpartition("/")[2] == "data.pkl"] or [None]
+        if pickled is None or others:
+            raise ValueError(f"it must have one data.pkl, got {len(others) + 1 if others else 0}")
         prefix = pickled.removesuffix("data.pkl")
         order = known.get(f"{prefix}byteorder")
         if order is not None and _bytes(path, begins[order.filename], order) != b"little":
