@@ -108,14 +108,17 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # devices of the fsdp axis: batch, parameters and optimizer are sharded
 
     config.sample = sample = ConfigDict()
-    sample.sampler = "ddim"  # ddim | ddpm | ddpm_hat; higher-order solvers, not in the paper: heun | ab2 |
+    sample.sampler = (
+        "ddim"  # ddim | ddpm | ddpm_hat | ddpm_learned; higher-order solvers, not in the paper: heun | ab2 |
+    )
     # ab4 | plms | dpm_solver_pp_2m | dpm_solver_pp_3m | unipc
     sample.eta = 0.0  # Eq. (16): 0 is DDIM, 1 is DDPM; for the sampler ddim
     sample.steps = 50  # S = dim(tau), the number of sampling steps
     sample.tau = placeholder(str)  # uniform | quadratic | leading | trailing | linspace | official_uniform |
     # official_quadratic; real timesteps, for any number of steps, evenly
     # spaced in the named quantity: time | log_snr | sigma | karras; or custom
-    # timesteps: "1,50,150,250.5,400,550,700,850,1000"; not set: as in
+    # timesteps: "1,50,150,250.5,400,550,700,850,1000"; or those of
+    # improved-diffusion: "respaced:10,15,20" | "ddim50"; not set: as in
     # config.pretrained, or uniform without it
     sample.tau_offset = 0  # added to every timestep of tau
     sample.tau_end = 0  # the timestep at which the last step ends; 0: x_0
