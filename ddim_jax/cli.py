@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging as python_logging
 import os
@@ -240,7 +241,8 @@ def _without_factory_fields(argv: list[str]) -> list[str]:
 def _parse_flags(argv: list[str]) -> list[str]:
     """Runs absl's parser; every error becomes one line. --help prints `help_text.text` and ends the process."""
     if HELP & {*argv[1:]}:
-        print(help_text.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS))
+        with contextlib.suppress(BrokenPipeError):  # as in `--help | head`
+            print(help_text.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS), flush=True)
         sys.exit(0)
     try:
         if "config" in FLAGS:

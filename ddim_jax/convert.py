@@ -5,8 +5,8 @@
     python -m ddim_jax.convert --from PATH_OR_HUB_ID --to WORKDIR --format orbax # a run, to sample or to resume
 
 --from takes the same values as --config.pretrained: a workdir, a diffusers folder or hub id, a ckpt.pth of the official
-code, or a .safetensors file. The output records how the network was trained and how it is sampled. It contains paths,
-modules and account names of the config only if --paths is given.
+code, a file of guided-diffusion, or a .safetensors file. The output records how the network was trained and how it is
+sampled. It contains paths, modules and account names of the config only if --paths is given.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
 def not_written(folder: pathlib.Path) -> str | None:
     """A file of the folder that `write_diffusers` did not write; None if it wrote all files and the model card."""
     other = next(diffusers_export.not_written(folder), None)
-    has_card = model_card.is_ours(folder / diffusers_export.CARD)
+    has_card = model_card.is_from_ddim_jax(folder / diffusers_export.CARD)
     return other or (None if has_card else f"no {diffusers_export.CARD} of ddim_jax")
 
 

@@ -105,7 +105,7 @@ def test_every_parameterisation_gives_the_same_x_0_and_eps(t, x_0, eps):
         outputs = {"eps": eps, "x0": x_0, "v": gaussian.predict_v(x_0, eps, level)}
         assert set(outputs) == set(registry.PREDICTIONS)
         for name, value in outputs.items():
-            assert registry.PREDICTIONS[name](x_t, value, level) == pytest.approx((x_0, eps), abs=1e-9)
+            assert tuple(registry.PREDICTIONS[name](x_t, value, level)) == pytest.approx((x_0, eps), abs=1e-9)
         assert gaussian.predict_x0(x_t, eps, level) == pytest.approx(x_0, abs=1e-9)
 
 

@@ -49,7 +49,7 @@ python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_F
 """
 
 
-def is_ours(file: pathlib.Path) -> bool:
+def is_from_ddim_jax(file: pathlib.Path) -> bool:
     """Whether `markdown` wrote the model card in a file."""
     if not file.is_file():
         return False

@@ -35,6 +35,9 @@ class Denoiser(Denoise):
         Required to encode with a network that predicts x_0.
     dropout_key: one key in training, where dropout is active, else None.
 
+    If the network outputs twice the channels of x, the second half is the v of a learned variance (Nichol and Dhariwal
+    2021, Eq. 15), and `Prediction.variance_fraction` is (v + 1) / 2.
+
     A denoiser is a pytree: other params, labels or noise levels of the same shapes do not trigger recompilation. Raises
     ValueError for an unknown prediction, and for labels that are not ints (B,).
     """
@@ -58,6 +61,12 @@ class Denoiser(Denoise):
 
     def predict(self, x_t: Array, level: Level) -> Prediction:
         output = _output(self.network, self.params, self.labels, self.dropout_key, x_t, jnp.maximum(level.t, 1))
+        fraction, channels = None, x_t.shape[-1]
+        if output.shape == (*x_t.shape[:-1], 2 * channels):  # the second half is v of Nichol and Dhariwal 2021, Eq. 15
+            output, fraction = output[..., :channels], (output[..., channels:] + 1) / 2
+        return dataclasses.replace(self._prediction(x_t, output, level), variance_fraction=fraction)
+
+    def _prediction(self, x_t, output, level):
         to_prediction = PREDICTIONS[self.prediction]
         if self.lowest is None:
             return to_prediction(x_t, output, level)
@@ -125,7 +134,4 @@ def _output(network, params, labels, dropout_key, x_t, t):
     rngs = {"dropout": dropout_key} if train else None
     if not isinstance(network, Network):
         network = as_network(network, x_t.shape[1:])
-    output = network.apply(params, x_t, time, labels, train, rngs).astype(precision(x_t.dtype))
-    if output.shape[-1] == 2 * x_t.shape[-1]:  # a learned variance: the second half is v
-        output = output[..., : x_t.shape[-1]]
-    return output
+    return network.apply(params, x_t, time, labels, train, rngs).astype(precision(x_t.dtype))
