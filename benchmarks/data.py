@@ -71,7 +71,7 @@ def median_and_range(values: list[float]) -> tuple[str, str]:
 
 
 def rates(source: data.Source, threads: int, batches: int) -> list[float]:
-    """Images per second, one value for each of REPEATS runs over so many batches."""
+    """Images per second, one value for each of REPEATS runs. batches: of one run."""
     plan, values = data.Plan(source, BATCH, seed=0, flip=True), []
     for repeat in range(REPEATS):
         stream = data.batches(plan, repeat * batches, threads)

@@ -10,8 +10,8 @@ One table for each part in --what is written to FILE.json and FILE.md, with a de
 - `ddim`: all S steps from noise to image (in diffusers: `DDIMPipeline`).
 - `training`: one update, that is loss, gradient, clipping, Adam, and moving average.
 - `overhead`: the time of S steps of DDIM over that of S forward passes.
-- `start`: the time from the start of the command to the picture on disk, with an empty and with a full compilation
-  cache.
+- `start`: the time from the start of the command to the picture on disk, with an empty and with a filled
+  compilation cache.
 - `memory`: the memory of sampling and of an update by XLA's analysis of the compiled programs, and the compile times.
 - `input`: the images per second that the config's data set provides in training, and those that an update consumes.
 
@@ -226,7 +226,7 @@ def overhead(setting: Setting) -> Iterator[Row]:
 
 
 def start(setting: Setting) -> Iterator[Row]:
-    """Times new processes with an empty and with a full compilation cache. The files are in the page cache."""
+    """Times new processes with an empty and with a filled compilation cache. The files are in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
 
         def once(number: int, cache: str) -> float:

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     data.path = ""  # the folder (with train/ and test/, or flat), the .npz file, or the name
     # of the data set in tensorflow-datasets
     data.flip = False  # mirror training images left to right with probability 1/2
-    data.in_memory = False  # read all images once and store them in memory
+    data.in_memory = False  # read all images once and keep them in memory
     data.workers = 0  # processes that read and decode images; 0: threads of the main process
     data.options = {}  # arguments of the data set; of "folder": image_size, crop, resize, for images of mixed sizes
 
@@ -33,10 +33,14 @@ def get_config() -> ConfigDict:
     model.image_channels = 3
     model.patch_size = 1  # above 1: patches of this side length are the positions of the network
     model.channels = 128  # number of channels at full resolution
-    model.channel_mult = (1, 2, 2, 2)  # multiplier of the channels at each resolution, from the highest down
+    model.channel_mult = (1, 2, 2, 2)  # multiplier of the channels at each resolution, from the highest down;
+    # it may be a fraction, such as 1.5
     model.num_res_blocks = 2  # per resolution in the encoder; the decoder has one more
     model.attention_resolutions = (16,)  # resolutions with self-attention after every block
+    model.attention_resolutions_down = ()  # further resolutions with it, in the encoder only
+    model.attention_resolutions_up = ()  # the same, in the decoder only
     model.middle_attention = True  # self-attention in the middle block
+    model.middle_groups = 0  # groups of GroupNorm before it; 0: as model.groups; -1: no GroupNorm
     model.head_channels = 0  # channels per attention head; 0: num_heads heads
     model.num_heads = 0  # attention heads where head_channels is 0; 0: one head, as in DDPM
     model.groups = 32  # groups of GroupNorm
@@ -92,7 +96,7 @@ def get_config() -> ConfigDict:
     objective.options = {}  # arguments of your objective
     train.ema_decay = 0.9999  # decay of the moving average of the parameters, with which samples are drawn
     train.ema_schedule = "constant"  # constant | warmup: min(ema_decay, (1 + k) / (10 + k)); or "module:function"
-    train.accumulate = 1  # gradient accumulation steps; the memory is that of one part of the batch
+    train.accumulate = 1  # gradient accumulation steps; the memory is that of one microbatch
     train.max_skipped = 20  # training ends after this number of consecutive updates that are not finite
     train.log_every = 100  # steps between entries of metrics.jsonl and TensorBoard
     train.checkpoint_every = 5000  # steps between checkpoints; a multiple of log_every
@@ -108,18 +112,21 @@ def get_config() -> ConfigDict:
     mesh.fsdp = 1  # devices of the fsdp axis: batch, parameters and optimizer are sharded
 
     config.sample = sample = ConfigDict()
-    sample.sampler = "ddim"  # ddim | ddpm | ddpm_hat; higher-order solvers, not in the paper: heun | ab2 |
+    sample.sampler = (
+        "ddim"  # ddim | ddpm | ddpm_hat | ddpm_learned; higher-order solvers, not in the paper: heun | ab2 |
+    )
     # ab4 | plms | dpm_solver_pp_2m | dpm_solver_pp_3m | unipc
     sample.eta = 0.0  # Eq. (16): 0 is DDIM, 1 is DDPM; for the sampler ddim
     sample.steps = 50  # S = dim(tau), the number of sampling steps
     sample.tau = placeholder(str)  # uniform | quadratic | leading | trailing | linspace | official_uniform |
     # official_quadratic; real timesteps, for any number of steps, evenly
     # spaced in the named quantity: time | log_snr | sigma | karras; or custom
-    # timesteps: "1,50,150,250.5,400,550,700,850,1000"; not set: as in
+    # timesteps: "1,50,150,250.5,400,550,700,850,1000"; or those of
+    # improved-diffusion: "respaced:10,15,20" | "ddim50"; not set: as in
     # config.pretrained, or uniform without it
     sample.tau_offset = 0  # added to every timestep of tau
-    sample.tau_end = 0  # the timestep at which the last step ends; 0: the image
-    sample.fixed_stride = False  # every step is from t to t - T // S, as in diffusers, not to the next of tau
+    sample.tau_end = 0  # the timestep at which the last step ends; 0: x_0
+    sample.fixed_stride = False  # every step is from t to t - T // S, as in diffusers, not to the next timestep
     sample.num_images = 64  # number of images to draw
     sample.batch_size = 64  # images per batch; changes only the rounding of the images
     sample.seed = 0  # the noise of image i depends only on (seed, i); below 2^32

@@ -47,6 +47,7 @@ _NAMES = {  # name -> the module that defines it
     "ddim": "samplers",
     "ddpm": "samplers",
     "ddpm_hat": "samplers",
+    "ddpm_learned": "samplers",
 }
 
 __all__ = ["__version__", *_MODULES, *_NAMES]

@@ -161,7 +161,7 @@ def function(name: str, call: Any) -> Any:
     A callable pytree, such as a `jax.tree_util.Partial`, is returned unchanged. Any other callable becomes a static
     pytree without leaves. It is compiled once, with the arrays that it holds as constants. It is recompiled if an
     array or a float has been replaced in its closure, in the globals that its code names, or in the attributes of the
-    object to which the method belongs. Changes at a deeper level, and changes in place, are not noticed.
+    object to which the method belongs. Changes at a deeper level, and changes in place, are not detected.
 
     Raises ValueError if call is not callable or not hashable.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging as python_logging
 import os
@@ -196,13 +197,16 @@ def _config(values: dict[str, Any]) -> Config:
     """The checked Config. With config.pretrained, the checkpoint sets the fields of the network and the schedule."""
     if values.get("pretrained") in (None, ""):
         return config_lib.parse(values)
+    completed = weights.completed(values)
     for field, value in _overrides().items():
         section, _, name = field.partition(".")
+        if field == "model.image_size" and completed["model"]["image_size"] == values["model"]["image_size"]:
+            continue  # of a checkpoint that does not tell the size of its images
         # A name "package.module:attribute" permits the import of that code, see `compatibility.check_trusted`.
         code = name == "name" and ":" in value
         if section in ("model", "schedule") and name not in config_lib.NOT_ARCHITECTURE and not code:
             raise ConfigError(f"config.{field}: config.pretrained sets this field from the checkpoint; leave it out")
-    return config_lib.parse(weights.completed(values))
+    return config_lib.parse(completed)
 
 
 def _overrides() -> dict[str, Any]:
@@ -237,7 +241,8 @@ def _without_factory_fields(argv: list[str]) -> list[str]:
 def _parse_flags(argv: list[str]) -> list[str]:
     """Runs absl's parser; every error becomes one line. --help prints `help_text.text` and ends the process."""
     if HELP & {*argv[1:]}:
-        print(help_text.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS))
+        with contextlib.suppress(BrokenPipeError):  # as in `--help | head`
+            print(help_text.text(sys.modules["__main__"].__doc__ or "", _options(), "config" in FLAGS), flush=True)
         sys.exit(0)
     try:
         if "config" in FLAGS:

@@ -5,8 +5,8 @@
     python -m ddim_jax.convert --from PATH_OR_HUB_ID --to WORKDIR --format orbax # a run, to sample or to resume
 
 --from takes the same values as --config.pretrained: a workdir, a diffusers folder or hub id, a ckpt.pth of the official
-code, or a .safetensors file. The output records how the network was trained and how it is sampled. It contains paths,
-modules and account names of the config only if --paths is given.
+code, a file of guided-diffusion, or a .safetensors file. The output records how the network was trained and how it is
+sampled. It contains paths, modules and account names of the config only if --paths is given.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ OPTIONS = {
     "to": (None, "The output folder, or the output file that ends in .safetensors."),
     "format": (None, "diffusers, safetensors or orbax. Default: safetensors if --to ends so, else diffusers."),
     "ema": (True, "Convert the EMA parameters, if the checkpoint holds both. --noema: the raw parameters."),
+    "image_size": (
+        None,
+        "The height and width of the images, for a diffusers folder that does not tell it (sample_size is null).",
+    ),
     "overwrite": (False, "Replace an earlier output of this command."),
     "code": ("", "Code of the checkpoint's author that may run: a comma-separated list of package.module:attribute."),
     "paths": (
@@ -57,7 +61,7 @@ def main(options: types.SimpleNamespace) -> None:
         write = registry.lookup(WRITERS, kind)
     if kind == "safetensors" and to.suffix != ".safetensors":
         raise ConfigError(f"--to must end in .safetensors for --format safetensors, got {to}")
-    checkpoint = weights.read_info(source)
+    checkpoint = weights.read_info(source, image_size(vars(options).get("image_size")))
     allowed = (vars(options).get("code") or "").split(",")
     if needed := [name for name in config_lib.code_of(checkpoint).values() if name not in allowed]:
         raise ConfigError(
@@ -73,6 +77,13 @@ def main(options: types.SimpleNamespace) -> None:
     write(to, params, config if vars(options).get("paths") else config_lib.public(config), checkpoint.step)
     weights.show_note(checkpoint)
     print(f"wrote {checkpoint.source} to {to} ({kind}), {params_count(params):,} parameters")
+
+
+def image_size(text: str | None) -> int | None:
+    """The value of --image_size. ConfigError if it is not an integer of at least 1."""
+    if text is not None and not (text.isascii() and text.isdigit() and 0 < int(text[:10]) <= 2048):
+        raise ConfigError(f"--image_size: must be an integer in 1..2048, got {text[:100]!r}")
+    return None if text is None else int(text)
 
 
 def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
@@ -98,7 +109,7 @@ def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
 def not_written(folder: pathlib.Path) -> str | None:
     """A file of the folder that `write_diffusers` did not write; None if it wrote all files and the model card."""
     other = next(diffusers_export.not_written(folder), None)
-    has_card = model_card.is_ours(folder / diffusers_export.CARD)
+    has_card = model_card.is_from_ddim_jax(folder / diffusers_export.CARD)
     return other or (None if has_card else f"no {diffusers_export.CARD} of ddim_jax")
 
 

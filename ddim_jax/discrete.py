@@ -117,12 +117,12 @@ def _one_hot(scores: Array) -> Array:
 
 
 class DiscreteDDIM(NamedTuple):
-    """The sampler p(x_s | x_t) with sigma = share * `sigma_limit`.
+    """The sampler p(x_s | x_t) with sigma = fraction * `sigma_limit`.
 
-    share: a fraction in [0, 1]. 1 is the discrete DDIM. With 0, x_s depends on x_t only through the predicted x_0.
+    fraction: in [0, 1]. 1 is the discrete DDIM. With 0, x_s depends on x_t only through the predicted x_0.
     """
 
-    share: Array | float = 1.0
+    fraction: Array | float = 1.0
 
     order = 1
     calls_per_step = 1
@@ -133,7 +133,7 @@ class DiscreteDDIM(NamedTuple):
         return True
 
     def check(self, transitions: Transitions) -> None:
-        checks.real("share", self.share, 0, 1)
+        checks.real("fraction", self.fraction, 0, 1)
         if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
             raise ValueError(
                 "transitions must descend: discrete_ddim cannot ascend, because a stochastic sampler cannot encode"
@@ -144,12 +144,12 @@ class DiscreteDDIM(NamedTuple):
 
     def step(self, x_t, state, transition, denoise, noise):
         x_0 = denoise(x_t, transition.level_t).x_0
-        return draw(posterior(x_t, x_0, transition, self.share * sigma_limit(transition)), noise), state
+        return draw(posterior(x_t, x_0, transition, self.fraction * sigma_limit(transition)), noise), state
 
 
-def discrete_ddim(share: float = 1.0) -> DiscreteDDIM:
-    """The family of samplers over sigma, see `DiscreteDDIM`. Raises ValueError for a share outside [0, 1]."""
-    return DiscreteDDIM(checks.real("share", share, 0, 1))
+def discrete_ddim(fraction: float = 1.0) -> DiscreteDDIM:
+    """The family of samplers over sigma, see `DiscreteDDIM`. Raises ValueError for a fraction outside [0, 1]."""
+    return DiscreteDDIM(checks.real("fraction", fraction, 0, 1))
 
 
 def cross_entropy(log_probs_fn: LogProbsFn, x_0: Array, t: Array, level: Level, noise: Array) -> Array:
@@ -183,7 +183,9 @@ def classification_bound(x_0: Array, log_probs: Array, transition: Transition, s
     return -weight * jnp.sum(x_0 * log_probs, axis=tuple(range(1, x_0.ndim)))
 
 
-def j_sigma(log_probs_fn: LogProbsFn, transitions: Transitions, x_0: Array, keys: Array, share: float = 1.0) -> Array:
+def j_sigma(
+    log_probs_fn: LogProbsFn, transitions: Transitions, x_0: Array, keys: Array, fraction: float = 1.0
+) -> Array:
     """An upper bound of `-log p(x_0)` in nats, (B,): Eq. (11) for categorical data.
 
     It is a Monte Carlo estimate with one x_t per timestep.
@@ -191,19 +193,19 @@ def j_sigma(log_probs_fn: LogProbsFn, transitions: Transitions, x_0: Array, keys
     transitions: the output of `trajectory.descend`, down to 0.
     x_0: one-hot, (B, ..., K).
     keys: (B,), one per image.
-    share: see `DiscreteDDIM`.
+    fraction: see `DiscreteDDIM`.
 
     Raises ValueError for an invalid argument.
     """
     x_0 = checks.batch("x_0", x_0)
     denoise = from_log_probs(log_probs_fn, x_0.dtype)
-    sampler, denoise, transitions, x_0, keys = samplers.checked(DiscreteDDIM(share), denoise, transitions, x_0, keys)
+    sampler, denoise, transitions, x_0, keys = samplers.checked(DiscreteDDIM(fraction), denoise, transitions, x_0, keys)
     tau_lib.check_to_image(transitions)
-    return _bound(denoise, transitions, x_0, keys, sampler.share)
+    return _bound(denoise, transitions, x_0, keys, sampler.fraction)
 
 
 @jax.jit
-def _bound(denoise, transitions, x_0, keys, share):
+def _bound(denoise, transitions, x_0, keys, fraction):
     x_0 = x_0.astype(precision(x_0.dtype))
     transitions = samplers.rounded(transitions, x_0.dtype)
     q_T = q_marginal(x_0, jax.tree.map(lambda leaf: leaf[0], transitions.level_t))
@@ -213,7 +215,7 @@ def _bound(denoise, transitions, x_0, keys, share):
         noise = gaussian.noise(keys, transition.t, x_0.shape[1:], x_0.dtype)
         x_t = draw(q_marginal(x_0, transition.level_t), noise)
         # For the last step (s = 0) q is x_0, and the KL divergence is -log f_theta(x_t)[x_0].
-        log_probs, sigma = denoise(x_t, transition.level_t).log_x_0, share * sigma_limit(transition)
+        log_probs, sigma = denoise(x_t, transition.level_t).log_x_0, fraction * sigma_limit(transition)
         nats = -jnp.sum(x_0 * log_probs, axis=tuple(range(1, x_0.ndim)))
         return total + jnp.where(transition.s > 0, kl(x_t, x_0, log_probs, transition, sigma), nats), None
 

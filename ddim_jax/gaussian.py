@@ -3,14 +3,14 @@
 In all functions `x_0`, `x_t` and `eps` are (B, ...), and the leaves of a `Level` or a `Transition` broadcast against
 them.
 
-One file because all functions are the algebra of one pair, x_0 and eps.
+One file because all functions are formulas of the same pair, x_0 and eps.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,25 @@ from ddim_jax.schedule import Array, Level, precision
 EpsFn = Callable[[Array, Array], Array]  # (x_t (B, ...), t) -> eps (B, ...); t: see `Denoise`
 
 
-class Prediction(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prediction:
     """The network's prediction at x_t: x_0 and eps, with `x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps`.
 
-    Both are stored, because at alpha_bar = 0 x_0 cannot be computed from eps, and at alpha_bar = 1 eps cannot be
-    computed from x_0.
+    Both are stored, because x_0 cannot be computed from eps at alpha_bar = 0, nor eps from x_0 at alpha_bar = 1.
+    `x_0, eps = prediction` unpacks both.
+
+    variance_fraction: None, unless the network also predicts the variance of the step (Nichol and Dhariwal 2021, Eq.
+        15). The log of the variance is interpolated linearly: 0 gives the posterior variance, 1 gives beta_t. See
+        `samplers.ddpm_learned`.
     """
 
     x_0: Array  # (B, ...)
     eps: Array  # (B, ...)
+    variance_fraction: Array | None = None  # (B, ...)
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter((self.x_0, self.eps))
 
 
 @register_pytree_node_class
@@ -46,7 +56,7 @@ class Denoise:
     losses pass t (B,). `models.denoiser.Denoiser` wraps a network that counts 0..T-1.
 
     Denoisers are built by `from_eps`, by `models.denoiser.Denoiser`, and by the combinators `clip_x0`, `threshold_x0`,
-    `guidance.guided` and `guidance.inpainted`.
+    `with_x0`, `with_variance`, `guidance.guided` and `guidance.inpainted`.
 
     A denoiser is a pytree whose children are args: new values of the same shapes do not trigger recompilation. function
     is static, see `checks.function`. The predicted x_0 and eps are checked during tracing: ValueError unless they have
@@ -70,9 +80,12 @@ class Denoise:
 
     def __call__(self, x_t: Array, level: Level) -> Prediction:
         x_t = jnp.asarray(x_t)
-        x_0, eps = self.predict(x_t, level)
+        prediction = self.predict(x_t, level)
+        if not isinstance(prediction, Prediction):
+            raise ValueError(f"a denoiser must return a gaussian.Prediction, got {checks.shown(prediction)}")
         cast = lambda name, value: checks.output(f"the {name} of a denoiser", value, x_t).astype(precision(x_t.dtype))
-        return Prediction(cast("x_0", x_0), cast("eps", eps))
+        x_0, eps, fraction = cast("x_0", prediction.x_0), cast("eps", prediction.eps), prediction.variance_fraction
+        return Prediction(x_0, eps, None if fraction is None else cast("variance_fraction", fraction))
 
     def tree_flatten(self):
         return (self.function, *self.args), None
@@ -296,8 +309,8 @@ def check_eta(eta: Array | float, transitions) -> None:
 def direction_variance(transition, sigma2: Array) -> Array:
     """`1 - alpha_bar_s - sigma^2`, the squared coefficient of the "direction pointing to x_t" in Eq. (12).
 
-    It occurs in Eq. (7) and (8) too. A difference that is below 0 only by rounding, as at the largest eta, is set to 0.
-    If sigma^2 is too large it is NaN.
+    It occurs in Eq. (7) and (8) too. A difference that is below 0 by rounding, as at the largest eta, is set to 0. If
+    sigma^2 is too large, the result is NaN.
     """
     bound = transition.one_minus_alpha_bar_s
     difference = bound - sigma2
@@ -399,7 +412,7 @@ def with_x0(model: Model, change: Callable[[Array], Array], *, keep_eps: bool = 
     change: a function (B, ...) -> (B, ...), or a pytree, see `checks.function`.
     keep_eps: False recomputes eps from the new x_0 by Eq. (9). True does not change eps.
 
-    At alpha_bar = 1 x_t is x_0 for every prediction, so neither x_0 nor eps is changed there.
+    At alpha_bar = 1, x_t = x_0 for every prediction: neither x_0 nor eps is changed.
     """
     function = _with_x0_and_same_eps if keep_eps else _with_x0
     return Denoise(function, as_denoise(model), checks.function("change", change))
@@ -410,10 +423,26 @@ def _with_x0(model, change, x_t, level):
     noisy = level.one_minus_alpha_bar > 0
     safe = level._replace(one_minus_alpha_bar=jnp.where(noisy, level.one_minus_alpha_bar, 1))
     x_0 = change(prediction.x_0)
-    replaced = Prediction(x_0, predict_eps(x_t, x_0, safe))
-    return jax.tree.map(lambda new, old: jnp.where(noisy, new, old), replaced, prediction)
+    eps = predict_eps(x_t, x_0, safe)
+    replace = lambda new, old: jnp.where(noisy, new, old)
+    return dataclasses.replace(prediction, x_0=replace(x_0, prediction.x_0), eps=replace(eps, prediction.eps))
 
 
 def _with_x0_and_same_eps(model, change, x_t, level):
     prediction = model(x_t, level)
-    return Prediction(jnp.where(level.one_minus_alpha_bar > 0, change(prediction.x_0), prediction.x_0), prediction.eps)
+    x_0 = jnp.where(level.one_minus_alpha_bar > 0, change(prediction.x_0), prediction.x_0)
+    return dataclasses.replace(prediction, x_0=x_0)
+
+
+def with_variance(model: Model, fraction: Array | float) -> Denoise:
+    """A denoiser that replaces the predicted variance_fraction by the given one.
+
+    fraction: finite, broadcasts against x_t. 0 is the posterior variance, 1 is beta_t.
+    """
+    return Denoise(_with_variance, as_denoise(model), checks.reals("fraction", fraction))
+
+
+def _with_variance(model, fraction, x_t, level):
+    checks.broadcasts("fraction", fraction, x_t.shape)
+    fraction = jnp.broadcast_to(jnp.asarray(fraction, precision(x_t.dtype)), x_t.shape)
+    return dataclasses.replace(model(x_t, level), variance_fraction=fraction)

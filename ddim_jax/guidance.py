@@ -5,20 +5,19 @@ The combinators that bound the predicted x_0, `clip_x0` and `threshold_x0`, are 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
 from ddim_jax import checks
-from ddim_jax.gaussian import Denoise, Model, as_denoise, with_x0
+from ddim_jax.gaussian import Denoise, Model, Prediction, as_denoise, with_x0
 from ddim_jax.schedule import Array
 
 
 def guided(model: Model, unguided: Model, scale: Array | float) -> Denoise:
     """Classifier-free guidance (Ho and Salimans 2022): `eps = eps_uncond + scale (eps_cond - eps_uncond)`.
 
-    The same formula holds for the predicted x_0.
+    The same formula holds for the predicted x_0. A predicted variance is that of the conditional denoiser.
 
     model: the conditional denoiser.
     unguided: the unconditional denoiser, or a weaker network (autoguidance, Karras et al. 2024).
@@ -33,8 +32,9 @@ def guided(model: Model, unguided: Model, scale: Array | float) -> Denoise:
 
 def _guided(model, unguided, scale, x_t, level):
     checks.broadcasts("scale", scale, x_t.shape)
-    extrapolate = lambda uncond, cond: uncond + scale * (cond - uncond)
-    return jax.tree.map(extrapolate, unguided(x_t, level), model(x_t, level))
+    uncond, cond = unguided(x_t, level), model(x_t, level)
+    extrapolated = [a + scale * (b - a) for a, b in zip(uncond, cond, strict=True)]
+    return Prediction(*extrapolated, cond.variance_fraction)
 
 
 def inpainted(model: Model, known: Array, mask: Array) -> Denoise:

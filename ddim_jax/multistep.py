@@ -93,7 +93,7 @@ def _check_consecutive(name: str, min_steps: int, transitions: Transitions) -> N
     for at in (sigma_bar, np.asarray(transitions.lambda_t, np.float32)) if min_steps > 1 else ():
         if len(equal := np.flatnonzero(np.diff(at) == 0)):
             pair = f"{t[equal[0]]} and {t[equal[0] + 1]}"
-            raise ValueError(f"transitions are too close: {name} cannot tell t = {pair} apart in float32")
+            raise ValueError(f"transitions are too close: {name} cannot distinguish t = {pair} in float32")
 
 
 def sigma_bars(transition: Transition) -> tuple[Array, Array]:

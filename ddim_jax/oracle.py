@@ -66,7 +66,7 @@ def mixture(noise_schedule: Schedule, means: Array, stds: Array, weights: Array 
 
 
 def finite(noise_schedule: Schedule, data: Array) -> EpsFn:
-    """The optimal eps for the empirical distribution of a data set, which a network that memorizes learns. For t >= 1.
+    """The optimal eps for the empirical distribution of a data set, that of a network that memorizes it. For t >= 1.
 
     data: (N, ...).
     """

@@ -1,10 +1,10 @@
 """Parallel-in-time sampling (ParaDiGMS, Shih et al. 2023): Picard iteration over a window of steps.
 
 With `x_bar = x / sqrt(ab)` a trajectory is a sum: x_bar_j is x_bar_i plus the increments of the steps between them. A
-Picard iteration computes the increments of all steps of a window in one batch, at the current guesses of their points
-x_t, and sums them up to better guesses. After an iteration the first step of the window is exact. So is every further
-step before which no point moved by more than the tolerance. The window then advances to the first step that is not
-exact. There are at most as many iterations as steps.
+Picard iteration computes the increments of all steps of a window in one batch, at the current estimates of their points
+x_t. The sums of the increments are the next estimates. After an iteration the first step of the window is exact. A
+further step has converged if no point before it changed by more than the tolerance. The window then advances to the
+first step that has not converged. There are at most as many iterations as steps.
 
 The method reduces the time on an accelerator that a small batch does not use fully. It needs more computation in total:
 each iteration calls the network with a batch of window times B.
@@ -49,8 +49,8 @@ def integrate(
 
     sampler: its `init` must return a pytree without leaves. Multistep methods have a state.
     window: steps per iteration; 0 for all steps. The memory is that of a network call with a batch of window times B.
-    tolerance: a point x_t has converged if it moves by at most this root mean square in an iteration. At 0 the result
-        is that of the sequential steps.
+    tolerance: a point x_t has converged if the root mean square of its change in an iteration is at most this. At 0
+        the result is that of the sequential steps.
     sharding: the sharding of the points (window, B, ...), to distribute the window over devices; default: that of x.
 
     Raises ValueError for a sampler with a state, for a window or a tolerance below 0, for alpha_bar = 0, and as
@@ -120,15 +120,17 @@ def _iterate(sampler, denoise, transitions, x, keys, tolerance, *, window, steps
         points = (first + jnp.cumsum(increments, axis=0)) * scale(current.alpha_bar_s)
         points = points.at[0].set(x_s[0])  # exact, because the first point is exact
 
-        moved = jnp.sqrt(jnp.mean(jnp.square(points - state.x[1:]).reshape(*points.shape[:2], -1), axis=-1)).max(axis=1)
-        converged = jnp.cumprod((moved <= tolerance).astype(jnp.int32))  # a step is exact if all points before it are
+        change = jnp.square(points - state.x[1:]).reshape(*points.shape[:2], -1)
+        change = jnp.sqrt(jnp.mean(change, axis=-1)).max(axis=1)
+        # A step has converged if all points before it have.
+        converged = jnp.cumprod((change <= tolerance).astype(jnp.int32))
         done = jnp.minimum(1 + converged[:-1].sum(dtype=jnp.int32), steps - state.begin)
         next_points = extrapolate(points[-1], eps[-1], transitions_at(jnp.minimum(state.begin + window, steps)))
         points = jnp.concatenate([state.x[:1], points, next_points])
         return _Window(state.begin + done, jax.lax.dynamic_slice_in_dim(points, done, window + 1), state.rounds + 1)
 
     zero = jnp.zeros((), jnp.int32)
-    guesses = extrapolate(x, x, transitions_at(zero))  # x_T is nearly pure noise: eps is about x_T
-    state = _Window(zero, jnp.concatenate([x[None], guesses]), zero)
+    estimates = extrapolate(x, x, transitions_at(zero))  # x_T is nearly pure noise: eps is about x_T
+    state = _Window(zero, jnp.concatenate([x[None], estimates]), zero)
     state = jax.lax.while_loop(lambda state: state.begin < steps, iterate, state)
     return Parallel(state.x[0].astype(x_dtype), state.rounds)

@@ -50,6 +50,7 @@ SAMPLERS = {  # (parameters) -> Sampler
     "ddim": samplers.ddim,
     "ddpm": samplers.ddpm,
     "ddpm_hat": samplers.ddpm_hat,
+    "ddpm_learned": samplers.ddpm_learned,
     "heun": multistep.heun,
     "ab2": multistep.ab2,
     "ab4": multistep.ab4,

@@ -26,8 +26,8 @@ class Sampler(Protocol):
     """One step x_t -> x_s of a generative process. A pytree whose leaves are the hyper-parameters of the sampler.
 
     The leaves are traced, so a new value does not trigger recompilation. A sampler defines `stochastic`, `check`,
-    `init` and `step`. `order`, `calls_per_step` and `min_steps` are optional facts: a sampler need not define them, and
-    `integrate` does not read them. They are read-only and not leaves.
+    `init` and `step`. `order`, `calls_per_step`, `min_steps` and `needs_variance` are optional attributes: `integrate`
+    does not read them. They are read-only and not leaves.
 
     The timestep t and its shape, () or (B,), are documented in `gaussian.Denoise`.
     """
@@ -42,11 +42,15 @@ class Sampler(Protocol):
 
     @property
     def calls_per_step(self) -> int:
-        """Optional: the network calls of one step. The first steps or the last step may need another number."""
+        """Optional: the number of network calls per step. The first steps may have another number."""
 
     @property
     def min_steps(self) -> int:
         """Optional: the smallest S, the number of transitions, that `check` accepts."""
+
+    @property
+    def needs_variance(self) -> bool:
+        """Optional: whether the model must predict a variance, see `gaussian.Prediction`."""
 
     def check(self, transitions: Transitions) -> None:
         """Raises ValueError if the hyper-parameters do not fit the transitions. Runs on the host, before tracing."""
@@ -129,8 +133,7 @@ class DDPMHat(NamedTuple):
         return True
 
     def check(self, transitions: Transitions) -> None:
-        if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
-            raise ValueError("transitions must descend for ddpm_hat, because encoding is deterministic")
+        _check_descends("ddpm_hat", transitions)
 
     def init(self, x: Array) -> tuple:
         return ()
@@ -139,6 +142,44 @@ class DDPMHat(NamedTuple):
         mean, _ = DDIM(eta=1.0).step(x_t, state, transition, denoise, noise=None)
         variance = jnp.where(transition.s > 0, transition.beta, 0)
         return mean + jnp.sqrt(variance) * noise, state
+
+
+def _check_descends(name: str, transitions: Transitions) -> None:
+    if not checks.traced(*transitions) and (np.asarray(transitions.s) > np.asarray(transitions.t)).any():
+        raise ValueError(f"transitions must descend for {name}, because encoding is deterministic")
+
+
+class DDPMLearned(NamedTuple):
+    """The mean of eta = 1 with the variance that the network predicts (Nichol and Dhariwal 2021, Eq. 15).
+
+    `log variance = f log beta + (1 - f) log posterior_variance`, f = `Prediction.variance_fraction`. The last step (s =
+    0) adds no noise.
+    """
+
+    order = 1
+    calls_per_step = 1
+    min_steps = 1
+    needs_variance = True
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def check(self, transitions: Transitions) -> None:
+        _check_descends("ddpm_learned", transitions)
+
+    def init(self, x: Array) -> tuple:
+        return ()
+
+    def step(self, x_t, state, transition, denoise, noise):
+        recorded, predictions = recording(denoise)
+        mean, _ = DDIM(eta=1.0).step(x_t, state, transition, recorded, noise=None)
+        fraction = predictions[0].variance_fraction
+        if fraction is None:
+            raise ValueError("model must predict a variance for ddpm_learned, got a denoiser without variance_fraction")
+        log = lambda variance: jnp.log(jnp.where(transition.s > 0, variance, 1))  # for s = 0 both are unused
+        deviation = jnp.exp((fraction * log(transition.beta) + (1 - fraction) * log(transition.posterior_variance)) / 2)
+        return mean + jnp.where(transition.s > 0, deviation, 0) * noise, state
 
 
 def ddim(eta: float = 0.0) -> DDIM:
@@ -159,6 +200,11 @@ def ddpm() -> DDIM:
 def ddpm_hat() -> DDPMHat:
     """DDPM with the larger variance, the row sigma-hat of the paper's tables."""
     return DDPMHat()
+
+
+def ddpm_learned() -> DDPMLearned:
+    """DDPM with the variance that the network predicts: the sampler of improved-diffusion and ADM."""
+    return DDPMLearned()
 
 
 class Trajectory(NamedTuple):
@@ -238,7 +284,7 @@ def invert(
 
 
 def image_keys(key: Array, index: Array) -> Array:
-    """One key per image: `fold_in(key, i)` for every i in index. Image i then depends only on the seed and i.
+    """One key per image: `fold_in(key, i)` for every i in index. Image i then depends only on (key, i).
 
     key: one key.
     index: (B,) ints. Raises ValueError otherwise.

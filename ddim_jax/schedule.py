@@ -14,7 +14,7 @@ Notation, here and in all modules (Song, Meng, Ermon 2020, arXiv:2010.02502):
 | `x_0`, `x_t`, `eps`            | x_0, x_t, epsilon       | the same                    | `sample`, `noise`          |
 | T = `num_steps`, S = dim(tau)  | T, dim(tau)             | T                           | `num_inference_steps` = S  |
 
-A timestep t counts 1..T. At t = 0 there is the clean image x_0, `alpha_bar[0] = 1`. Schedules are built on the host in
+A timestep t counts 1..T. t = 0 is the clean image x_0, with `alpha_bar[0] = 1`. Schedules are built on the host in
 float64, because `1 - alpha_bar` at small t keeps only four digits if it is subtracted in float32.
 
 A timestep may also be a real number. Between two integer timesteps a table is interpolated, and a `ContinuousSchedule`
@@ -296,26 +296,26 @@ def _check_range(num_steps: int, beta_start: float, beta_end: float) -> None:
 
 
 def linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """beta linear in t (Ho et al. 2020, section 4). All experiments of the paper use this schedule. num_steps: T."""
+    """beta is linear in t (Ho et al. 2020, section 4). All experiments of the paper use this schedule. num_steps: T."""
     _check_range(num_steps, beta_start, beta_end)
     return from_betas(np.linspace(beta_start, beta_end, num_steps))
 
 
 def scaled_linear(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """sqrt(beta) linear in t (Rombach et al. 2022). Latent diffusion models use this schedule. num_steps: T."""
+    """sqrt(beta) is linear in t (Rombach et al. 2022). Latent diffusion models use this schedule. num_steps: T."""
     _check_range(num_steps, beta_start, beta_end)
     return from_betas(np.linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2)
 
 
 def sigmoid(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """beta a logistic curve over [-6, 6], scaled to [beta_start, beta_end] (an option of the official DDIM code)."""
+    """beta is a sigmoid over [-6, 6], scaled to [beta_start, beta_end] (an option of the official DDIM code)."""
     _check_range(num_steps, beta_start, beta_end)
     curve = 1 / (1 + np.exp(-np.linspace(-6, 6, num_steps)))
     return from_betas(beta_start + (beta_end - beta_start) * curve)
 
 
 def cosine(num_steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> NoiseSchedule:
-    """alpha_bar a squared cosine in t, with each beta at most max_beta (Nichol and Dhariwal 2021, Eq. 17)."""
+    """alpha_bar is a squared cosine in t, with each beta at most max_beta (Nichol and Dhariwal 2021, Eq. 17)."""
     checks.integer("num_steps", num_steps, 1, checks.MAX_STEPS)
     checks.real("offset", offset, 0)
     checks.real("max_beta", max_beta, 0, 1, open=True)
@@ -355,7 +355,7 @@ class LogSNR(ContinuousSchedule):
 
 
 def log_snr(num_steps: int = 1000, log_snr_max: float = 13.3, log_snr_min: float = -10.0) -> LogSNR:
-    """log(alpha_bar / (1 - alpha_bar)) linear in t, in closed form (Kingma et al. 2021, appendix F).
+    """log(alpha_bar / (1 - alpha_bar)) is linear in t, in closed form (Kingma et al. 2021, appendix F).
 
     It falls from log_snr_max at t -> 0 to log_snr_min at t = T. Kingma et al. learn such a range. At t = 0 itself
     alpha_bar = 1. Raises ValueError unless `-80 <= log_snr_min < log_snr_max <= 80`.

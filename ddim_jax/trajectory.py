@@ -11,6 +11,7 @@ and a reader compares the spacings.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -126,7 +127,7 @@ def check_signal(transitions: Transitions, name: str) -> None:
         return
     if not (np.asarray(transitions.alpha_bar_t).all() and np.asarray(transitions.alpha_bar_s).all()):
         raise ValueError(
-            f"transitions must have alpha_bar above 0 for {name}; ddim, ddpm and ddpm_hat support alpha_bar = 0"
+            f"transitions must have alpha_bar above 0 for {name}; ddim, ddpm, ddpm_hat and ddpm_learned support 0"
         )
 
 
@@ -283,6 +284,59 @@ def official_quadratic(num_train_steps: int, num_steps: int) -> np.ndarray:
     _counter(num_train_steps, num_steps)
     steps = (np.linspace(0, np.sqrt(0.8 * num_train_steps), num_steps) ** 2).astype(int)
     return _from_zero(num_train_steps, 1 + np.unique(steps))
+
+
+def respaced(num_train_steps: int, sections: Sequence[int]) -> np.ndarray:
+    """The respaced timesteps of improved-diffusion and guided-diffusion (`timestep_respacing` "10,15,20").
+
+    T is divided into len(sections) parts of equal length; the first T mod len(sections) are longer by 1. Part i has
+    sections[i] timesteps, evenly spaced from its first to its last. A part with one timestep has its first.
+
+    sections: the numbers of steps, from the part at t = 1 to the part at T. Each is at least 1 and at most the length
+        of its part. Raises ValueError otherwise. Returns (S+1,) ints, S = sum(sections).
+    """
+    checks.integer("num_train_steps", num_train_steps, 1, checks.MAX_STEPS)
+    sections = np.asarray(sections)
+    if sections.ndim != 1 or not sections.size or not np.issubdtype(sections.dtype, np.integer):
+        raise ValueError(f"sections must be a list of at least one int, got {checks.shown(sections.tolist())}")
+    lengths = num_train_steps // len(sections) + (np.arange(len(sections)) < num_train_steps % len(sections))
+    timesteps, begin = [], 1
+    for i, (count, length) in enumerate(zip(sections.tolist(), lengths.tolist(), strict=True)):
+        if not 1 <= count <= length:
+            raise ValueError(f"sections[{i}] must be in 1..{length}, the length of that part of T, got {count}")
+        # A running sum as in their code, because the floating-point operations decide how a half is rounded.
+        strides = np.full(count - 1, (length - 1) / max(count - 1, 1))
+        timesteps.append(begin + np.round(np.cumsum([0.0, *strides])))
+        begin += length
+    return _from_zero(num_train_steps, np.concatenate(timesteps))
+
+
+def with_stride(num_train_steps: int, num_steps: int) -> np.ndarray:
+    """`range(0, T, r)` in 0-based time with the integer r that gives exactly S steps: "ddimS" of improved-diffusion.
+
+    Raises ValueError if no integer gives S steps. Returns (S+1,) ints.
+    """
+    _counter(num_train_steps, num_steps)
+    strides = np.arange(1, num_train_steps + 1)
+    strides = strides[-(-num_train_steps // strides) == num_steps]
+    if not strides.size:
+        raise ValueError(f"num_steps must be ceil({num_train_steps} / r) for an integer r, got {num_steps}")
+    return _from_zero(num_train_steps, 1 + np.arange(0, num_train_steps, strides[0]))
+
+
+def parse(num_train_steps: int, text: str) -> np.ndarray | None:
+    """The tau that a text describes by numbers: "1,10,99.5,1000" is `explicit`, "respaced:10,15,20" is `respaced` and
+    "ddim50" is `with_stride`. None for any other text. Raises ValueError as these functions.
+    """
+    if match := re.fullmatch(r"ddim(\d{1,9})", text):
+        return with_stride(num_train_steps, int(match[1]))
+    if match := re.fullmatch(r"respaced:([\d,\s]{1,10000})", text):
+        return respaced(num_train_steps, [int(part[:10]) for part in match[1].split(",") if part.strip()])
+    try:
+        timesteps = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        return None
+    return explicit(num_train_steps, timesteps) if timesteps else None
 
 
 def explicit(num_train_steps: int, tau: Sequence[float]) -> np.ndarray:

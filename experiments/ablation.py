@@ -182,7 +182,7 @@ def config_at(options: types.SimpleNamespace, setting: Mapping[str, Any]) -> Con
     values = options.values
     for field, value in setting.items():
         values = config_lib.with_text(values, field, str(value))
-    with prefixed(f"--axis, where {grid.words(setting, setting)}"):
+    with prefixed(f"--axis, where {grid.label(setting, setting)}"):
         if values["pretrained"]:
             values = weights.completed(values)
         sampled = {**values["sample"], "num_images": options.config.evaluate.num_images}
@@ -301,8 +301,8 @@ def check_images(places: Sequence[dict[str, Any]], cells: Sequence[Config], conf
         if config_lib.image_shape(cell.model) != shape:
             raise ConfigError(
                 f"all cells must draw images of one size: {'x'.join(map(str, shape))} where "
-                f"{grid.words(places[0], places[0])}, {'x'.join(map(str, config_lib.image_shape(cell.model)))} where "
-                f"{grid.words(place, place)}"
+                f"{grid.label(places[0], places[0])}, {'x'.join(map(str, config_lib.image_shape(cell.model)))} where "
+                f"{grid.label(place, place)}"
             )
         if labelled and not cell.model.num_classes:
             raise ConfigError(f"config.evaluate.metrics: {labelled[0]} needs a network with classes")

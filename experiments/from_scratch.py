@@ -90,7 +90,7 @@ def call(module: str, *args: str) -> None:
 def run_child(module: str, *args: str, seconds: float = math.inf) -> int:
     """Runs a command and returns its exit code.
 
-    The command receives SIGTERM after so many seconds, or when this process receives a signal. It then saves its state,
+    The command receives SIGTERM after `seconds`, or when this process receives a signal. It then saves its state,
     and this process exits with the code of the signal.
     """
     deadline = time.monotonic() + seconds
@@ -134,7 +134,7 @@ def evaluator_options(config: Config, out: pathlib.Path, steps: str) -> list[str
 
 
 def train(given: list[str], run: pathlib.Path, seconds: float) -> None:
-    """Trains for at most so many seconds. The last step is saved."""
+    """Trains for at most this number of seconds. The last step is saved."""
     code = run_child("ddim_jax.train", *given, f"--workdir={run}", seconds=seconds)
     if code not in (0, os.EX_TEMPFAIL):
         sys.exit(code)

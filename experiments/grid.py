@@ -125,18 +125,18 @@ def laid_out(
     rows: list[dict[str, Any]], axes: list[str], across: str = "S"
 ) -> tuple[list[str], list[Any], list[list[dict | None]]]:
     """The labels of the table's rows (all axes but `across`), its columns (the values of `across`), and its cells."""
-    lines = list(dict.fromkeys(words(row, reversed(axes), across) for row in rows))
+    lines = list(dict.fromkeys(label(row, reversed(axes), across) for row in rows))
     columns = sorted({row[across] for row in rows})
-    cells = {(words(row, reversed(axes), across), row[across]): row for row in rows}
+    cells = {(label(row, reversed(axes), across), row[across]): row for row in rows}
     return lines, columns, [[cells.get((line, column)) for column in columns] for line in lines]
 
 
-def words(row: Mapping[str, Any], axes: Iterable[str], across: str | None = None) -> str:
+def label(row: Mapping[str, Any], axes: Iterable[str], across: str | None = None) -> str:
     """The label of a row: its values on these axes, without `across`."""
-    return ", ".join(_label(name, row[name]) for name in axes if name != across)
+    return ", ".join(_label_of_value(name, row[name]) for name in axes if name != across)
 
 
-def _label(axis: str, value: Any) -> str:
+def _label_of_value(axis: str, value: Any) -> str:
     return "sigma-hat" if (axis, value) == ("eta", "hat") else f"{short(axis)} {number(value)}"
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.inpainting --config configs/digits.py --out DIR
 
-The images are held out from training. They are completed by `guidance.inpainted`, for several eta and S. `agreement` is
+The images are held out from training. `guidance.inpainted` draws the lower halves, over eta and S. `agreement` is
 the fraction of results to which the classifier of config.evaluate assigns the class of the complete image. `known` is
 the largest error of a known pixel. `table.png` shows the images, the masked images, and the results.
 """

@@ -1,4 +1,4 @@
-"""The error over the number of network calls for every deterministic sampler, and its claimed and its fitted order.
+"""The error over the number of network calls for every deterministic sampler, and its order, also fitted to the errors.
 
     python -m experiments.solvers --out DIR
 
@@ -30,16 +30,6 @@ from ddim_jax.utils import output_folder
 from experiments import common
 from experiments.common import Cell
 
-CLAIMED = {  # the corrector of UniPC raises the order 2 of its predictor by one
-    "ddim": 1,
-    "heun": 2,
-    "ab2": 2,
-    "ab4": 4,
-    "plms": 2,
-    "dpm_solver_pp_2m": 2,
-    "dpm_solver_pp_3m": 3,
-    "unipc": 3,
-}
 MEANS, STDS = np.array([[1.0, -0.5], [-2.0, 0.3], [0.2, 2.0]]), np.array([0.3, 0.5, 0.4])
 LARGEST, SMALLEST = 80.0, 0.05  # sigma_bar
 POINTS = 256
@@ -62,7 +52,7 @@ def main(options: types.SimpleNamespace) -> None:
         return {"error": float(np.sqrt(np.square(run(name, steps) - exact()).mean())), "calls": calls_of(name, steps)}
 
     counts = {
-        name: sorted({*(steps_of(name, count) for count in calls if legal(name, count)), *FITTED}) for name in CLAIMED
+        name: sorted({*(steps_of(name, count) for count in calls if legal(name, count)), *FITTED}) for name in SOLVERS
     }
     rows = common.run(
         out,
@@ -79,38 +69,35 @@ def main(options: types.SimpleNamespace) -> None:
     )
     common.write_table(out, rows)
     common.plot(out / "table.png", functools.partial(draw, rows, calls))
-    head = ["solver", "order, claimed", "fitted", *(f"{count} calls" for count in calls)]
+    head = ["solver", "order", "fitted", *(f"{count} calls" for count in calls)]
     body = [
-        [name, order, fitted(rows, name)]
+        [name, sampler(name).order, fitted(rows, name)]
         + [error_of(rows, name, steps_of(name, count)) if legal(name, count) else None for count in calls]
-        for name, order in CLAIMED.items()
+        for name in SOLVERS
     ]
     common.finish(out, common.markdown(head, body))
 
 
-TWICE = {"ab2": 1, "ab4": 3, "plms": 1}  # the number of first steps that call the network twice
+def sampler(name: str) -> samplers.Sampler:
+    return registry.build(registry.SAMPLERS[name], {})
+
+
+SOLVERS = [name for name in registry.SAMPLERS if not sampler(name).stochastic]
+MORE_CALLS = {"ab2": 1, "ab4": 3, "plms": 1}  # the first steps that call the network twice
 
 
 def calls_of(name: str, steps: int) -> int:
-    return 2 * steps if name == "heun" else steps + TWICE.get(name, 0)
+    return sampler(name).calls_per_step * steps + MORE_CALLS.get(name, 0)
 
 
 def steps_of(name: str, calls: int) -> int:
-    """The largest number of steps with so many calls."""
-    return calls // 2 if name == "heun" else calls - TWICE.get(name, 0)
+    """The largest number of steps with at most this number of network calls."""
+    return (calls - MORE_CALLS.get(name, 0)) // sampler(name).calls_per_step
 
 
 def legal(name: str, calls: int) -> bool:
-    """Whether the solver can run with so few calls."""
-    try:
-        sampler(name).check(levels(max(steps_of(name, calls), 1))[1])
-    except ValueError:
-        return False
-    return True
-
-
-def sampler(name: str) -> samplers.Sampler:
-    return registry.build(registry.SAMPLERS[name], {})
+    """Whether the solver can run with this number of network calls."""
+    return steps_of(name, calls) >= sampler(name).min_steps
 
 
 def levels(steps: int) -> tuple[NoiseSchedule, Transitions]:
@@ -121,7 +108,7 @@ def levels(steps: int) -> tuple[NoiseSchedule, Transitions]:
 
 
 def run(name: str, steps: int) -> np.ndarray:
-    """The samples (POINTS, 2) of a solver after so many steps."""
+    """The samples (POINTS, 2) of a solver after this number of steps."""
     noise_schedule, transitions = levels(steps)
     x = jax.random.normal(jax.random.key(0), (POINTS, 2), jnp.float64)
     return np.asarray(samplers.integrate(sampler(name), oracle.mixture(noise_schedule, MEANS, STDS), transitions, x))
@@ -139,7 +126,7 @@ def fitted(rows: list[dict[str, Any]], name: str) -> float:
 
 def draw(rows: list[dict[str, Any]], calls: list[int], figure: Any) -> None:
     axes = figure.subplots()
-    for name in CLAIMED:
+    for name in SOLVERS:
         points = [(row["calls"], row["error"]) for row in rows if row["solver"] == name and row["calls"] <= max(calls)]
         axes.plot(*zip(*sorted(points), strict=True), ".-", label=name)
     axes.set(xlabel="network calls", ylabel="error", xscale="log", yscale="log")

@@ -42,7 +42,7 @@ def main(options: types.SimpleNamespace) -> None:
         sample=grid.fixed(config, axes),
     )
     table = paper.fid_of(config.name) if config.evaluate.features == "inception" else {}
-    rows = [beside_the_paper(row, table) for row in done.rows]
+    rows = [with_paper_values(row, table) for row in done.rows]
     common.write_table(
         done.out, rows, metrics=done.evaluator.metrics, real=done.real, features=done.evaluator.network.name
     )
@@ -50,7 +50,7 @@ def main(options: types.SimpleNamespace) -> None:
     common.finish(done.out, text(rows, axes, done.real))
 
 
-def beside_the_paper(row: dict[str, Any], table: Mapping[tuple[str, int], float]) -> dict[str, Any]:
+def with_paper_values(row: dict[str, Any], table: Mapping[tuple[str, int], float]) -> dict[str, Any]:
     """The row, with the paper's FID and the difference to it if the paper has one."""
     value = table.get((row.get("eta"), row["S"]))
     return row if value is None or "fid" not in row else {**row, "paper": value, "difference": row["fid"] - value}

@@ -157,7 +157,7 @@ def test_the_objective_by_enumeration(fraction):
 def test_sigma_beyond_its_limit_is_refused(value):
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 5))
     denoise = discrete.from_log_probs(exact(LINEAR))
-    with raises(ValueError, "share", f"got {value}"):
+    with raises(ValueError, "fraction", f"got {value}"):
         sampler = discrete.discrete_ddim(value)
         samplers.integrate(sampler, denoise, transitions, jnp.ones((1, 3)), jax.random.key(0))
     with raises(ValueError, "transitions", "discrete_ddim"):

@@ -107,7 +107,8 @@ def test_every_parameterisation_gives_the_same_x_0_and_eps(t, x_0, eps):
         outputs["edm"] = (x_0 - 0.25 / (sigma**2 + 0.25) * x_sigma) * np.sqrt(sigma**2 + 0.25) / (0.5 * sigma)
         assert set(outputs) == set(registry.PREDICTIONS)
         for name, value in outputs.items():
-            assert registry.PREDICTIONS[name].prediction(x_t, value, level) == pytest.approx((x_0, eps), abs=1e-9)
+            prediction = registry.PREDICTIONS[name].prediction(x_t, value, level)
+            assert tuple(prediction) == pytest.approx((x_0, eps), abs=1e-9)
         assert gaussian.predict_x0(x_t, eps, level) == pytest.approx(x_0, abs=1e-9)
 
 

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e
 
 import adm_model  # noqa: E402
 from conftest import meshes  # noqa: E402
+from messages import raises  # noqa: E402
 
 from configs import default  # noqa: E402
 from ddim_jax import config as config_lib  # noqa: E402
@@ -21,7 +22,7 @@ from ddim_jax import sampling, schedule, trajectory  # noqa: E402
 from ddim_jax.checkpoints import diffusers_export  # noqa: E402
 from ddim_jax.checkpoints import guided_diffusion_flags as flags_lib  # noqa: E402
 from ddim_jax.config import weights  # noqa: E402
-from ddim_jax.utils.errors import CheckpointError  # noqa: E402
+from ddim_jax.utils.errors import CheckpointError, ConfigError  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -122,14 +123,39 @@ def test_gradients(pair):
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), expected, atol=1e-4 * abs(expected).max())
 
 
+def config_of(found, **sample):
+    values = default.get_config().to_dict()
+    values |= {"name": "adm", "model": dataclasses.asdict(found.model), "schedule": dataclasses.asdict(found.schedule)}
+    values["sample"] |= {**found.sample, "num_images": 2, "batch_size": 2, **sample}
+    return config_lib.typed(values)
+
+
+def test_the_variance_of_a_published_network(pair):
+    """The denoiser predicts it, as the second half of the output. A sampler that needs it refuses other networks."""
+    path, network, flags = pair
+    found, _, params = read(path)
+    config = config_of(found, steps=3, sampler="ddpm_learned")
+    if not flags["learn_sigma"]:
+        with raises(ConfigError, "config.sample.sampler", "ddpm_learned", "config.model.learn_sigma"):
+            config_lib.pipeline(config, params, meshes()[0])
+        return
+    pipeline = config_lib.pipeline(config, params, meshes()[0])
+    images = sampling.draw(pipeline, 2)
+    assert images.shape == (2, 8, 8, 3) and np.std(images) > 0
+    x, labels = inputs(flags, 2)
+    level = schedule.level_at(schedule.levels(config_lib.noise_schedule(config.schedule)), 500, x)
+    denoise = pipeline.denoiser.with_labels(None if labels is None else jnp.asarray(labels))
+    expected = by_torch(network, flags, x, 499, labels)
+    predicted = jax.jit(denoise)(x, level)
+    np.testing.assert_allclose(predicted.eps, expected[..., :3], atol=5e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(predicted.variance_fraction, (expected[..., 3:] + 1) / 2, atol=5e-6)
+
+
 def test_twenty_steps_of_ddim(pair):
     """Eq. (12) by hand around the PyTorch network, with x_0 clipped as its authors do, beside the pipeline."""
     path, network, flags = pair
     found, _, params = read(path)
-    values = default.get_config().to_dict()
-    values |= {"name": "adm", "model": dataclasses.asdict(found.model), "schedule": dataclasses.asdict(found.schedule)}
-    values["sample"] |= {**found.sample, "steps": 20, "num_images": 2, "batch_size": 2}
-    config = config_lib.typed(values)
+    config = config_of(found, steps=20)
     pipeline = config_lib.pipeline(config, params, meshes()[0])
     labels = sampling.labels_of(pipeline, np.arange(2))
     _, x = sampling.start(pipeline, np.arange(2))
@@ -176,8 +202,10 @@ def test_the_size_of_a_published_network(name):
     [
         ("--num_heads_upsample 2", "num_heads_upsample"),
         ("--noise_schedule sqrt", "noise_schedule"),
+        ("--num_head_channels 0", "num_head_channels"),
+        ("--num_heads 0", "num_heads"),
         ("--image_size 48", "image_size"),
-        ("--channel_mult 1,1.5", "channel_mult"),
+        ("--channel_mult 1,-1", "channel_mult"),
         ("--channel_mult a,b", "channel_mult"),
         ("--diffusion_steps 0", "diffusion_steps"),
         ("--large_size 256", "large_size"),
@@ -198,10 +226,25 @@ def test_a_file_of_another_name_needs_its_flags(tmp_path):
         weights.read_info(str(path))
 
 
-@pytest.mark.parametrize("kind", ["adm", "improved-diffusion"])
-def test_what_diffusers_cannot_hold_is_not_exported(kind, tmp_path):
+def test_what_diffusers_cannot_hold_is_not_exported(tmp_path):
     """A folder of diffusers would be another network; a .safetensors file holds all of it."""
-    path, _, _ = published(kind, tmp_path)
+    path, _, _ = published("improved-diffusion", tmp_path)
     model = dataclasses.asdict(weights.read_info(str(path)).model)
-    with pytest.raises(CheckpointError, match="model.num_heads|model.scale_shift"):
+    with pytest.raises(CheckpointError, match="model.time_scale"):
         diffusers_export.unet_config(model)
+
+
+@pytest.mark.parametrize("kind", ["adm", "adm, new order of attention"])
+def test_adm_in_diffusers(kind, tmp_path):
+    """As a folder for diffusers: both halves of the output."""
+    diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip install -e '.[parity]'")
+    path, network, flags = published(kind, tmp_path)
+    found, _, params = read(path)
+    diffusers_export.save(tmp_path / "folder", params, weights.as_config(found), "a card\n")
+    net = diffusers.UNet2DModel.from_pretrained(tmp_path / "folder" / "unet").eval()
+    x, labels = inputs(flags, 3)
+    given = {} if labels is None else {"class_labels": torch.tensor(labels)}
+    with torch.no_grad():
+        output = net(torch.tensor(x.transpose(0, 3, 1, 2)), 7, **given).sample.numpy().transpose(0, 2, 3, 1)
+    expected = by_torch(network, flags, x, 7, labels)
+    np.testing.assert_allclose(output, expected, atol=5e-6 * abs(expected).max())

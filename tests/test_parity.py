@@ -701,7 +701,9 @@ def test_every_field_of_every_scheduler_is_known_with_its_default(name):
     """Each argument of its constructor is supported, ignored, or refused unless it has the default value."""
     table = diffusers_scheduler
     parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
-    defaults = {field: parameter.default for field, parameter in parameters.items() if field != "self"}
+    if "args" in parameters:
+        pytest.skip("needs a further package")
+    defaults = {field: parameter.default for field, parameter in parameters.items() if field not in ("self", "kwargs")}
     fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in defaults}
     entry = table.SCHEDULERS[name]
     assert fixed | entry.noise | entry.own_steps == defaults

@@ -103,7 +103,7 @@ def test_celeba64(folder, root):
     for split, expected in ("train", range(7)), ("test", range(10, 12)):
         source = data.load("celeba64", split=split)
         assert sorted(found_in(source[np.arange(len(source))], crops)) == list(expected)
-        assert source.image_shape == (64, 64, 3) and source.crop == prepared.CELEBA.words
+        assert source.image_shape == (64, 64, 3) and source.crop == prepared.CELEBA.description
 
 
 def test_lsun(folder, root):

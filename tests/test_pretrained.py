@@ -23,7 +23,7 @@ from tiny import random_params, smoke_config, smoke_values
 from configs import default, digits_conditional
 from ddim_jax import checkpoints
 from ddim_jax import config as config_lib
-from ddim_jax.checkpoints import diffusers_export, diffusers_folder, parameter_names
+from ddim_jax.checkpoints import diffusers_export, diffusers_network, parameter_names
 from ddim_jax.config import weights
 from ddim_jax.models import network as network_lib
 from ddim_jax.utils.errors import CheckpointError
@@ -197,15 +197,14 @@ DAMAGES = {
         unet(down_block_types=["DownBlock2D", "SkipDownBlock2D"]),
         (UNET, "down_block_types", "'SkipDownBlock2D'", "AttnDownBlock2D"),
     ),
-    "asymmetric": (unet(up_block_types=["UpBlock2D", "AttnUpBlock2D"]), (UNET, "up_block_types", "attention")),
     "blocks": (unet(down_block_types=["DownBlock2D"]), (UNET, "down_block_types", "block_out_channels")),
     "fourier": (unet(time_embedding_type="fourier"), (UNET, "time_embedding_type", "'fourier'", "'positional'")),
     "activation": (unet(act_fn="gelu"), (UNET, "act_fn", "'gelu'", "'silu'", "'swish'")),
-    "scale shift": (unet(resnet_time_scale_shift="scale_shift"), (UNET, "resnet_time_scale_shift", "'scale_shift'")),
-    "widths": (unet(block_out_channels=[8, 12]), (UNET, "block_out_channels", "[8, 12]")),
+    "scale shift": (unet(resnet_time_scale_shift="spatial"), (UNET, "resnet_time_scale_shift", "'spatial'")),
+    "widths": (unet(block_out_channels=[8, 0]), (UNET, "block_out_channels", "[8, 0]")),
     "not square": (unet(sample_size=[8, 16]), (UNET, "sample_size", "[8, 16]")),
-    "no size": (unet(sample_size=None), (UNET, "sample_size", "None")),
-    "learned variance": (unet(out_channels=2), (UNET, "out_channels", "2", "in_channels", "1")),
+    "no size": (unet(sample_size=None), ("sample_size", "image_size")),
+    "channels": (unet(out_channels=3), (UNET, "out_channels", "3", "in_channels", "1")),
     "padding": (unet(downsample_padding=2), (UNET, "downsample_padding", "2", "0", "1")),
     "unknown field": (unet(rotary=True), (UNET, "rotary")),
     "groups": (unet(norm_num_groups=3), ("ddpm-smoke", "config.model", "groups", "3")),
@@ -216,8 +215,8 @@ DAMAGES = {
         ("scheduler_config.json", "rescale_betas_zero_snr", "True", "False"),
     ),
     "schedule": (
-        noise(beta_schedule="laplace"),
-        ("scheduler_config.json", "beta_schedule", "'laplace'", "linear", "scaled_linear"),
+        noise(beta_schedule="jsd"),
+        ("scheduler_config.json", "beta_schedule", "'jsd'", "linear", "scaled_linear", "laplace"),
     ),
     "prediction": (
         noise(prediction_type="flow"),
@@ -231,7 +230,8 @@ DAMAGES = {
         noise(_class_name="FlowMatchEulerDiscreteScheduler"),
         ("scheduler_config.json", "_class_name", "'FlowMatchEulerDiscreteScheduler'", "DDIMScheduler", "DDPMScheduler"),
     ),
-    "variance": (noise(variance_type="learned_range"), ("scheduler_config.json", "variance_type", "'learned_range'")),
+    "variance": (noise(variance_type="learned_range"), ("variance_type", "'learned_range'", "out_channels")),
+    "edm": (noise(_class_name="EDMEulerScheduler"), ("_class_name", "'EDMEulerScheduler'", "EDM")),
     "betas": (noise(trained_betas=[0.1, 1.5], num_train_timesteps=2), ("ddpm-smoke", "config.schedule", "1.5")),
     "type of noise": (noise(clip_sample="yes"), ("scheduler_config.json", "clip_sample", "'yes'")),
 }
@@ -451,8 +451,8 @@ def test_the_class_none_is_kept_by_diffusers():
     model = dataclasses.asdict(config.model)
     exported = diffusers_export.unet_config(model)
     assert exported["num_class_embeds"] == 11
-    fields = diffusers_folder.network_fields(json.loads(json.dumps(exported)), "here")
+    fields = diffusers_network.network_fields(json.loads(json.dumps(exported)), "here")
     assert fields == {name: model[name] for name in fields} and fields["label_dropout"] == 0.1
     for wrong in ({"_label_dropout": "much"}, {"num_class_embeds": None}):
         with raises(CheckpointError, "here", "_label_dropout"):
-            diffusers_folder.network_fields(exported | wrong, "here")
+            diffusers_network.network_fields(exported | wrong, "here")

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,8 +6,10 @@ import pytest
 from conftest import meshes
 from jax.tree_util import Partial
 from messages import raises
+from tiny import model_for
 
-from ddim_jax import gaussian, oracle, registry, samplers, schedule, trajectory
+from ddim_jax import gaussian, guidance, oracle, registry, samplers, schedule, trajectory
+from ddim_jax.models.denoiser import Denoiser
 from ddim_jax.utils import sharding
 
 LINEAR = schedule.linear()
@@ -180,10 +183,79 @@ def test_encoding_is_not_noising(x64):
     np.testing.assert_allclose(latent, exact, atol=2e-2)
 
 
+# --- a variance that the network predicts ---
+
+
+def learned(f, model=None):
+    return gaussian.with_variance(oracle.mixture(LINEAR, *MIXTURE) if model is None else model, f)
+
+
+@pytest.mark.parametrize("tau", [trajectory.uniform(1000, 7), trajectory.quadratic(1000, 30)], ids=len)
+@pytest.mark.parametrize("f, same", [(0.0, samplers.ddpm), (1.0, samplers.ddpm_hat)])
+def test_the_ends_of_a_learned_variance(f, same, tau, x64):
+    """The fraction 0 is DDPM with the posterior variance, 1 is sigma-hat."""
+    down, x = trajectory.descend(LINEAR, tau), jax.random.normal(jax.random.key(0), (5, 2), jnp.float64)
+    drawn = samplers.integrate(samplers.ddpm_learned(), learned(f), down, x, jax.random.key(1))
+    expected = samplers.integrate(same(), oracle.mixture(LINEAR, *MIXTURE), down, x, jax.random.key(1))
+    np.testing.assert_allclose(drawn, expected, rtol=1e-11, atol=1e-12)
+
+
+class Doubled(nn.Module):
+    """eps, and v: a network with a learned variance."""
+
+    @nn.compact
+    def __call__(self, x, time, labels=None, train=False):
+        return jnp.concatenate([0.3 * x + 0.1, jnp.sin(x + time[:, None].astype(x.dtype) / 100)], axis=-1)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_learned_variance_is_an_independent_loop(clip, x64):
+    """Nichol and Dhariwal 2021, Eq. (15), in NumPy, over the respaced betas of their code: beta' = 1 - ab_t / ab_s."""
+    tau, keys = trajectory.uniform(1000, 25), samplers.image_keys(jax.random.key(3), jnp.arange(4))
+    x = np.asarray(samplers.initial_noise(keys, (3,), jnp.float64))
+    denoiser = Denoiser(Doubled(), {})
+    model = gaussian.clip_x0(denoiser, -0.8, 0.8) if clip else denoiser
+    drawn = samplers.integrate(samplers.ddpm_learned(), model, trajectory.descend(LINEAR, tau), jnp.asarray(x), keys)
+    alpha_bar = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])[tau]
+    for i in reversed(range(1, len(tau))):
+        beta, posterior = 1 - alpha_bar[i] / alpha_bar[i - 1], None
+        eps, v = 0.3 * x + 0.1, np.sin(x + (tau[i] - 1) / 100)
+        x_0 = (x - np.sqrt(1 - alpha_bar[i]) * eps) / np.sqrt(alpha_bar[i])
+        x_0 = np.clip(x_0, -0.8, 0.8) if clip else x_0
+        posterior = beta * (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i])
+        mean = np.sqrt(alpha_bar[i - 1]) * beta / (1 - alpha_bar[i]) * x_0
+        mean = mean + np.sqrt(1 - beta) * (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i]) * x
+        noise = np.asarray(gaussian.noise(keys, int(tau[i]), (3,), jnp.float64))
+        f = (v + 1) / 2
+        x = mean + (np.exp((f * np.log(beta) + (1 - f) * np.log(posterior)) / 2) * noise if i > 1 else 0)
+    np.testing.assert_allclose(drawn, x, rtol=1e-10, atol=1e-11)
+
+
+def test_a_learned_variance_through_combinators(x64):
+    """The variance is that of the conditional denoiser. Bounds on x_0 do not change it."""
+    x, level = jnp.full((2, 3), 0.5), trajectory.descend(LINEAR, [0, 500]).level_t
+    level = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), level)
+    model = learned(0.25, lambda x, t: 0.5 * x)
+    for combined in (
+        gaussian.clip_x0(model),
+        gaussian.clip_x0(model, keep_eps=True),
+        guidance.guided(model, lambda x, t: 0 * x, 2.0),
+        guidance.inpainted(model, jnp.zeros((2, 3)), jnp.ones((2, 3), bool)),
+    ):
+        np.testing.assert_array_equal(combined(x, level).variance_fraction, np.full((2, 3), 0.25))
+    assert guidance.guided(lambda x, t: 0 * x, model, 2.0)(x, level).variance_fraction is None
+
+
+def test_without_a_learned_variance():
+    down, x = trajectory.descend(LINEAR, trajectory.uniform(1000, 3)), jnp.ones((2, 2))
+    with raises(ValueError, "ddpm_learned", "model"):
+        samplers.integrate(samplers.ddpm_learned(), lambda x, t: x, down, x, jax.random.key(0))
+    with raises(ValueError, "transitions", "ddpm_learned"):
+        up = trajectory.ascend(LINEAR, trajectory.uniform(1000, 3))
+        samplers.integrate(samplers.ddpm_learned(), learned(0.5), up, x, jax.random.key(0))
+
+
 # --- numbers of steps, and trajectories ---
-
-
-LEAST_STEPS = {"ab2": 2, "ab4": 4, "plms": 2, "dpm_solver_pp_2m": 2, "dpm_solver_pp_3m": 3, "unipc": 2}
 
 
 @pytest.mark.parametrize("S", [1, 300, 1000])
@@ -196,9 +268,10 @@ def test_any_number_of_steps(name, S):
     assert len(transitions.t) == S
     x = samplers.initial_noise(samplers.image_keys(jax.random.key(0), jnp.arange(2000)), (1,))
     sampler = registry.build(registry.SAMPLERS[name], {})
-    draw = lambda: samplers.integrate(sampler, oracle.gaussian(LINEAR, 0.3, 0.5), transitions, x, jax.random.key(1))
-    if S < LEAST_STEPS.get(name, 1):
-        with raises(ValueError, "transitions", str(LEAST_STEPS[name]), "got 1"):
+    model = model_for(sampler, oracle.gaussian(LINEAR, 0.3, 0.5))
+    draw = lambda: samplers.integrate(sampler, model, transitions, x, jax.random.key(1))
+    if S < sampler.min_steps:
+        with raises(ValueError, "transitions", str(sampler.min_steps), "got 1"):
             draw()
         return
     out = draw()
@@ -211,9 +284,10 @@ def test_trajectory_is_integrate_with_all_steps(name):
     eps_fn, sampler = oracle.mixture(LINEAR, *MIXTURE), registry.build(registry.SAMPLERS[name], {})
     transitions = trajectory.descend(LINEAR, trajectory.quadratic(1000, 12))
     x, key = jax.random.normal(jax.random.key(0), (4, 2)), jax.random.key(1)
-    last, path = samplers.trajectory(sampler, eps_fn, transitions, x, key)
+    model = model_for(sampler, eps_fn)
+    last, path = samplers.trajectory(sampler, model, transitions, x, key)
     assert path.x.shape == (13, 4, 2) and path.x_0.shape == (12, 4, 2)
-    np.testing.assert_allclose(last, samplers.integrate(sampler, eps_fn, transitions, x, key), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(last, samplers.integrate(sampler, model, transitions, x, key), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(path.x[0], x)
     np.testing.assert_array_equal(path.x[-1], last)
     table = schedule.levels(LINEAR)
@@ -247,13 +321,14 @@ def test_image_i_is_the_same_in_every_batch(name, eps_fn):
     batch size.
     """
     sampler = registry.build(registry.SAMPLERS[name], {"eta": 0.5})
+    model = model_for(sampler, eps_fn)
     transitions = trajectory.descend(LINEAR, trajectory.uniform(1000, 25))
 
     def draw(index):
         keys = samplers.image_keys(jax.random.key(7), jnp.asarray(index))
         x = samplers.initial_noise(keys, (8, 8, 1))
         drawn = [jax.random.key_data(keys), x, gaussian.noise(keys, jnp.int32(500), (8, 8, 1))]
-        return *map(np.asarray, drawn), np.asarray(samplers.integrate(sampler, eps_fn, transitions, x, keys))
+        return *map(np.asarray, drawn), np.asarray(samplers.integrate(sampler, model, transitions, x, keys))
 
     whole = draw(range(8))
     assert len(np.unique(whole[-1], axis=0)) == 8
@@ -362,11 +437,12 @@ def test_eta_can_be_mapped_and_a_run_differentiated():
 @pytest.mark.parametrize("name", registry.SAMPLERS)
 def test_memory_does_not_grow_with_S(name):
     sampler, x = registry.build(registry.SAMPLERS[name], {}), jnp.ones((64, 32, 32, 3))
+    model = model_for(sampler, golden_network)
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(64))
 
     def peak(S):
         transitions = jax.tree.map(jnp.asarray, trajectory.descend(LINEAR, trajectory.uniform(1000, S)))
-        run = jax.jit(lambda transitions, x, keys: samplers.integrate(sampler, golden_network, transitions, x, keys))
+        run = jax.jit(lambda transitions, x, keys: samplers.integrate(sampler, model, transitions, x, keys))
         return run.lower(transitions, x, keys).compile().memory_analysis().temp_size_in_bytes
 
     tables = 8 * 4 * 990  # the leaves of the transitions themselves
@@ -419,9 +495,10 @@ def test_every_sampler_keeps_a_gaussian_marginal_at_full_length():
     keys = samplers.image_keys(jax.random.key(0), jnp.arange(20_000))
     x = samplers.initial_noise(keys, (1,))
     for build in registry.SAMPLERS.values():
+        sampler = registry.build(build, {})
         out = samplers.integrate(
-            registry.build(build, {}),
-            oracle.gaussian(LINEAR, 0.3, 0.5),
+            sampler,
+            model_for(sampler, oracle.gaussian(LINEAR, 0.3, 0.5)),
             trajectory.descend(LINEAR, trajectory.uniform(1000, 1000)),
             x,
             keys,

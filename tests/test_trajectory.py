@@ -99,6 +99,67 @@ def test_explicit_takes_any_ascending_levels():
     )
 
 
+def published_respacing(T, spec):
+    """What the READMEs of improved-diffusion and guided-diffusion describe, in plain Python, in 0-based time."""
+    if isinstance(spec, str):
+        wanted = int(spec.removeprefix("ddim"))
+        return next((list(range(0, T, r)) for r in range(1, T + 1) if len(range(0, T, r)) == wanted), None)
+    kept, begin = [], 0
+    for i, count in enumerate(spec):
+        length = T // len(spec) + (1 if i < T % len(spec) else 0)
+        if count > length:
+            return None
+        position = 0.0
+        for _ in range(count):
+            kept.append(begin + round(position))
+            position += (length - 1) / (count - 1) if count > 1 else 1
+        begin += length
+    return kept
+
+
+@given(T=st.integers(1, 1100), sections=st.lists(st.integers(1, 300), min_size=1, max_size=6))
+def test_respaced_is_the_published_spacing(T, sections):
+    expected = published_respacing(T, sections)
+    if expected is None:
+        with raises(ValueError, "sections"):
+            trajectory.respaced(T, sections)
+        return
+    assert trajectory.respaced(T, sections).tolist() == [0, *(t + 1 for t in expected)]
+    assert trajectory.parse(T, f"respaced:{','.join(map(str, sections))}").tolist() == [0, *(t + 1 for t in expected)]
+
+
+@given(size=sizes)
+def test_with_stride_is_the_published_spacing(size):
+    T, S = size
+    expected = published_respacing(T, f"ddim{S}")
+    if expected is None:
+        with raises(ValueError, "num_steps", f"got {S}"):
+            trajectory.with_stride(T, S)
+        return
+    assert trajectory.parse(T, f"ddim{S}").tolist() == [0, *(t + 1 for t in expected)]
+
+
+def test_published_numbers_of_steps():
+    """250 of 4000 and 1000 timesteps, and the example of their READMEs: 10, 15 and 20 of 300."""
+    assert [len(trajectory.parse(T, "respaced:250")) - 1 for T in (1000, 4000)] == [250, 250]
+    tau = trajectory.parse(300, "respaced:10,15,20")
+    assert [sum((tau > low) & (tau <= low + 100)) for low in (0, 100, 200)] == [10, 15, 20]
+    assert trajectory.parse(1000, "ddim50").tolist() == [0, *range(1, 1000, 20)]
+
+
+@pytest.mark.parametrize("text", ["", "ddim", "ddim5x", "respaced:", "respaced:x", "quadratic", "a:b", "ddim-5"])
+def test_other_texts_are_not_numbers(text):
+    assert trajectory.parse(1000, text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["ddim0", "ddim300", "ddim1001", "respaced:1001", "respaced:0,5", "respaced:" + "9" * 50]
+)
+def test_respacing_that_does_not_exist(text):
+    with raises(ValueError):
+        trajectory.parse(1000, text)
+
+
 def test_descend_and_ascend_are_the_same_pairs():
     noise_schedule, tau = schedule.linear(), [0, 3, 10, 400]
     down, up = trajectory.descend(noise_schedule, tau), trajectory.ascend(noise_schedule, tau)

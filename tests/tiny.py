@@ -8,6 +8,7 @@ import numpy as np
 
 from configs import smoke
 from ddim_jax import config as config_lib
+from ddim_jax import gaussian
 from ddim_jax.models import network as network_lib
 from ddim_jax.models.dit import DiT
 from ddim_jax.models.unet import UNet
@@ -74,3 +75,8 @@ def pipeline(config, mesh, process=None, params=None):
     """The Pipeline of a config with these parameters on the mesh. Default: `params_of`."""
     params = params_of(config) if params is None else params
     return config_lib.pipeline(config, sharding.put_replicated(mesh, params), mesh, process)
+
+
+def model_for(sampler, model):
+    """The model, with a predicted variance if the sampler needs one."""
+    return gaussian.with_variance(model, 0.4) if getattr(sampler, "needs_variance", False) else model

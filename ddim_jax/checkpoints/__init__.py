@@ -1,5 +1,5 @@
-"""Checkpoints of trained networks in the formats of ddim_jax, diffusers and the official code. Opening one never
-executes code in its files.
+"""Checkpoints of trained networks in the formats of ddim_jax, diffusers, the official DDIM code, guided-diffusion and
+improved-diffusion. Opening one never executes code in its files.
 """
 
 from ddim_jax.checkpoints.find import open_checkpoint

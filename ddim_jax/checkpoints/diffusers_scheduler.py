@@ -7,135 +7,48 @@ of its scheduler class. Unsupported settings that change the numbers raise an er
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from ddim_jax import registry
+from ddim_jax.checkpoints.diffusers_scheduler_fields import (
+    ABSENT,
+    FIXED_NOISE,
+    KNOWN,
+    NOISE,
+    OWN_STEPS,
+    PREDICT_EPSILON,
+    REFUSED,
+    SCHEDULERS,
+    Scheduler,
+)
 from ddim_jax.checkpoints.diffusers_settings import settings, unsupported
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import CheckpointError
 
-# The supported fields of schedulers, with the defaults of DDIMScheduler.
-NOISE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "clip_sample": True,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "prediction_type": "epsilon",
-    "thresholding": False,
-    "dynamic_thresholding_ratio": 0.995,
-    "clip_sample_range": 1.0,
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "rescale_betas_zero_snr": False,
-}
-
-# Fields that change the meaning of the network's output or timestep: name -> (the only supported value, text for
-# messages).
-FIXED_NOISE = {
-    "use_flow_sigmas": (False, "False (the noise of flow matching is not that of DDPM)"),
-    "use_dynamic_shifting": (False, "False (the noise of flow matching is not that of DDPM)"),
-    "timestep_type": ("discrete", "'discrete' (timesteps are integers)"),
-    "timestep_values": (None, "None (the timesteps are 0..num_train_timesteps - 1)"),
-}
-
-# Fields of other schedulers and of the first versions, which have no effect on the supported schedulers.
-HARMLESS = ("tensor_format", "interpolation_type", "original_inference_steps", "timestep_scaling")
-
-PREDICT_EPSILON = "predict_epsilon"  # the predecessor of prediction_type, before diffusers 0.9
-
-
-class Scheduler(NamedTuple):
-    """The fields of a scheduler class, with their defaults."""
-
-    noise: Mapping[str, Any]  # the fields of NOISE that the class has; their meaning is the same in all classes
-    own_steps: Mapping[str, Any] = {}  # the fields that change only its update step, which is not used
-
-
-def _noise(*missing: str, **changed: Any) -> dict[str, Any]:
-    return {name: changed.get(name, default) for name, default in NOISE.items() if name not in missing}
-
-
-_SOLVER = {
-    "solver_order": 2,
-    "lower_order_final": True,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "flow_shift": 1.0,
-    "time_shift_type": "exponential",
-}
-
-_DPM = {
-    **_SOLVER,
-    "algorithm_type": "dpmsolver++",
-    "solver_type": "midpoint",
-    "final_sigmas_type": "zero",
-    "lambda_min_clipped": -math.inf,
-    "variance_type": None,
-}
-
-_NEVER_CLIPS = ("clip_sample", "clip_sample_range", "set_alpha_to_one")  # fields that the solvers do not have
-
-_DDPM = Scheduler(_noise("set_alpha_to_one"), {"variance_type": "fixed_small"})
-
-# Schedulers with the forward process of DDPM: alpha_bar has the same meaning in all. Their update steps are not used.
-SCHEDULERS = {
-    "DDIMScheduler": Scheduler(NOISE),
-    "DDPMScheduler": _DDPM,
-    "PNDMScheduler": Scheduler(
-        _noise(
-            *("clip_sample", "clip_sample_range", "rescale_betas_zero_snr"),
-            *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
-            set_alpha_to_one=False,
-        ),
-        {"skip_prk_steps": False},
-    ),
-    "DDIMParallelScheduler": Scheduler(NOISE),
-    "DDPMParallelScheduler": _DDPM,
-    "DPMSolverMultistepScheduler": Scheduler(
-        _noise(*_NEVER_CLIPS, timestep_spacing="linspace"), {**_DPM, "euler_at_final": False, "use_lu_lambdas": False}
-    ),
-    "DPMSolverSinglestepScheduler": Scheduler(
-        _noise(*_NEVER_CLIPS, "timestep_spacing", "steps_offset", "rescale_betas_zero_snr"),
-        {**_DPM, "lower_order_final": False},
-    ),
-    "DEISMultistepScheduler": Scheduler(
-        _noise(*_NEVER_CLIPS, "rescale_betas_zero_snr", timestep_spacing="linspace"),
-        {**_SOLVER, "algorithm_type": "deis", "solver_type": "logrho"},
-    ),
-    "UniPCMultistepScheduler": Scheduler(
-        _noise(*_NEVER_CLIPS, timestep_spacing="linspace"),
-        {
-            **_SOLVER,
-            "solver_type": "bh2",
-            "final_sigmas_type": "zero",
-            "predict_x0": True,
-            "disable_corrector": [],
-            "solver_p": None,
-            "sigma_min": None,
-            "sigma_max": None,
-            "shift_terminal": None,
-        },
-    ),
-}
-
-# The values for a class that does not have the field. The spacing of DPMSolverSinglestepScheduler is linspace.
-ABSENT = {**NOISE, "clip_sample": False, "timestep_spacing": "linspace"}
-
-OWN_STEPS = {name for scheduler in SCHEDULERS.values() for name in scheduler.own_steps}
-
-KNOWN = {*NOISE, *FIXED_NOISE, *OWN_STEPS, *HARMLESS, PREDICT_EPSILON}
-
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+OLD_PREDICTIONS = {"original_sample": "x0"}  # a name that EulerDiscreteScheduler has for "sample"
+
+MOST_BETAS = 1_000_000  # of these schedules
+MAX_BETA = 0.999  # of the schedules that alpha_bar defines
+
+
+def _laplace(u: float) -> float:
+    """The signal of the schedule "laplace" at u = t / T in [0, 1]: sqrt(snr / (1 + snr)) for a log-SNR with the
+    quantiles of a Laplace distribution of scale 1/2. diffusers takes beta from its ratios, as if it were alpha_bar.
+    """
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    return math.sqrt(1 / (1 + math.exp(-log_snr)))
+
+
+# Schedules of diffusers that config.schedule does not name: beta_t = 1 - f(t / T) / f((t - 1) / T), at most MAX_BETA.
+SIGNALS: Mapping[str, Callable[[float], float]] = {"laplace": _laplace, "exp": lambda u: math.exp(-12 * u)}
 
 TAUS = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 
@@ -159,10 +72,9 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     for name, (supported, text) in FIXED_NOISE.items():
         if values.get(name, supported) != supported:
             refuse(name, values[name], text)
-    if str(values.get("variance_type")).startswith("learned"):  # a setting of DDPMScheduler
-        refuse("variance_type", values["variance_type"], "a fixed variance, which the network does not predict")
     noise = ABSENT | settings(values, scheduler.noise, where)
-    for name, table in (("prediction_type", PREDICTIONS), ("timestep_spacing", TAUS)):
+    predictions = PREDICTIONS | OLD_PREDICTIONS
+    for name, table in (("prediction_type", predictions), ("timestep_spacing", TAUS)):
         if noise[name] not in table:
             refuse(name, noise[name], ", ".join(table))
     prediction = noise["prediction_type"]
@@ -175,8 +87,13 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     if noise["rescale_betas_zero_snr"] and prediction == "epsilon":
         refuse("rescale_betas_zero_snr", True, "False, or True with the prediction_type sample or v_prediction")
     betas, steps = noise["trained_betas"], noise["num_train_timesteps"]
-    if betas is None and noise["beta_schedule"] not in SCHEDULES:
-        refuse("beta_schedule", noise["beta_schedule"], ", ".join(SCHEDULES))
+    if betas is None and noise["beta_schedule"] not in SCHEDULES | SIGNALS:
+        refuse("beta_schedule", noise["beta_schedule"], ", ".join(SCHEDULES | SIGNALS))
+    if betas is None and noise["beta_schedule"] in SIGNALS:
+        if not isinstance(steps, int) or not 1 <= steps <= MOST_BETAS:
+            refuse("num_train_timesteps", steps, f"1..{MOST_BETAS}")
+        signal = [SIGNALS[noise["beta_schedule"]](t / steps) for t in range(steps + 1)]
+        betas = [min(1 - b / a, MAX_BETA) for a, b in itertools.pairwise(signal)]
     if betas is not None and len(betas) != steps:
         refuse("num_train_timesteps", steps, f"the length of trained_betas, {len(betas)}")
     schedule_fields = {
@@ -196,15 +113,21 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
         "tau_offset": noise["steps_offset"] if noise["timestep_spacing"] == "leading" else 0,
         "tau_end": 0 if noise["set_alpha_to_one"] else 1,
     }
-    return schedule_fields, PREDICTIONS[prediction], sample
+    return schedule_fields, predictions[prediction], sample
+
+
+def learns_variance(values: Mapping[str, Any]) -> bool:
+    """Whether the network also predicts the variance. values: a scheduler_config.json that `noise_fields` accepts."""
+    return str(values.get("variance_type")).startswith("learned")
 
 
 def own_steps(values: Mapping[str, Any], where: str) -> str:
     """A note that names the settings of the update step that differ from the defaults of the scheduler class: one line,
     "" if there are none. values: a scheduler_config.json that `noise_fields` accepts. where: the file.
     """
-    defaults = _scheduler(values, where).own_steps
-    usual = lambda name: [other.own_steps[name] for other in SCHEDULERS.values() if name in other.own_steps]
+    own = lambda scheduler: {**scheduler.own_steps, **scheduler.removed}
+    defaults = own(_scheduler(values, where))
+    usual = lambda name: [own(other)[name] for other in SCHEDULERS.values() if name in own(other)]
     changed = ", ".join(
         f"{name} = {files.shown(values[name])}"
         for name in values
@@ -215,6 +138,8 @@ def own_steps(values: Mapping[str, Any], where: str) -> str:
 
 def _scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
     name = values.get("_class_name", "DDIMScheduler")
+    if isinstance(name, str) and name in REFUSED:
+        unsupported(where, "_class_name", name, f"DDIMScheduler, DDPMScheduler and others of DDPM; {REFUSED[name]}")
     if not isinstance(name, str) or name not in SCHEDULERS:
         unsupported(where, "_class_name", name, ", ".join(SCHEDULERS))
     return SCHEDULERS[name]
@@ -223,6 +148,8 @@ def _scheduler(values: Mapping[str, Any], where: str) -> Scheduler:
 def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The scheduler_config.json of a DDIMScheduler for a config with the sections model, schedule and sample. The
     inverse of `noise_fields` for all settings that diffusers has.
+
+    A network that predicts a variance has a DDPMScheduler: DDIMScheduler cannot use its output.
     """
     noise, sample = config["schedule"], config["sample"]
     beta_schedules = {name: beta_schedule for beta_schedule, name in SCHEDULES.items()}
@@ -235,9 +162,9 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
         betas = list(noise["betas"]) or (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
     thresholding = bool(sample["clip_x0"] and sample["clip_quantile"])
     clip_range = {"sample_max_value" if thresholding else "clip_sample_range": sample["clip_range"]}
-    return {
-        **NOISE,
-        "_class_name": "DDIMScheduler",
+    learned = config["model"].get("learn_sigma", False)
+    known = NOISE if not learned else SCHEDULERS["DDPMScheduler"].noise
+    values = {
         "num_train_timesteps": len(betas) if betas else noise["num_steps"],
         "beta_start": noise["beta_start"],
         "beta_end": noise["beta_end"],
@@ -252,4 +179,9 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "timestep_spacing": SPACINGS.get(sample["tau"], "trailing"),
         "steps_offset": sample["tau_offset"],
         "set_alpha_to_one": sample["tau_end"] == 0,
+    }
+    return {
+        "_class_name": "DDPMScheduler" if learned else "DDIMScheduler",
+        **{name: values.get(name, default) for name, default in known.items()},
+        **({"variance_type": "learned_range"} if learned else {}),
     }

@@ -1,12 +1,12 @@
 """Checkpoints of guided-diffusion (ADM; Dhariwal and Nichol 2021) and improved-diffusion (Nichol and Dhariwal 2021).
 
-A file is a state dict alone. What its tensors do not tell (the size of the images, the heads, the noise) is known of
-the published files by their names, and is read of any other from `model_flags.txt` next to it: the flags that the
-training script was given, as in the READMEs of both projects, for example
+A checkpoint is a bare state dict. Its tensors do not determine the size of the images, the number of attention heads
+and the noise schedule. The published files are recognized by their names. For any other file, `model_flags.txt` in the
+same folder must hold the flags of the training script, as in the READMEs of both projects, for example
 
     --image_size 64 --num_channels 192 --num_res_blocks 3 --num_head_channels 64 --learn_sigma True
 
-A flag that changes numbers and is not supported raises an error that names it.
+An unsupported flag that changes the network or the noise schedule raises an error that names it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from ddim_jax.utils import files
 from ddim_jax.utils.errors import CheckpointError
 
 
-def is_there(found: Tensors) -> bool:
-    """Whether the tensors have the names of these projects."""
-    return {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= found.shapes.keys()
+def is_guided_diffusion(state: Tensors) -> bool:
+    """Whether the tensors of a state dict have the names of guided-diffusion and improved-diffusion."""
+    return {"time_embed.0.weight", "input_blocks.0.0.weight", "out.2.weight"} <= state.shapes.keys()
 
 
-def open_file(path: pathlib.Path, found: Tensors) -> CheckpointInfo:
-    """What a state dict is of. CheckpointError where its training is not known, or is not supported."""
+def open_file(path: pathlib.Path, state: Tensors) -> CheckpointInfo:
+    """Reads the description of a network from its flags, see `flags_of`. CheckpointError if a flag is not supported.
+
+    path: of the file. state: the tensors in it, not read yet.
+    """
     flags, where = flags_of(path)
     model = network_fields(flags, where)
 
     def read_params(like: Any, ema: bool) -> Any:
         no_raw_parameters(str(path), ema)
         heads = (flags["num_heads"], flags["num_head_channels"])
-        split = split_attention(found, *heads, new_order=flags["use_new_attention_order"])
+        split = split_attention(state, *heads, new_order=flags["use_new_attention_order"])
         return read(split._replace(layout=layout_of(model)), like, where)
 
     return CheckpointInfo(
@@ -51,7 +54,7 @@ def open_file(path: pathlib.Path, found: Tensors) -> CheckpointInfo:
     )
 
 
-# Their DDIM clips the predicted x_0 and derives eps again.
+# DDIM in guided-diffusion clips the predicted x_0 and recomputes eps from it.
 SAMPLE = {"tau": "uniform", "tau_offset": 0, "tau_end": 0, "clip_x0": True, "clip_range": 1.0, "clip_quantile": 0.0}
 
 
@@ -74,7 +77,11 @@ ATTENTION = {"norm": "norm", "query": "qkv.query", "key": "qkv.key", "value": "q
 
 
 def layout_of(model: Mapping[str, Any]) -> Layout:
-    """The names of a network's tensors: their blocks are numbered, one for everything that a skip connection joins."""
+    """The names of a network's tensors. model: fields of config.model.
+
+    `input_blocks` and `output_blocks` are numbered over all resolutions. A number stands for a residual block, and the
+    attention and the upsampling after it; or for a downsampling.
+    """
     table = {"time_0": "time_embed.0", "time_1": "time_embed.2", "class": "label_emb", "conv_in": "input_blocks.0.0"}
     table |= {"middle_block_0": "middle_block.0", "middle_attention": "middle_block.1"}
     table |= {"middle_block_1": "middle_block.2", "norm_out": "out.0", "conv_out": "out.2"}
@@ -105,16 +112,16 @@ def layout_of(model: Mapping[str, Any]) -> Layout:
     return Layout(name, frozenset({"shortcut"}))
 
 
-def split_attention(found: Tensors, num_heads: int, head_channels: int, new_order: bool) -> Tensors:
-    """The tensors, with `qkv` (3 C, C, 1) of each attention as `qkv.query`, `qkv.key` and `qkv.value` (C, C), and the
-    matrices of other 1-D convolutions without their last axis.
+def split_attention(state: Tensors, num_heads: int, head_channels: int, new_order: bool) -> Tensors:
+    """Splits the tensor `qkv` (3 C, C, 1) of each attention into `qkv.query`, `qkv.key` and `qkv.value` (C, C). The
+    kernels of the other 1-D convolutions, (C, C, 1), also become matrices (C, C).
 
-    The rows of `qkv` are heads, then query, key and value of each; in the new order query, key and value, then the
-    heads of each. num_heads: where head_channels is -1.
+    num_heads: used if head_channels is -1. new_order: whether the rows of `qkv` are ordered by query, key and value,
+    and then by head; False: by head, and then by query, key and value.
     """
     parts = ("query", "key", "value")
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in found.shapes.items():
+    for name, shape in state.shapes.items():
         shape = shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape
         if ".qkv." in name and shape and shape[0] % 3 == 0:
             shapes |= {name.replace(".qkv.", f".qkv.{part}."): (shape[0] // 3, *shape[1:]) for part in parts}
@@ -124,15 +131,15 @@ def split_attention(found: Tensors, num_heads: int, head_channels: int, new_orde
     def read_one(name: str) -> np.ndarray:
         part = next((part for part in parts if f".qkv.{part}." in name), None)
         if part is None:
-            return found.read(name).reshape(shapes[name])
-        fused = found.read(name.replace(f".{part}.", "."))
+            return state.read(name).reshape(shapes[name])
+        fused = state.read(name.replace(f".{part}.", "."))
         channels = shapes[name][0]
         heads = num_heads if head_channels == -1 else channels // head_channels
         if not heads or channels % heads:
-            raise CheckpointError(f"{found.source}: {name} has {channels} channels, which {heads} heads do not divide")
+            raise CheckpointError(f"{state.source}: {name} has {channels} channels, not a multiple of {heads} heads")
         order = (3, heads) if new_order else (heads, 3)
         fused = fused.reshape(*order, channels // heads, *shapes[name][1:])
         chosen = fused[parts.index(part)] if new_order else fused[:, parts.index(part)]
         return chosen.reshape(shapes[name])
 
-    return Tensors(found.source, shapes, read_one)
+    return Tensors(state.source, shapes, read_one)

@@ -1,4 +1,4 @@
-"""The flags of the training scripts of guided-diffusion and improved-diffusion, and what they mean for config.model."""
+"""The flags of the training scripts of guided-diffusion and improved-diffusion, and their config.model."""
 
 from __future__ import annotations
 
@@ -7,19 +7,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ddim_jax.models.unet import multipliers
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import CheckpointError
 
 FLAGS = "model_flags.txt"
+FLAGS_BYTES = 1 << 16  # the limit for this file
+CLASSES = 1000  # the number of classes of ImageNet
 
-
-FLAGS_BYTES = 1 << 16
-
-
-CLASSES = 1000  # of ImageNet
-
-
-# The flags that are understood, with the defaults of guided-diffusion.
+# The supported flags, with the defaults of guided-diffusion.
 DEFAULTS: Mapping[str, Any] = {
     "image_size": 64,
     "num_channels": 128,
@@ -41,9 +37,8 @@ DEFAULTS: Mapping[str, Any] = {
     "rescale_timesteps": False,
 }
 
-
-# Flags without influence on the network's output at a timestep.
-WITHOUT_INFLUENCE = (
+# Flags that change neither the network's output nor the noise schedule. They are ignored.
+IGNORED = (
     *("use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "sigma_small", "timestep_respacing"),
     *("lr", "batch_size", "microbatch", "ema_rate", "lr_anneal_steps", "weight_decay", "schedule_sampler", "data_dir"),
     *(
@@ -57,7 +52,7 @@ WITHOUT_INFLUENCE = (
     ),
 )
 
-
+# image_size -> channel_mult, if the flag channel_mult is empty
 CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
@@ -66,20 +61,16 @@ CHANNEL_MULT = {
     32: (1, 2, 2, 2),
 }
 
-
 SCHEDULES = {"linear": "linear", "cosine": "cosine"}
-
 
 _ADM = (
     "--attention_resolutions 32,16,8 --learn_sigma True --num_channels 256 --num_head_channels 64 --num_res_blocks 2 "
     "--resblock_updown True --use_scale_shift_norm True"
 )
 
-
 _IMPROVED = "--learn_sigma True --diffusion_steps 4000 --noise_schedule cosine --rescale_timesteps True"
 
-
-# The published files, as regular expressions of their names without the ending, and the flags of their READMEs.
+# Published files: a regular expression of the name without the suffix -> the flags in the READMEs.
 PUBLISHED = {
     "64x64_diffusion": (
         f"{_ADM} --image_size 64 --class_cond True --dropout 0.1 --noise_schedule cosine --num_channels 192 "
@@ -102,13 +93,15 @@ PUBLISHED = {
 
 
 def flags_of(path: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """The flags of a file, by its name or from the file next to it, and where they are from, for people."""
-    beside = path.with_name(FLAGS)
-    if beside.is_file():
-        files.check_regular(beside)
-        if beside.stat().st_size > FLAGS_BYTES:
-            raise CheckpointError(f"{beside} has {beside.stat().st_size} bytes, at most {FLAGS_BYTES} are read")
-        return parse_flags(beside.read_text(errors="replace"), str(beside)), f"{FLAGS} next to it"
+    """(the flags of a checkpoint, their source for messages). They are read from FLAGS in the folder of the file. If
+    there is no FLAGS, they are those of the published file with this name. CheckpointError if there is neither.
+    """
+    file = path.with_name(FLAGS)
+    if file.is_file():
+        files.check_regular(file)
+        if (size := file.stat().st_size) > FLAGS_BYTES:
+            raise CheckpointError(f"{file} must have at most {FLAGS_BYTES} bytes, got {size}")
+        return parse_flags(file.read_text(errors="replace"), str(file)), f"the {FLAGS} in its folder"
     for name, flags in PUBLISHED.items():
         if re.fullmatch(name, path.stem):
             return parse_flags(flags, path.stem), "the published network of that name"
@@ -116,14 +109,15 @@ def flags_of(path: pathlib.Path) -> tuple[dict[str, Any], str]:
         name.replace(r"\w+", "*").replace("(bedroom|cat|horse)(_nodropout)?", "bedroom") for name in PUBLISHED
     )
     raise CheckpointError(
-        f"{path} does not say how it was trained; put {FLAGS} with the flags of its training next to it (without, the "
-        f"published files are known: {names})"
+        f"{path} does not determine its network and noise schedule; put {FLAGS} with the flags of its training into "
+        f"its folder (only the published files do not need it: {names})"
     )
 
 
 def parse_flags(text: str, where: str) -> dict[str, Any]:
-    """The flags "--name value" of a text, which may be lines of a shell script (MODEL_FLAGS="..."), over the defaults.
-    CheckpointError for a flag that is not known, and for a value of another type.
+    """The flags "--name value" in a text; a missing flag has its default. The text may be lines of a shell script
+    (MODEL_FLAGS="..."). CheckpointError for an unsupported flag, and for a value of another type. where: the source of
+    the text, for messages.
     """
     text = re.sub(r"#.*|\b[A-Z_]+=|[\"']", " ", text)
     flags, words = dict(DEFAULTS), iter(text.split())
@@ -132,7 +126,7 @@ def parse_flags(text: str, where: str) -> dict[str, Any]:
         if not word.startswith("--"):
             raise CheckpointError(f"{where}: expected --name value, got {files.shown(word)}")
         value = value if equals else next(words, None)
-        if name in WITHOUT_INFLUENCE:
+        if name in IGNORED:
             continue
         if name not in DEFAULTS:
             raise CheckpointError(f"{where}: --{files.shown(name)} is not supported; supported: {', '.join(DEFAULTS)}")
@@ -151,7 +145,9 @@ def _typed(name: str, value: str | None, where: str) -> Any:
 
 
 def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of config.model that flags mean. CheckpointError, naming the flag, for what is not supported."""
+    """The fields of config.model for these flags. CheckpointError, naming the flag, for an unsupported value. where:
+    the source of the flags, for messages.
+    """
 
     def refuse(name: str, supported: str) -> None:
         raise CheckpointError(f"{where}: --{name} {files.shown(flags[name])} is not supported; supported: {supported}")
@@ -164,20 +160,23 @@ def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
     else:
         refuse("image_size", f"{', '.join(map(str, CHANNEL_MULT))}, or any with --channel_mult")
     widths = [int(factor * flags["num_channels"]) for factor in mult]
-    if not widths or min(widths) < 1 or any(width % widths[0] for width in widths):
-        refuse("channel_mult", "numbers whose widths are multiples of the first")
+    if not widths or min(widths) < 1:
+        refuse("channel_mult", "numbers above 0")
     if flags["num_heads_upsample"] not in (-1, flags["num_heads"]):
-        refuse("num_heads_upsample", "-1, or as many as --num_heads")
+        refuse("num_heads_upsample", "-1, or the value of --num_heads")
     if flags["noise_schedule"] not in SCHEDULES:
         refuse("noise_schedule", ", ".join(SCHEDULES))
     if not 1 <= flags["diffusion_steps"] <= 1_000_000:
         refuse("diffusion_steps", "1..1000000")
     divided = flags["num_head_channels"] != -1
+    name = "num_head_channels" if divided else "num_heads"
+    if flags[name] < 1:
+        refuse(name, "a number of at least 1")
     return {
         "image_size": size,
         "image_channels": 3,
         "channels": widths[0],
-        "channel_mult": tuple(width // widths[0] for width in widths),
+        "channel_mult": multipliers(widths),
         "time_channels": flags["num_channels"],
         "num_res_blocks": flags["num_res_blocks"],
         "attention_resolutions": tuple(_numbers(flags, "attention_resolutions", int, where)),
@@ -205,5 +204,5 @@ def _numbers(flags: Mapping[str, Any], name: str, kind: type, where: str) -> lis
         return [kind(part) for part in flags[name].split(",") if part.strip()]
     except ValueError:
         raise CheckpointError(
-            f"{where}: --{name} must be numbers with commas between, got {files.shown(flags[name])}"
+            f"{where}: --{name} must be comma-separated numbers, got {files.shown(flags[name])}"
         ) from None

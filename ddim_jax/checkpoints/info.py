@@ -25,6 +25,8 @@ class CheckpointInfo(NamedTuple):
     schedule: Mapping[str, Any] = NOTHING  # fields of config.schedule
     sample: Mapping[str, Any] = NOTHING  # fields of config.sample: the sampling settings of its authors
     step: int | None = None  # the number of updates, None if it is not known
+    # For files that do not tell the size of the images: image_size -> model. CheckpointError if it is not supported.
+    sized: Callable[[int], Mapping[str, Any]] | None = None
     note: str = ""  # a message about settings in its files that are ignored, "" if there are none
 
 

@@ -29,10 +29,10 @@ Exported by ddim_jax{updates}.
 With diffusers:
 
 ```python
-from diffusers import DDIMPipeline
+from diffusers import {pipeline}
 
-pipeline = DDIMPipeline.from_pretrained("THIS_FOLDER")
-image = pipeline(batch_size=1, num_inference_steps=50, eta=0.0{clipped}).images[0]
+pipeline = {pipeline}.from_pretrained("THIS_FOLDER")
+image = pipeline(batch_size=1, num_inference_steps={arguments}).images[0]
 ```
 
 {notes}With ddim_jax, by any process of the DDIM family and with any tau:
@@ -49,7 +49,7 @@ python -m ddim_jax.sample --config configs/default.py --config.pretrained=THIS_F
 """
 
 
-def is_ours(file: pathlib.Path) -> bool:
+def is_from_ddim_jax(file: pathlib.Path) -> bool:
     """Whether `markdown` wrote the model card in a file."""
     if not file.is_file():
         return False
@@ -69,7 +69,11 @@ def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
     if sample["tau"] not in TAUS:
         tau = files.printable(sample["tau"][:100]).replace("`", "'")
         notes.append(f"The tau `{tau}` does not exist in diffusers. The scheduler has a similar timestep spacing.")
-    if sample["clip_x0"]:
+    learned = model.get("learn_sigma", False)
+    if learned:
+        notes.append("The network also predicts a variance, which `DDIMPipeline` does not support.")
+    clipped = ", use_clipped_model_output=True" if sample["clip_x0"] else ""
+    if clipped and not learned:
         notes.append("With `use_clipped_model_output=True`, eps is computed from the clipped prediction of x_0.")
     if model["num_classes"]:
         notes.append("The network is class-conditional. Its unet takes `class_labels`; the pipeline does not.")
@@ -83,7 +87,8 @@ def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
         channels=model["image_channels"],
         prediction={"eps": "the noise", "x0": "the image", "v": "v", "edm": "F of EDM"}[model["prediction"]],
         updates=f" after {step:,} updates" if step else "",
-        clipped=", use_clipped_model_output=True" if sample["clip_x0"] else "",
+        pipeline="DDPMPipeline" if learned else "DDIMPipeline",
+        arguments=str(config["schedule"]["num_steps"]) if learned else f"50, eta=0.0{clipped}",
         notes="".join(f"{note}\n" for note in notes) + ("\n" if notes else ""),
         config=json.dumps(config, indent=1),
     )

@@ -30,15 +30,16 @@ SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "sigmoid": "sigmoid", 
 
 
 def open_file(path: pathlib.Path) -> CheckpointInfo:
-    """Reads the description of a file of tensors with the names of the official code, from the config.yml in the same
-    folder. CheckpointError if the file is not of this kind.
+    """Reads the description of a file of tensors. For tensors with the names of the official code it is read from the
+    config.yml in the same folder; for those of guided-diffusion see `guided_diffusion.open_file`. CheckpointError for
+    any other file.
     """
     if path.suffix == ".safetensors":
         state, _ = tensors.open_safetensors(path)
         sets = {True: state}
     else:
         sets = _parameter_sets(path)
-    if guided_diffusion.is_there(sets[True]):
+    if guided_diffusion.is_guided_diffusion(sets[True]):
         return guided_diffusion.open_file(path, sets[True])
     for state in sets.values():
         if "conv_in.weight" not in state.shapes or "temb.dense.0.weight" not in state.shapes:
@@ -186,7 +187,7 @@ def _noise_fields(config: Mapping[str, Any], path: pathlib.Path) -> dict[str, An
 
 
 def _of_ho(path: pathlib.Path) -> dict[str, Any]:
-    """The fields of config.model of the network of Ho that has the name of this file. CheckpointError if none has."""
+    """The fields of config.model of Ho's network with this file name. CheckpointError if there is none."""
     stem = path.absolute().with_suffix("")
     match = HO_FILE.fullmatch(stem.name) or HO_FILE.fullmatch(f"{stem.parent.name}/{stem.name}")
     if match is None or match[1] not in HO:

@@ -21,6 +21,7 @@ NETWORK = [
     ("conv_in", "conv_in", "conv_in"),
     ("down_{level}_block_{i}", "down_blocks.{level}.resnets.{i}", "down.{level}.block.{i}"),
     ("down_{level}_attention_{i}", "down_blocks.{level}.attentions.{i}", "down.{level}.attn.{i}"),
+    # Without ".conv" if the image is resampled by a residual block, which has several modules.
     ("down_{level}_halve", "down_blocks.{level}.downsamplers.0.conv", "down.{level}.downsample.conv"),
     ("middle_block_{i}", "mid_block.resnets.{i}", "mid.block_{j}"),
     ("middle_attention", "mid_block.attentions.0", "mid.attn_1"),
@@ -79,7 +80,10 @@ def _torch_name(network: Mapping[str, str | None], inner: Mapping[str, str], pat
     numbers["depth"], numbers["j"] = num_levels - 1 - numbers.get("level", 0), numbers.get("i", 0) + 1
     if network[row] is None:
         raise KeyError(row)
-    return ".".join([network[row].format(**numbers), *(inner[name] for name in modules), LEAVES[leaf]])
+    module = network[row].format(**numbers)
+    if modules and row.endswith(("_halve", "_double")):
+        module = module.removesuffix(".conv")
+    return ".".join([module, *(inner[name] for name in modules), LEAVES[leaf]])
 
 
 DIFFUSERS = _layout(1, 1, ("shortcut",))

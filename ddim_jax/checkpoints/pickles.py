@@ -1,8 +1,9 @@
-"""Pickles as data: a pickle is a program for a small stack machine, and this machine cannot import, call or build.
+"""A restricted unpickler: reads pickles without importing modules and without executing code.
 
-`load` runs the opcodes that make plain values: numbers, texts, bytes, lists, tuples, dicts and sets. A global,
-"module name", is looked up in a table of the caller's and is otherwise only a name; to call it means to call what the
-table says. So nothing of a file is executed, whoever wrote it, and memory is bounded by the size of the file.
+A pickle is a program for a stack machine. `load` supports only the opcodes that create plain values: numbers, strings,
+bytes, lists, tuples, dicts and sets. A global (a module and a name in it) becomes a `Global`, which is not imported. If
+the pickle calls a global, `load` calls the function that the caller gave for it; any other call raises an error. The
+memory is bounded by the size of the file.
 
 One file because the stack machine is one loop, and a reader compares its opcodes.
 """
@@ -15,12 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any, BinaryIO, NamedTuple
 
-MAX_BYTES = 16 << 20  # of one pickle: those of the published checkpoints, which hold names and shapes, have 1 MB
+MAX_BYTES = 16 << 20  # the limit for one pickle; those of published checkpoints (names and shapes) have 1 MB
 SKIPPED_BYTES = 4096  # longer byte strings are not read, if `load` may skip them
 
 
 class Global(NamedTuple):
-    """The name of something in a module: a name only, nothing is imported."""
+    """The name of an attribute of a module. The module is not imported."""
 
     module: str
     name: str
@@ -38,29 +39,30 @@ class Object:
 
 
 class Skipped(NamedTuple):
-    """A byte string that is not read: where it is in the file."""
+    """A byte string that was not read, and its position in the file."""
 
     begin: int
     length: int
 
 
 class Unsupported(ValueError):
-    """A pickle asks for more than values."""
+    """A pickle needs an opcode or a call that is not supported."""
 
 
-Calls = Mapping[str, Callable[..., Any]]  # "module.name" -> its result; it raises ValueError for bad arguments
+Calls = Mapping[str, Callable[..., Any]]  # "module.name" -> function; it raises ValueError for invalid arguments
 
 
 def load(file: BinaryIO, calls: Calls, persistent: Callable[[Any], Any] | None = None, *, skip: bool = False) -> Any:
-    """The value of the pickle that begins where the file is; afterwards the file is behind it.
+    """Reads the pickle at the current position of the file, and returns its value. The position is then after the
+    pickle.
 
-    calls: the globals that may be called; a result that is an `Object` gets the state that the pickle sets.
-    persistent: what a persistent id means; None: there must be none.
-    skip: a byte string of more than SKIPPED_BYTES is not read: it becomes `Skipped`, and does not count for MAX_BYTES.
+    calls: the functions for the globals that the pickle may call; a result that is an `Object` gets the state that the
+    pickle sets. persistent: converts a persistent id to a value; None if persistent ids are not supported. skip: byte
+    strings of more than SKIPPED_BYTES are not read: each becomes a `Skipped`, and does not count for MAX_BYTES.
 
-    Unsupported where the pickle asks for anything else; ValueError where it is no pickle, is cut short, or has more
-    than MAX_BYTES. A key of a dict and an item of a set must be a number, a text or bytes: to hash anything else may
-    take for ever.
+    Unsupported for another call and for an unsupported opcode. ValueError if the file has no complete pickle there, and
+    if the pickle has more than MAX_BYTES. A key of a dict and an item of a set must be a number, a string, bytes or
+    None, because the hash of a nested value may take too long.
     """
     stack: list[Any] = []
     marks: list[int] = []
@@ -135,17 +137,17 @@ def load(file: BinaryIO, calls: Calls, persistent: Callable[[Any], Any] | None =
             state = stack.pop()
             if isinstance(stack[-1], Object):
                 stack[-1].state = state
-            elif not (isinstance(stack[-1], dict) and isinstance(state, dict)):  # the attributes of an OrderedDict
-                raise Unsupported(f"it sets the state of a {_kind(stack[-1])}")
+            elif not (isinstance(stack[-1], dict) and isinstance(state, dict)):  # ignored: attributes of an OrderedDict
+                raise Unsupported(f"setting the state of a {_kind(stack[-1])} is not supported")
         elif name in ("PERSID", "BINPERSID"):
             if persistent is None:
-                raise Unsupported("it refers to something outside of it")
+                raise Unsupported("persistent ids are not supported")
             stack.append(persistent(argument if name == "PERSID" else stack.pop()))
         elif name == "STOP":
             return stack.pop()
         else:
-            raise Unsupported(f"it holds the opcode {name}")
-    raise ValueError("it ends before its last opcode")
+            raise Unsupported(f"the opcode {name} is not supported")
+    raise ValueError("its pickle has no STOP opcode")
 
 
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
@@ -153,10 +155,10 @@ _LENGTHS = {"BINBYTES": pickletools.read_uint4, "BINBYTES8": pickletools.read_ui
 
 
 def _opcodes(file: _Limited) -> Iterator[tuple[str, Any]]:
-    """(name, argument) of every opcode, also of those behind the last one."""
+    """(name, argument) of each opcode. Unlike `pickletools.genops` it can skip long byte strings."""
     while code := file.read(1):
         if code not in _OPCODES:
-            raise ValueError(f"it holds the unknown opcode {code!r}")
+            raise ValueError(f"the opcode {code!r} is unknown")
         opcode = _OPCODES[code]
         if opcode.name in _LENGTHS:
             yield opcode.name, file.bytes(_LENGTHS[opcode.name](file))
@@ -165,7 +167,9 @@ def _opcodes(file: _Limited) -> Iterator[tuple[str, Any]]:
 
 
 def safely(read: Callable[[], Any]) -> Any:
-    """The result of `read`, in which a damaged pickle fails in any way: Unsupported or ValueError, of one line."""
+    """The result of read(). The exceptions that a damaged pickle causes become a ValueError of one line; Unsupported is
+    raised unchanged.
+    """
     try:
         return read()
     except Unsupported:
@@ -206,21 +210,21 @@ _LITERALS |= {"SHORT_BINUNICODE", "BYTEARRAY8"}
 
 def _call(calls: Calls, called: Any, arguments: tuple) -> Any:
     if not isinstance(called, Global):
-        raise Unsupported(f"it calls a {_kind(called)}")
+        raise Unsupported(f"calling a {_kind(called)} is not supported")
     if str(called) not in calls:
-        raise Unsupported(f"it calls {str(called)[:200]}, which is not one of {', '.join(calls)}")
+        raise Unsupported(f"calling {str(called)[:200]} is not supported; supported: {', '.join(calls)}")
     return calls[str(called)](*arguments)
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
     if len(items) % 2:
-        raise ValueError("a key has no value")
+        raise ValueError("a key of a dict has no value")
     return dict(zip(map(_hashed, items[::2]), items[1::2], strict=True))
 
 
 def _hashed(value: Any) -> Any:
     if not isinstance(value, (str, bytes, int, float, NoneType)):
-        raise Unsupported(f"it holds a {_kind(value)} as a key")
+        raise Unsupported(f"a {_kind(value)} as a key of a dict or an item of a set is not supported")
     return value
 
 
@@ -231,13 +235,15 @@ def _of(kind: type, value: Any) -> Any:
 
 
 class _Limited:
-    """A file of which MAX_BYTES are read. skip: see `load`."""
+    """A file from which at most MAX_BYTES are read; ValueError beyond. skip: see `load`."""
 
     def __init__(self, file: BinaryIO, skip: bool):
         self._file, self._left, self._skip = file, MAX_BYTES, skip
 
     def bytes(self, length: int) -> bytes | Skipped:
-        """A byte string of this length. ValueError if the file is shorter; what is skipped is not checked."""
+        """A byte string of this length. ValueError if fewer remain in the file; if they are skipped, this is
+        not checked.
+        """
         if self._skip and length > SKIPPED_BYTES:
             begin = self._file.tell()
             self._file.seek(begin + length)
@@ -256,7 +262,7 @@ class _Limited:
     def _count(self, content: bytes) -> bytes:
         self._left -= len(content)
         if self._left < 0:
-            raise ValueError(f"its pickle has more than {MAX_BYTES} bytes")
+            raise ValueError(f"its pickle must have at most {MAX_BYTES} bytes")
         return content
 
 

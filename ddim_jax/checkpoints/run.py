@@ -254,12 +254,13 @@ class Checkpoints:
         a parameter of the network is not finite.
         """
         expected = self._record(step).get("checksums", {})
-        requested = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**requested))
-        except Exception as error:  # damaged files raise exceptions of many types
-            raise self._unreadable(step, error) from error
-        items = {name: restored[name] for name in targets}
+        items = {}
+        for name, target in targets.items():
+            try:
+                request = ocp.args.Composite(**{name: ocp.args.StandardRestore(target)})
+                items[name] = self._manager.restore(step, args=request)[name]
+            except Exception as error:  # damaged files raise exceptions of many types
+                raise self._unreadable(step, error, name) from error
         for name, array in arrays_on_host(items):
             if _differs(expected, name, checksum(array)):
                 raise self._damaged(step, f"{name} does not match its checksum")
@@ -270,9 +271,9 @@ class Checkpoints:
     def _damaged(self, step: int, reason: str) -> DamagedError:
         return DamagedError(f"{self._folder / str(step)} is damaged: {reason}")
 
-    def _unreadable(self, step: int, error: Exception) -> DamagedError:
+    def _unreadable(self, step: int, error: Exception, item: str = "") -> DamagedError:
         reason = (str(error) or repr(error)).splitlines()[0].split(" See full TensorStore details")[0]
-        return DamagedError(f"{self._folder / str(step)} cannot be read: {reason[:300]}")
+        return DamagedError(f"{self._folder / str(step) / item} cannot be read: {reason[:300]}")
 
 
 def _differs(saved: Mapping[str, Any], name: str, current: str) -> bool:

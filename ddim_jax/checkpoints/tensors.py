@@ -132,7 +132,7 @@ def read(tensors: Tensors, like: Any, expected_by: str) -> Any:
     """
     layout = tensors.layout
     flat = flax.traverse_util.flatten_dict(like)
-    num_levels = sum(path[0].endswith("_halve") and path[-1] == "bias" for path in flat) + 1
+    num_levels = len({path[0] for path in flat if path[0].endswith("_halve")}) + 1
     names = {path: name_of(path, layout, num_levels) for path in flat}
     expected = {names[path]: expected_shape(path, leaf.shape, layout) for path, leaf in flat.items()}
     same = lambda name: name in expected and _matrix(tensors.shapes[name]) == _matrix(expected[name])

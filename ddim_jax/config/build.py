@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -169,17 +170,16 @@ def process(config: SampleConfig, schedule: Schedule) -> SamplingProcess:
     each other or with the schedule.
 
     config.tau is a name in registry.TAUS or registry.SPACINGS, a user's function "module:function" from (schedule,
-    steps) to (S + 1,) numbers, or a list of custom timesteps: "1,10,99.5,1000". tau_offset, tau_end: see
+    steps) to (S + 1,) numbers, or numbers, see `trajectory.parse`. tau_offset, tau_end: see
     `trajectory.shift_and_truncate`. The factory of the sampler receives the fields that are in its signature, and
     config.options.
     """
     with error_context("config.sample.tau"):
-        timesteps = _numbers(config.tau)
-        if timesteps:
-            tau = trajectory.explicit(schedule.num_steps, timesteps)
-        else:
+        tau = trajectory.parse(schedule.num_steps, config.tau)
+        has_steps = tau is None  # else the text gives the timesteps, and config.steps has no effect
+        if has_steps:
             make_tau = registry.resolve(registry.NAMED_TAUS, config.tau)
-    if not timesteps:
+    if has_steps:
         with error_context("config.sample.steps"):
             tau = make_tau(schedule.num_steps if config.tau in registry.TAUS else schedule, config.steps)
     stride = schedule.num_steps // (len(tau) - 1) if config.fixed_stride else 0
@@ -187,7 +187,7 @@ def process(config: SampleConfig, schedule: Schedule) -> SamplingProcess:
         tau = trajectory.shift_and_truncate(schedule.num_steps, tau, config.tau_offset, config.tau_end)
     with error_context("config.sample.fixed_stride" if stride else "config.sample.tau"):
         transitions = trajectory.descend(schedule, tau, config.tau_end, stride)
-    with _context_from_message({"eta": "eta", "steps": "tau" if timesteps else "steps", "tau": "tau"}):
+    with _context_from_message({"eta": "eta", "steps": "steps" if has_steps else "tau", "tau": "tau"}):
         factory = registry.resolve(registry.SAMPLERS, config.sampler)
         sampler = _call_factory(factory, config)
         samplers.check_sampler(sampler)
@@ -203,8 +203,11 @@ def pipeline(config: Config, params: Any, mesh: Mesh, sampling_process: Sampling
     sample = config.sample
     if sampling_process is None:
         sampling_process = process(sample, noise_schedule(config.schedule))
+    model = denoiser(config, params)
+    with error_context("config.sample.sampler"):
+        _check_variance(sample.sampler, sampling_process, model)
     return Pipeline(
-        denoiser(config, params),
+        model,
         sampling_process,
         mesh,
         sample.batch_size,
@@ -213,6 +216,18 @@ def pipeline(config: Config, params: Any, mesh: Mesh, sampling_process: Sampling
         sample.guidance,
         _bound_x0(sample),
     )
+
+
+def _check_variance(name: str, process: SamplingProcess, model: Denoiser) -> None:
+    """Raises ValueError if the sampler needs a variance that the network does not predict."""
+    if not getattr(process.sampler, "needs_variance", False):
+        return
+    network = model.network
+    level = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), process.transitions.level_t)
+    labels = jnp.zeros(1, jnp.int32) if network.num_classes else None
+    predicted = jax.eval_shape(model.with_labels(labels), jax.ShapeDtypeStruct((1, *network.shape), np.float32), level)
+    if predicted.variance_fraction is None:
+        raise ValueError(f"{name} needs a network that predicts the variance, see config.model.learn_sigma")
 
 
 def denoiser(config: Config, params: Any) -> Denoiser:
@@ -258,11 +273,3 @@ def _context_from_message(fields: Mapping[str, str]) -> Iterator[None]:
         argument = next((name for name in re.findall(r"\w+", str(error)) if name in fields), None)
         with error_context(f"config.sample.{fields.get(argument, 'sampler')}"):
             raise
-
-
-def _numbers(text: str) -> list[float]:
-    """The numbers of a comma-separated list; an empty list if the text is not such a list."""
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        return []

@@ -167,7 +167,7 @@ def evaluator(
 def holds_statistics(path: pathlib.Path) -> bool:
     """True for a file of statistics, False for a folder or an .npz file of images. ValueError for any other file."""
     files.check_regular(path)
-    return path.is_file() and reference.is_there(path)
+    return path.is_file() and reference.is_statistics(path)
 
 
 def _stored(path: pathlib.Path) -> Reference | None:

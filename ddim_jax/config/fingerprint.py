@@ -37,6 +37,9 @@ MODEL_FIELDS_ADDED_LATER = {  # the same for config.model -> their defaults
     "time_channels": 0,
     "time_scale": 1.0,
     "learn_sigma": False,
+    "attention_resolutions_down": (),
+    "attention_resolutions_up": (),
+    "middle_groups": 0,
 }
 
 

@@ -162,7 +162,7 @@ def type_of(field: str, values: Mapping[str, Any]) -> Any:
 
 
 def _from_text(kind: Any, text: str) -> Any:
-    if kind is Any:
+    if kind is Any or kind == ranges.Number:
         return literal(text)
     if isinstance(kind, types.GenericAlias):
         return tuple(_from_text(typing.get_args(kind)[0], part) for part in text.split(",") if part)

@@ -67,7 +67,7 @@ class Loaded(NamedTuple):
     source: str  # its location, for messages
 
 
-def load(where: str, *, ema: bool = True, code: Sequence[str] = ()) -> Loaded:
+def load(where: str, *, ema: bool = True, code: Sequence[str] = (), image_size: int | None = None) -> Loaded:
     """Loads a trained network onto the first local device.
 
     where: a workdir, a .safetensors file, a diffusers folder or hub id, a checkpoint of the official code, or the name
@@ -75,11 +75,13 @@ def load(where: str, *, ema: bool = True, code: Sequence[str] = ()) -> Loaded:
     ema: True for the EMA parameters, False for the raw parameters.
     code: the names "package.module:attribute" of networks and schedules of the checkpoint's author that may be
         imported. A file alone never imports code.
+    image_size: the height and width of the images, for a checkpoint that does not tell them: a diffusers folder whose
+        sample_size is null. Ignored for any other checkpoint.
 
     CheckpointError if the checkpoint cannot be used.
     """
     shipped = checkpoints.shipped(where) if where in checkpoints.shipped_names() else None
-    checkpoint = read_info(str(shipped or where))
+    checkpoint = read_info(str(shipped or where), image_size)
     needed = {field: name for field, name in compatibility.code_of(checkpoint).items() if field != "sample.tau"}
     if missing := [name for name in needed.values() if name not in code]:
         raise CheckpointError(
@@ -109,7 +111,7 @@ def find(config: Config, workdir: str | None, mesh: Mesh) -> Weights:
     if workdir is not None:
         checkpoint = checked(info_of_run(workdir))
     elif config.pretrained:
-        checkpoint = read_info(config.pretrained)
+        checkpoint = read_info(config.pretrained, config.model.image_size)
     elif shipped is not None:
         checkpoint = checked(checkpoints.open_checkpoint(str(shipped)))
         checkpoint = checkpoint._replace(source=f"weights shipped with ddim_jax ({shipped.name})")
@@ -140,13 +142,15 @@ def _shapes(config: ModelConfig, placement: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement), like)
 
 
-def read_info(where: str) -> Checkpoint:
+def read_info(where: str, image_size: int | None = None) -> Checkpoint:
     """The checked description of a checkpoint: that of a run, or a published one.
 
-    where: a path or a hub id. CheckpointError if there is no checkpoint, or if its network is invalid.
+    where: a path or a hub id. image_size: the size of the images if the checkpoint does not tell it.
+
+    CheckpointError if there is no checkpoint, or if its network is invalid.
     """
     is_run = (pathlib.Path(where) / "checkpoints").is_dir()
-    return checked(info_of_run(where) if is_run else checkpoints.open_checkpoint(where))
+    return checked(info_of_run(where) if is_run else checkpoints.open_checkpoint(where), image_size)
 
 
 def info_of_run(workdir: str) -> CheckpointInfo:
@@ -163,10 +167,14 @@ def info_of_run(workdir: str) -> CheckpointInfo:
     return CheckpointInfo(f"{workdir}, step {step}", read, config, step=step)
 
 
-def checked(info: CheckpointInfo) -> Checkpoint:
+def checked(info: CheckpointInfo, image_size: int | None = None) -> Checkpoint:
     """Checks the description of a checkpoint. CheckpointError for fields that no network can have, and for a name that
     cannot be part of a path.
+
+    image_size: see `read_info`.
     """
+    if info.sized is not None:
+        info = _with_size(info, image_size)
     if info.config is not None:
         info = _of_saved_config(info)
     try:
@@ -192,6 +200,15 @@ def checked(info: CheckpointInfo) -> Checkpoint:
     )
 
 
+def _with_size(info: CheckpointInfo, image_size: int | None) -> CheckpointInfo:
+    """The description for images of this size, of a checkpoint that does not tell the size of its images."""
+    unknown = f"{info.source} does not tell the size of its images (sample_size is null)"
+    if image_size is None:
+        raise CheckpointError(f"{unknown}: give image_size (config.model.image_size, or --image_size of convert)")
+    note = f"{unknown}: it is {image_size}x{image_size}, as image_size gives it"
+    return info._replace(model=info.sized(image_size), sized=None, note="; ".join(filter(None, (note, info.note))))
+
+
 def _of_saved_config(info: CheckpointInfo) -> CheckpointInfo:
     """The description, with the fields of the saved config, which may be that of an earlier version."""
     try:
@@ -205,10 +222,13 @@ def _of_saved_config(info: CheckpointInfo) -> CheckpointInfo:
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config, completed from the checkpoint of config.pretrained. The checkpoint sets the name, the
-    schedule, the model (except dropout, dtype and remat), and the fields of config.sample that are unset.
+    schedule, the model (except dropout, dtype and remat, and image_size if the checkpoint does not tell it), and the
+    fields of config.sample that are unset.
     """
+    with error_context("config.model.image_size"):
+        image_size = ranges.typed(int, values["model"].get("image_size", 0)) or None
     with error_context("config.pretrained"):
-        checkpoint = read_info(ranges.typed(str, values["pretrained"]))
+        checkpoint = read_info(ranges.typed(str, values["pretrained"]), image_size)
     current, model = values["model"], dataclasses.asdict(checkpoint.model)
     compatibility.check_trusted(values, checkpoint, checkpoint.source)
     from_config = {field: current[field] for field in schema.NOT_ARCHITECTURE if field in current and field in model}

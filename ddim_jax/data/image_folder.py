@@ -37,7 +37,7 @@ class FolderSource:
         if not self.files:
             raise ValueError(f"{printable(str(folder))} holds no image file ({', '.join(IMAGE_SUFFIXES)})")
         self.jpegs = sum(file.suffix.lower() in JPEG_SUFFIXES for file in self.files)
-        self.crop = "none" if crop is None else crop.words
+        self.crop = "none" if crop is None else crop.description
         self._apply = None if crop is None else crop.apply
         self.image_shape = self._read(self.files[0], None).shape
 
@@ -66,7 +66,7 @@ class FolderSource:
 
 def _image_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """The files in a folder that have the suffix of an image. ValueError for a pipe, a device or a broken link with
-    such a name, and for an output folder of ddim_jax, in which an image file can be a grid of several images.
+    such a name, and for an output folder of ddim_jax, because its image files may be grids of images.
     """
     for where, _, names in os.walk(folder):
         if RECORD in names:

@@ -26,7 +26,7 @@ SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  
 class Crop(NamedTuple):
     """The crop and resize of published images."""
 
-    words: str  # the text for `Source.crop`
+    description: str  # for `Source.crop`
     apply: Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, C) -> uint8 (H', W', C) of a fixed size
 
 
@@ -77,7 +77,7 @@ class PreparedSource:
         self._image, self._label = images[0], labels[0] if labels else None
         with _reading(folder):
             self._records = builder.as_data_source(split=split_name)
-        self.crop, self.jpegs = crop.words, 0
+        self.crop, self.jpegs = crop.description, 0
         self.num_classes = features[self._label].num_classes if labels else 0
         self.image_shape = self[np.array([0])].images.shape[1:]
 

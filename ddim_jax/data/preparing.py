@@ -166,5 +166,5 @@ def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
         if isinstance(error, OSError) and error.errno:  # an error of the disk, not of the files
             raise
         reason = printable((str(error).splitlines() or [type(error).__name__])[0][:500])
-        raise ValueError(f"the files in {folder} are not those that are published: {reason}") from error
+        raise ValueError(f"the files in {folder} are not the published ones: {reason}") from error
     return pathlib.Path(builder.data_dir)

@@ -100,9 +100,9 @@ def folder(
         root /= "png"
     transform = None
     if image_size is not None:
-        words = f"{CROPS[crop]}, to {image_size}x{image_size} ({resize})"
+        description = f"{CROPS[crop]}, to {image_size}x{image_size} ({resize})"
         arguments = {"image_size": image_size, "crop": crop, "resize": resize}
-        transform = Crop(words, functools.partial(crop_and_resize, **arguments))
+        transform = Crop(description, functools.partial(crop_and_resize, **arguments))
     return FolderSource(root / split if (root / split).is_dir() else root, transform)
 
 

@@ -72,7 +72,7 @@ def save(path: pathlib.Path, reference: Reference) -> None:
         )
 
 
-def is_there(path: pathlib.Path) -> bool:
+def is_statistics(path: pathlib.Path) -> bool:
     """Whether an .npz holds statistics, and not images. ValueError if it cannot be read."""
     return bool({"mu", "sigma", "about"} & {*images.npz_names(path)})
 

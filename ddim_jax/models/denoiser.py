@@ -26,16 +26,19 @@ from ddim_jax.schedule import Array, Level, precision
 class Denoiser(Denoise):
     """A network with its parameters as a `gaussian.Denoise`.
 
-    network: a `Network`, or a Linen module (x, time, labels, train) -> output of the shape of x. time: (B,), counts
-        0..T-1.
+    network: a `Network`, or a Linen module (x, time, labels, train) -> output of the shape of x, or with twice its
+        channels. time: (B,), counts 0..T-1.
     params: the parameters of the network.
     prediction: the quantity that the network outputs, a name in `gaussian.PREDICTIONS`.
     labels: (B,) ints for a class-conditional network, else None.
-    lowest: the noise level of t = 1, `schedule.level(1)`, the lowest one in training. For t < 1, as at t = 0 where
-        encoding starts, the network is evaluated at t = 1, and eps is computed from its output with this noise level.
+    lowest: the noise level of t = 1, `schedule.level(1)`, the lowest one in training. For t < 1 (encoding
+        starts at t = 0), the network is evaluated at t = 1, and eps is computed from its output with this noise level.
         Required where alpha_bar = 1, as in encoding, for a network that predicts x_0, and for "edm", whose network
         time ln(sigma) / 4 is infinite there.
     dropout_key: one key in training, where dropout is active, else None.
+
+    If the network outputs twice the channels of x, the second half of the channels, in [-1, 1], parametrizes a learned
+    variance (Nichol and Dhariwal 2021, Eq. 15), and `Prediction.variance_fraction` is (second half + 1) / 2.
 
     A denoiser is a pytree: other params, labels or noise levels of the same shapes do not trigger recompilation. Raises
     ValueError for an unknown prediction, and for labels that are not ints (B,).
@@ -66,12 +69,15 @@ class Denoiser(Denoise):
         parametrization = PREDICTIONS[self.prediction]
         x, time = parametrization.inputs(x_t, _network_time(level.t), trained)
         output = _output(self.network, self.params, self.labels, self.dropout_key, x, time)
+        fraction, channels = None, x_t.shape[-1]
+        if output.shape == (*x_t.shape[:-1], 2 * channels):
+            output, fraction = output[..., :channels], (output[..., channels:] + 1) / 2
         x_0, eps = parametrization.prediction(x_t, output, trained)
         if self.lowest is None:
-            return Prediction(x_0, eps)
+            return Prediction(x_0, eps, fraction)
         # The 1 avoids NaN in the derivative where alpha_bar = 0.
         safe = level._replace(alpha_bar=_where(below, level.alpha_bar, 1))
-        return Prediction(_where(below, predict_x0(x_t, eps, safe), x_0), eps)
+        return Prediction(_where(below, predict_x0(x_t, eps, safe), x_0), eps, fraction)
 
     def check(self, alpha_bar: Array) -> None:
         if checks.traced(alpha_bar):
@@ -139,7 +145,4 @@ def _output(network, params, labels, dropout_key, x_t, time):
     rngs = {"dropout": dropout_key} if train else None
     if not isinstance(network, Network):
         network = as_network(network, x_t.shape[1:])
-    output = network.apply(params, x_t, time, labels, train, rngs).astype(precision(x_t.dtype))
-    if output.shape[-1] == 2 * x_t.shape[-1]:  # a learned variance: the second half is v
-        output = output[..., : x_t.shape[-1]]
-    return output
+    return network.apply(params, x_t, time, labels, train, rngs).astype(precision(x_t.dtype))

@@ -11,6 +11,7 @@ One file because the blocks are used only by the network that names them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,8 @@ _ZERO = nn.initializers.zeros
 # before an array of that size is created.
 MOST_LEVELS = 12  # resolutions
 MOST_BLOCKS = 128  # residual blocks of the network
+
+NO_NORM = -1  # the groups of an attention without GroupNorm
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -194,6 +197,7 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over the H W positions, scaled by 1 / sqrt(channels of a head), with a residual connection.
 
+    groups: of the GroupNorm before it; -1 for none.
     head_channels: 0 for num_heads heads; num_heads: 0 for one.
     """
 
@@ -208,7 +212,8 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         heads = channels // self.head_channels if self.head_channels else self.num_heads or 1
         dense = dict(dtype=self.dtype)
-        h = GroupNorm(self.groups, self.epsilon, name="norm")(x).reshape(-1, channels)
+        h = x if self.groups == NO_NORM else GroupNorm(self.groups, self.epsilon, name="norm")(x)
+        h = h.reshape(-1, channels)
         query, key, value = (
             nn.Dense(channels, kernel_init=_INIT, name=name, **dense)(h).reshape(batch, height * width, heads, -1)
             for name in ("query", "key", "value")
@@ -222,6 +227,11 @@ class Attention(nn.Module):
         return x + nn.Dense(channels, kernel_init=_ZERO, name="out", **dense)(h).reshape(x.shape)
 
 
+def multipliers(widths: Sequence[int]) -> tuple[float, ...]:
+    """The channel_mult for these numbers of channels at each resolution: ints where the first one divides."""
+    return tuple(width / widths[0] if width % widths[0] else width // widths[0] for width in widths)
+
+
 class UNet(nn.Module):
     """The U-Net: eps, x_0 or v from (x_t, time). The defaults give DDPM's CIFAR-10 network with 35,746,307 parameters.
 
@@ -230,11 +240,14 @@ class UNet(nn.Module):
     patch_size: above 1, each patch of patch_size x patch_size pixels is one position of the network, with patch_size^2
         times the channels (space-to-depth).
     channels: the channels at the highest resolution, before channel_mult.
-    channel_mult: the factor of the channels at each resolution. The image is downsampled by 2 between two resolutions,
-        len(channel_mult) - 1 times.
+    channel_mult: the factor of the channels at each resolution, whose product with channels is an integer. The image is
+        downsampled by 2 between two resolutions, len(channel_mult) - 1 times.
     num_res_blocks: residual blocks per resolution.
     attention_resolutions: the resolutions, in positions, at which every block is followed by attention.
+    attention_resolutions_down, attention_resolutions_up: further resolutions with attention, in the encoder only and in
+        the decoder only.
     middle_attention: whether the middle block has attention.
+    middle_groups: of the GroupNorm before the attention of the middle block; 0 for groups, -1 for no GroupNorm.
     head_channels: channels of an attention head; 0 for num_heads heads.
     num_heads: attention heads if head_channels is 0; 0 for a single head.
     groups, norm_epsilon: of GroupNorm.
@@ -259,10 +272,13 @@ class UNet(nn.Module):
     image_channels: int = ranges.at_least(1, 4096, 3)
     patch_size: int = ranges.at_least(1, 64, 1)
     channels: int = ranges.at_least(4, 4096, 128)
-    channel_mult: tuple[int, ...] = ranges.all_positive(MOST_LEVELS, 64, (1, 2, 2, 2))
+    channel_mult: tuple[ranges.Number, ...] = ranges.all_positive(MOST_LEVELS, 64, (1, 2, 2, 2))
     num_res_blocks: int = ranges.at_least(1, MOST_BLOCKS, 2)
     attention_resolutions: tuple[int, ...] = ranges.at_most_so_many(MOST_LEVELS, (16,))
+    attention_resolutions_down: tuple[int, ...] = ranges.at_most_so_many(MOST_LEVELS, ())
+    attention_resolutions_up: tuple[int, ...] = ranges.at_most_so_many(MOST_LEVELS, ())
     middle_attention: bool = True
+    middle_groups: int = ranges.at_least(NO_NORM, 1 << 18, 0)
     head_channels: int = ranges.at_least(0, 1 << 18, 0)
     num_heads: int = ranges.at_least(0, 1 << 18, 0)
     groups: int = ranges.at_least(1, 1 << 18, 32)
@@ -284,7 +300,12 @@ class UNet(nn.Module):
     @property
     def width(self) -> int:
         """The largest number of channels of a layer."""
-        return self.channels * max(self.channel_mult)
+        return max(self.widths)
+
+    @property
+    def widths(self) -> list[int]:
+        """The number of channels at each resolution, from the highest down."""
+        return [round(self.channels * mult) for mult in self.channel_mult]
 
     @property
     def width_in(self) -> int:
@@ -308,12 +329,15 @@ class UNet(nn.Module):
                 f"(channel_mult {self.channel_mult}), got {self.image_size}"
             )
         resolutions = [self.image_size // self.patch_size >> level for level in range(downsamplings + 1)]
-        for resolution in self.attention_resolutions:
-            if resolution not in resolutions:
-                raise ValueError(
-                    f"attention_resolutions must be among the network's resolutions {resolutions}, got {resolution}"
-                )
-        widths = [self.channels * mult for mult in self.channel_mult]
+        attention = ("attention_resolutions", "attention_resolutions_down", "attention_resolutions_up")
+        for name in attention:
+            for resolution in getattr(self, name):
+                if resolution not in resolutions:
+                    raise ValueError(f"{name} must be among the network's resolutions {resolutions}, got {resolution}")
+        widths = self.widths
+        for width, mult in zip(widths, self.channel_mult, strict=True):
+            if abs(width - self.channels * mult) > 1e-6 * width:
+                raise ValueError(f"channel_mult must give integers with channels {self.channels}, got {mult}")
         for width in [self.channels, *widths]:
             if width % self.groups:
                 raise ValueError(
@@ -323,8 +347,12 @@ class UNet(nn.Module):
         attended = [
             width
             for resolution, width in zip(resolutions, widths, strict=True)
-            if resolution in self.attention_resolutions
+            if any(resolution in getattr(self, name) for name in attention)
         ]
+        if self.middle_groups > 0 and widths[-1] % self.middle_groups:
+            raise ValueError(
+                f"middle_groups must divide the {widths[-1]} channels of a layer, got {self.middle_groups}"
+            )
         for width in attended + widths[-1:] * self.middle_attention:
             if self.head_channels and width % self.head_channels:
                 raise ValueError(f"head_channels must divide the {width} channels of a layer, got {self.head_channels}")
@@ -355,10 +383,12 @@ class UNet(nn.Module):
         check_inputs(self, x, labels)
         residual = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock  # 3: train
         common = self.groups, self.norm_epsilon, self.dropout, self.dtype, self.scale_shift
-        block = lambda mult, name: residual(self.channels * mult, *common, name=name)
-        attention = lambda name: Attention(
-            self.groups, self.norm_epsilon, self.head_channels, self.dtype, self.num_heads, name=name
+        block = lambda width, name: residual(width, *common, name=name)
+        attention = lambda name, groups=self.groups: Attention(
+            groups, self.norm_epsilon, self.head_channels, self.dtype, self.num_heads, name=name
         )
+        attended_down = (*self.attention_resolutions, *self.attention_resolutions_down)
+        attended_up = (*self.attention_resolutions, *self.attention_resolutions_up)
         conv = lambda features, name, init=_INIT: Conv3x3(features, init, self.dtype, name=name)
         padding = DOWNSAMPLE_PADDING[self.downsample_padding]
         downsample = lambda features, name: nn.Conv(
@@ -376,14 +406,14 @@ class UNet(nn.Module):
 
         h = conv(self.channels, "conv_in")(space_to_depth(x, self.patch_size))
         skips = [h]
-        last = len(self.channel_mult) - 1
-        for level, mult in enumerate(self.channel_mult):
+        widths = self.widths
+        for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
-                h = block(mult, f"down_{level}_block_{i}")(h, embedding, train)
-                if h.shape[1] in self.attention_resolutions:
+                h = block(width, f"down_{level}_block_{i}")(h, embedding, train)
+                if h.shape[1] in attended_down:
                     h = attention(f"down_{level}_attention_{i}")(h)
                 skips.append(h)
-            if level < last:
+            if level < len(widths) - 1:
                 name = f"down_{level}_halve"
                 if self.resample == "block":
                     h = residual(h.shape[-1], *common, "down", name=name)(h, embedding, train)
@@ -391,15 +421,15 @@ class UNet(nn.Module):
                     h = downsample(h.shape[-1], name)(h)
                 skips.append(h)
 
-        h = block(self.channel_mult[-1], "middle_block_0")(h, embedding, train)
+        h = block(widths[-1], "middle_block_0")(h, embedding, train)
         if self.middle_attention:
-            h = attention("middle_attention")(h)
-        h = block(self.channel_mult[-1], "middle_block_1")(h, embedding, train)
+            h = attention("middle_attention", self.middle_groups or self.groups)(h)
+        h = block(widths[-1], "middle_block_1")(h, embedding, train)
 
-        for level, mult in reversed(list(enumerate(self.channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(self.num_res_blocks + 1):
-                h = block(mult, f"up_{level}_block_{i}")(jnp.concatenate([h, skips.pop()], axis=-1), embedding, train)
-                if h.shape[1] in self.attention_resolutions:
+                h = block(width, f"up_{level}_block_{i}")(jnp.concatenate([h, skips.pop()], axis=-1), embedding, train)
+                if h.shape[1] in attended_up:
                     h = attention(f"up_{level}_attention_{i}")(h)
             if level > 0 and self.resample == "block":
                 h = residual(h.shape[-1], *common, "up", name=f"up_{level}_double")(h, embedding, train)

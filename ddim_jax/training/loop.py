@@ -115,7 +115,7 @@ def run(
                     stop = sharding.should_stop(step, pending_signal() == signal.SIGTERM)
                     while len(in_flight) > (0 if last or due or stop else sharding.steps_in_flight()):
                         check_finite(recipe, *in_flight.popleft())
-                    # No checkpoint while updates are skipped: it would replace a checkpoint from before.
+                    # No checkpoint while updates are skipped: it would replace an earlier checkpoint.
                     if checkpoints is not None and (last or stop or (due and not metrics.skipped)):
                         check_state(state)
                         save(state)

@@ -64,7 +64,7 @@ def importance(history: int = 10, uniform_fraction: float = 0.001) -> TimeDistri
     checks.integer("history", history, 1, 1000)
     checks.real("uniform_fraction", uniform_fraction, 0, 1)
     if uniform_fraction == 0:
-        raise ValueError("uniform_fraction must be above 0: a t of probability 0 is never drawn again")
+        raise ValueError("uniform_fraction must be above 0: a t of probability 0 would never be drawn")
 
     def init(T):
         return _History(jnp.zeros((T, history)), jnp.zeros(T, jnp.int32))

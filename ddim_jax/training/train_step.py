@@ -47,8 +47,8 @@ def build(
     labels: (B,) ints, or None.
     key: the PRNG key of the run; the step is folded in.
     ema_decay: a number, or a function of the step.
-    accumulate: the number of gradient accumulation steps. They divide the batch, so that the activations need the
-        memory of one part.
+    accumulate: the number of gradient accumulation steps. The batch is divided into this number of
+        microbatches, so that the activations need the memory of one.
 
     If the batch is sharded along B, training is data-parallel: XLA turns the mean of the loss into an all-reduce of the
     gradients.
@@ -77,7 +77,7 @@ def build(
         if accumulate == 1:
             (_, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example, dropout_key)
         else:
-            parts = jax.tree.map(partial(_parts, accumulate), example)
+            parts = jax.tree.map(partial(_microbatches, accumulate), example)
             keys = jax.random.split(dropout_key, accumulate)
             zero = jax.tree.map(jnp.zeros_like, state.params)
             grads, losses = jax.lax.scan(add_part, zero, (parts, keys))
@@ -105,8 +105,9 @@ def build(
     return update
 
 
-def _parts(count: int, leaf: Array) -> Array:
-    """Divides a batch into parts: (B, ...) -> (count, B / count, ...). Image i is in part i mod count: each device that
-    holds a shard of the batch then holds a shard of every part.
+def _microbatches(count: int, leaf: Array) -> Array:
+    """Divides a batch into microbatches: (B, ...) -> (count, B / count, ...).
+
+    Image i is in microbatch i mod count: each device that holds a shard of the batch holds a shard of every microbatch.
     """
     return jnp.moveaxis(leaf.reshape(leaf.shape[0] // count, count, *leaf.shape[1:]), 1, 0)

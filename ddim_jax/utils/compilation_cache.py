@@ -21,12 +21,12 @@ LEAST_SECONDS = 0.1  # programs with a shorter compile time are not cached
 def enable_compilation_cache() -> None:
     """Enables the persistent compilation cache of JAX. Call it before anything is compiled.
 
-    It does nothing to the settings if JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE sets them, or if the
-    cache folder is not writable. Programs are machine code. So the folder is one per type of processor, no other user
-    can write to it, and each program has a SHA-256.
+    It does not change the settings if JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE sets them, or if the
+    cache folder is not writable. Programs are machine code. Therefore there is one folder for each type of processor,
+    no other user can write to it, and each program is stored with its SHA-256.
     """
     has_checksums = jax.config.jax_compilation_cache_dir is None and _set_folder()
-    with contextlib.suppress(ImportError, AttributeError):  # a version of JAX with other internals
+    with contextlib.suppress(ImportError, AttributeError):  # this version of JAX has other internals
         from jax._src import compilation_cache
 
         _repair(compilation_cache, has_checksums)
@@ -51,7 +51,7 @@ def _set_folder() -> bool:
 
 
 def _repair(jax_cache: types.ModuleType, checked: bool) -> None:
-    """Makes JAX remove programs that it cannot read. It would never replace them, and compile them at every start."""
+    """Makes JAX remove programs that it cannot read. Otherwise it keeps them, and compiles them at every start."""
     open_cache, read, opened = jax_cache.get_file_cache, jax_cache.get_executable_and_time, []
 
     def get_file_cache(path):

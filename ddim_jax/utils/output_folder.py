@@ -1,10 +1,10 @@
 """The output folder of a command, with a record that identifies its run and verifies its files.
 
 The record, run.json, holds the inputs of the results (`made_from`) and the SHA-256 of every file. For arrays it also
-holds their shapes, their dtypes, and `computed_with`, which is not compared. A file is recorded before it gets its
-name. So after a process was killed, an existing result without an entry does not belong to this run, and a missing
-result with an entry is recomputed. Results are verified before they are used. A result that does not match its entry
-raises an error that names it; it is replaced only with `overwrite`.
+holds their shapes, their dtypes, and `computed_with`, which is not compared. A file is recorded before it is renamed to
+its final name. So after a process was killed, an existing result without an entry does not belong to this run, and a
+missing result with an entry is recomputed. Results are verified before they are used. A result that does not match its
+entry raises an error that names it; it is replaced only with `overwrite`.
 """
 
 from __future__ import annotations
@@ -183,8 +183,8 @@ class Folder:
 
     @contextlib.contextmanager
     def writing(self, name: str, also: Sequence[str] = (), **about: Any) -> Iterator[BinaryIO]:
-        """Yields a binary file to write a result to. It is recorded, with its SHA-256 and `about`, before it gets its
-        name. also: existing files that are recorded at the same time.
+        """Yields a binary file to write a result to. It is recorded, with its SHA-256 and `about`, before it is
+        renamed to this name. also: existing files that are recorded at the same time.
         """
         self.claim()
 

@@ -23,6 +23,7 @@ TINY = float(np.finfo(np.float32).tiny)  # smaller values are 0 on the devices
 CHARACTERS = 1 << 16  # the limit for the length of a string
 ITEMS = 1 << 20  # the limit for the length of a tuple
 MISSING = dataclasses.MISSING
+Number = int | float  # the type of a field that keeps ints as ints, and floats as floats
 
 
 def field(default: Any = MISSING, check: Callable[[Any], None] | None = None, **more: Any) -> Any:
@@ -68,11 +69,11 @@ def one_of(table: Mapping[str, Any], default: Any = MISSING) -> Any:
 
 
 def all_positive(count: int, most: int, default: Any = MISSING) -> Any:
-    """A field with tuples of 1 to `count` numbers in [1, most]."""
+    """A field with tuples of 1 to `count` numbers in (0, most]."""
 
     def check(values):
-        if not values or min(values) < 1:
-            raise ValueError(f"must hold at least one number and none below 1, got {shown(values)}")
+        if not values or not min(values) > 0:
+            raise ValueError(f"must hold at least one number and only numbers above 0, got {shown(values)}")
         if len(values) > count or max(values) > most:
             raise ValueError(f"must hold at most {count} numbers and none above {most}, got {shown(values)}")
 
@@ -180,6 +181,8 @@ def typed(kind: Any, value: Any) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if kind is Any:
         return _any(value)
+    if kind == Number:
+        kind = int if isinstance(value, int) else float
     if not isinstance(value, (kind, int) if kind is float else kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"must be of type {kind.__name__}, got {shown(value)}")
     if isinstance(value, int) and kind is float and abs(value) > FLOAT:

@@ -416,6 +416,16 @@ def test_help_without_a_config():
         holds(part in process.stdout, part)
 
 
+def test_help_into_a_pipe_that_is_closed():
+    """As in `--help | head -1`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddim_jax.sample", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    process.stdout.close()
+    process.wait(timeout=200)
+    holds(process.returncode == 0 and not process.stderr.read(), process.returncode)
+
+
 def test_help_of_a_command_without_fields():
     process = run("ddim_jax.prepare", "--help")
     holds(process.returncode == 0 and "--from" in process.stdout and "--config." not in process.stdout)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attacking import Loud, holds, refuses
+from tiny import model_for
 
 from ddim_jax import (
     discrete,
@@ -305,7 +306,7 @@ ENTRIES = {
         lambda v: losses.j_sigma(net, v, X, KEYS),
     ),
     "gamma_exact(sigma2)": (reals(0, None, True), lambda v: losses.gamma_exact(DOWN, v)),
-    "discrete_ddim(share)": (reals(0, 1), discrete.discrete_ddim),
+    "discrete_ddim(fraction)": (reals(0, 1), discrete.discrete_ddim),
     "discrete.initial(shape)": (
         st.sampled_from([(), (1,), (3, 1), (3, 0), (2.5,)]),
         lambda v: discrete.initial(KEYS, v),
@@ -500,8 +501,9 @@ def test_half_precision_with_a_network_of_any_dtype(name, dtype):
     x = jnp.asarray(X, dtype)
     for output in ("float32", dtype) if name == "ddim" else ("float32",):
         eps_fn = lambda x, t, output=output: exact(x.astype(dtype).astype(jnp.float32), t).astype(output)
-        expected = samplers.integrate(sampler, eps_fn, down, x.astype(jnp.float32), KEY)
-        found = samplers.integrate(sampler, eps_fn, down, x, KEY)
+        model = model_for(sampler, eps_fn)
+        expected = samplers.integrate(sampler, model, down, x.astype(jnp.float32), KEY)
+        found = samplers.integrate(sampler, model, down, x, KEY)
         rounding = 2 * jnp.finfo(dtype).eps
         holds(found.dtype == dtype and np.allclose(found.astype(jnp.float32), expected, rounding, rounding), f"{found}")
 
