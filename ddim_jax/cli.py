@@ -1,4 +1,7 @@
-"""Common code of all commands: flags, and errors that are printed as one line on stderr with exit code 2."""
+"""Common code of all commands: flags, and errors that are printed as one line on stderr with exit code 2.
+
+One file because every command needs all of it.
+"""
 
 from __future__ import annotations
 
