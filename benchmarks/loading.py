@@ -2,11 +2,12 @@
 
     python -m benchmarks.loading --config configs/cifar10.py
     python -m benchmarks.loading --config configs/default.py --published 256x256_diffusion.pt   # pip install torch
+    python -m benchmarks.loading --config configs/default.py --checkpoint edm-cifar10-32x32-uncond-vp.pkl
 
 Random parameters of the config's network are written in each format and read by a new process. --published: random
-tensors with the names and shapes of a file of guided-diffusion or improved-diffusion instead. It measures the time from
-the path to arrays on the device, and the increase of its peak resident memory. Linux only: the memory is read from
-/proc.
+tensors with the names and shapes of a file of guided-diffusion or improved-diffusion instead. --checkpoint: an existing
+checkpoint of any format. It measures the time from the path to arrays on the device, and the increase of its peak
+resident memory. Linux only: the memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from experiments import common
 TARGETS = {"diffusers": "folder", "safetensors": "file.safetensors", "orbax": "run"}
 OPTIONS = {
     "published": (None, "The name of a published file of guided-diffusion or improved-diffusion."),
+    "checkpoint": (None, "An existing checkpoint: a path or a hub id."),
     "repeats": ("7", "The number of processes that read a file."),
     "read": (None, "Read this checkpoint once and print the measurement as JSON. For the measured processes."),
 }
@@ -54,6 +56,12 @@ def main(options: types.SimpleNamespace) -> None:
         print(json.dumps(measure(options.read)))
         return
     repeats = common.ints("repeats", options.repeats, 1)[0]
+    if options.checkpoint:
+        info = weights.read_info(options.checkpoint)
+        size = sum(4 * leaf.size for leaf in jax.tree.leaves(weights.params_like(info.model, sharding.data_mesh())))
+        header(info.name, size, repeats)
+        show(pathlib.Path(options.checkpoint).suffix or "folder", options, options.checkpoint, size, repeats)
+        return
     if options.published:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, options.published)
@@ -80,7 +88,7 @@ def header(name: str, size: int, repeats: int) -> None:
     )
 
 
-def show(name: str, options: types.SimpleNamespace, path: pathlib.Path, size: int, repeats: int) -> None:
+def show(name: str, options: types.SimpleNamespace, path: pathlib.Path | str, size: int, repeats: int) -> None:
     runs = [read_in_a_process(options, path) for _ in range(repeats)]
     seconds, peaks = (sorted(run[key] for run in runs) for key in ("seconds", "peak"))
     peak = statistics.median(peaks)
@@ -111,7 +119,7 @@ def write_published(path: pathlib.Path) -> int:
     return 4 * sum(tensor.numel() for tensor in state.values())
 
 
-def read_in_a_process(options: types.SimpleNamespace, path: pathlib.Path) -> dict[str, float]:
+def read_in_a_process(options: types.SimpleNamespace, path: pathlib.Path | str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.loading", *sys.argv[1:], f"--read={path}"]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(process.stdout.splitlines()[-1])

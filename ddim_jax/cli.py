@@ -176,7 +176,7 @@ def _batch_and_width() -> tuple[int, int]:
     train, model = config.train, config.model
     divisible = train.batch_size % train.accumulate == 0
     try:
-        width = config_lib.network(model).fact("width", sharding.SMALL_WIDTH + 1)
+        width = config_lib.network(model).attribute("width", sharding.SMALL_WIDTH + 1)
     except ConfigError:
         width = 0
     return train.batch_size // train.accumulate if divisible else 1, width

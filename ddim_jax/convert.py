@@ -99,7 +99,7 @@ def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
         raise ConfigError(f"{to} already exists: a run is never overwritten; give another --to")
     if occupied and not overwrite:
         raise ConfigError(f"{to} already exists; give another --to, or --overwrite to replace it")
-    if occupied and kind == "safetensors" and not checkpoints.is_ours(to):
+    if occupied and kind == "safetensors" and not checkpoints.is_from_ddim_jax(to):
         raise ConfigError(f"--overwrite: {to} was not written by this command; give another --to")
     if occupied and kind == "diffusers" and (other := not_written(to)):
         raise ConfigError(f"--overwrite: {to} was not written by this command alone ({other}); give another --to")

@@ -200,7 +200,7 @@ def j_sigma(
     x_0 = checks.batch("x_0", x_0)
     denoise = from_log_probs(log_probs_fn, x_0.dtype)
     sampler, denoise, transitions, x_0, keys = samplers.checked(DiscreteDDIM(fraction), denoise, transitions, x_0, keys)
-    tau_lib.check_to_image(transitions)
+    tau_lib.check_descends_to_0(transitions)
     return _bound(denoise, transitions, x_0, keys, sampler.fraction)
 
 

@@ -237,7 +237,7 @@ def j_sigma(
     checks.lookup(DECODERS, decoder, "decoder")
     checks.real("eta", eta, 0, open=True)  # J_sigma is infinite at eta = 0
     transitions, x_0 = tau_lib.check_transitions(transitions), checks.batch("x_0", x_0)
-    tau_lib.check_to_image(transitions)
+    tau_lib.check_descends_to_0(transitions)
     tau_lib.check_signal(transitions, "J_sigma")
     keys, sigma2 = checks.keys("keys", keys, x_0.shape[:1]), sigma2_of(transitions, eta)
     steps = transitions, sigma2, gamma_exact(transitions, sigma2)

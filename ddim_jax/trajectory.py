@@ -131,7 +131,7 @@ def check_signal(transitions: Transitions, name: str) -> None:
         )
 
 
-def check_to_image(transitions: Transitions) -> None:
+def check_descends_to_0(transitions: Transitions) -> None:
     """Raises ValueError unless the transitions are consecutive and descend to s = 0.
 
     A likelihood bound is a sum over all steps, so no step may be missing.
@@ -167,7 +167,7 @@ def descend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0, stride
 def ascend(noise_schedule: Schedule, tau: Sequence[float], end: int = 0, stride: int = 0) -> Transitions:
     """The transitions of encoding: end = tau[0] -> ... -> tau[S]. Leaves (S,), on the host.
 
-    They are the pairs of `descend`, reversed. end, stride: as for `descend`.
+    They are the transitions of `descend` with t and s exchanged, in reverse order. end, stride: as for `descend`.
     """
     upper, lower = _upper_and_lower(noise_schedule, tau, end, stride)
     return transitions(noise_schedule, lower, upper)
@@ -231,7 +231,7 @@ def uniform(num_train_steps: int, num_steps: int) -> np.ndarray:
 def quadratic(num_train_steps: int, num_steps: int) -> np.ndarray:
     """The "quadratic" tau of the paper (section D.2): `tau_i = floor(c i^2)` with `c = T / S^2`, so that tau_S = T.
 
-    If S > sqrt(T), the parabola grows by less than 1 per step for i < 1/c, and floor(c i^2) repeats timesteps. There
+    If S > sqrt(T), c i^2 increases by less than 1 per step for small i, and floor(c i^2) repeats timesteps. There
     tau_i = i is used instead: `tau_i = max(i, floor(c i^2))`, which ascends strictly for every S in 1..T. Returns
     (S+1,) ints.
     """
@@ -248,7 +248,8 @@ def leading(num_train_steps: int, num_steps: int) -> np.ndarray:
 def trailing(num_train_steps: int, num_steps: int) -> np.ndarray:
     """diffusers' "trailing" spacing: `round(T - i T / S)`, i = 0..S-1, ends at T (Lin et al. 2023, table 2).
 
-    The floating-point sum is that of diffusers, because it decides how a half is rounded. Returns (S+1,) ints.
+    The floating-point operations are those of diffusers, because they determine the rounding of a half. Returns
+    (S+1,) ints.
     """
     _counter(num_train_steps, num_steps)
     timesteps = np.arange(num_train_steps, 0, -num_train_steps / num_steps)[:num_steps]
@@ -265,7 +266,7 @@ def linspace(num_train_steps: int, num_steps: int) -> np.ndarray:
 
 
 def official_uniform(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """The "uniform" tau of the official DDIM code: `range(0, T, T // S)` in 0-based time.
+    """The "uniform" tau of the official DDIM code: `range(0, T, T // S)`, with timesteps from 0.
 
     It has ceil(T / (T // S)) steps, which may be more than S: S = 300 of T = 1000 gives 334 steps. Returns ints.
     """
@@ -274,8 +275,8 @@ def official_uniform(num_train_steps: int, num_steps: int) -> np.ndarray:
 
 
 def official_quadratic(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """The "quad" tau of the official DDIM code, without duplicates: `int(linspace(0, sqrt(0.8 T), S)^2)` in 0-based
-    time.
+    """The "quad" tau of the official DDIM code, without duplicates: `int(linspace(0, sqrt(0.8 T), S)^2)`, with
+    timesteps from 0.
 
     It ends at 0.8 T and repeats timesteps (1 at S = 50, 4 at S = 100, 312 at S = 1000, for T = 1000). A repeated
     timestep is a step from a timestep to itself, which changes nothing at eta = 0. It is removed, so tau may have fewer
@@ -312,7 +313,7 @@ def respaced(num_train_steps: int, sections: Sequence[int]) -> np.ndarray:
 
 
 def with_stride(num_train_steps: int, num_steps: int) -> np.ndarray:
-    """`range(0, T, r)` in 0-based time with the integer r that gives exactly S steps: "ddimS" of improved-diffusion.
+    """ "ddimS" of improved-diffusion: `range(0, T, r)`, with timesteps from 0 and the integer r that gives S steps.
 
     Raises ValueError if no integer gives S steps. Returns (S+1,) ints.
     """

@@ -706,7 +706,7 @@ def test_every_field_of_every_scheduler_is_known_with_its_default(name):
     defaults = {field: parameter.default for field, parameter in parameters.items() if field not in ("self", "kwargs")}
     fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in defaults}
     entry = table.SCHEDULERS[name]
-    assert fixed | entry.noise | entry.own_steps == defaults
+    assert fixed | entry.noise | entry.update_step == defaults
     noise, prediction, sample = table.noise_fields({"_class_name": name}, "test")
     written = {"_class_name": name, **getattr(diffusers, name)().config}
     assert (noise, prediction, sample) == table.noise_fields(written, "test")

@@ -45,13 +45,13 @@ WRITTEN = (
     "unet/config.json",
     "scheduler/scheduler_config.json",
     CARD,
-    "model_index.json",  # the last one that `files.filling` moves as well: with it the folder becomes a pipeline
+    "model_index.json",  # `files.filling` moves it last: a folder with this file is a pipeline
 )
 
 
 def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a `UNet2DModel` for the fields of config.model. The inverse of `network_fields`.
-    CheckpointError, naming the field, for a network that `UNet2DModel` does not have.
+    CheckpointError, naming the field, for a network that `UNet2DModel` cannot represent.
     """
     model = {**DEFAULTS, **model}
     mult, channels, levels = model["channel_mult"], model["channels"], len(model["channel_mult"])

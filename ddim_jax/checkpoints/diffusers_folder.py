@@ -14,7 +14,7 @@ from typing import Any
 
 from ddim_jax.checkpoints import tensors
 from ddim_jax.checkpoints.diffusers_network import network_fields
-from ddim_jax.checkpoints.diffusers_scheduler import learns_variance, noise_fields, own_steps
+from ddim_jax.checkpoints.diffusers_scheduler import learns_variance, noise_fields, update_step
 from ddim_jax.checkpoints.diffusers_settings import unsupported
 from ddim_jax.checkpoints.diffusers_weights import open_weights
 from ddim_jax.checkpoints.hub import Folder, Repository, load_json
@@ -24,7 +24,7 @@ from ddim_jax.utils.errors import CheckpointError
 PIPELINES = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
 
 
-def is_there(files: Folder | Repository) -> bool:
+def is_pipeline(files: Folder | Repository) -> bool:
     """Whether the files are those of a pipeline."""
     return files.find("model_index.json") is not None
 
@@ -65,7 +65,7 @@ def open_folder(files: Folder | Repository) -> CheckpointInfo:
         sized=model if unsized else None,
         schedule=schedule_fields,
         sample=sample,
-        note=own_steps(values, where),
+        note=update_step(values, where),
     )
 
 

@@ -19,10 +19,10 @@ from ddim_jax.checkpoints.diffusers_scheduler_fields import (
     FIXED_NOISE,
     KNOWN,
     NOISE,
-    OWN_STEPS,
     PREDICT_EPSILON,
     REFUSED,
     SCHEDULERS,
+    UPDATE_STEP,
     Scheduler,
 )
 from ddim_jax.checkpoints.diffusers_settings import settings, unsupported
@@ -121,17 +121,17 @@ def learns_variance(values: Mapping[str, Any]) -> bool:
     return str(values.get("variance_type")).startswith("learned")
 
 
-def own_steps(values: Mapping[str, Any], where: str) -> str:
+def update_step(values: Mapping[str, Any], where: str) -> str:
     """A note that names the settings of the update step that differ from the defaults of the scheduler class: one line,
     "" if there are none. values: a scheduler_config.json that `noise_fields` accepts. where: the file.
     """
-    own = lambda scheduler: {**scheduler.own_steps, **scheduler.removed}
+    own = lambda scheduler: {**scheduler.update_step, **scheduler.removed}
     defaults = own(_scheduler(values, where))
     usual = lambda name: [own(other)[name] for other in SCHEDULERS.values() if name in own(other)]
     changed = ", ".join(
         f"{name} = {files.shown(values[name])}"
         for name in values
-        if name in OWN_STEPS and values[name] not in ([defaults[name]] if name in defaults else usual(name))
+        if name in UPDATE_STEP and values[name] not in ([defaults[name]] if name in defaults else usual(name))
     )
     return changed and f"{where}: ignored, because config.sample defines the update step: {changed}"
 

@@ -49,7 +49,7 @@ class Scheduler(NamedTuple):
     """The fields of a scheduler class, with their defaults."""
 
     noise: Mapping[str, Any]  # the fields of NOISE that the class has; their meaning is the same in all classes
-    own_steps: Mapping[str, Any] = {}  # the fields that change only its update step, which is not used
+    update_step: Mapping[str, Any] = {}  # the fields that change only its update step, which is not used
     removed: Mapping[str, Any] = {}  # the same, of earlier versions of diffusers
 
 
@@ -187,6 +187,6 @@ REFUSED = {
 # The values for a class that does not have the field. The spacing of DPMSolverSinglestepScheduler is linspace.
 ABSENT = {**NOISE, "clip_sample": False, "timestep_spacing": "linspace"}
 
-OWN_STEPS = {name for scheduler in SCHEDULERS.values() for name in (*scheduler.own_steps, *scheduler.removed)}
+UPDATE_STEP = {name for scheduler in SCHEDULERS.values() for name in (*scheduler.update_step, *scheduler.removed)}
 
-KNOWN = {*NOISE, *FIXED_NOISE, *OWN_STEPS, *HARMLESS, PREDICT_EPSILON}
+KNOWN = {*NOISE, *FIXED_NOISE, *UPDATE_STEP, *HARMLESS, PREDICT_EPSILON}

@@ -11,7 +11,7 @@ from ddim_jax.utils.errors import CheckpointError
 
 SUPPORTED = (
     "a diffusers folder (with model_index.json), a hub repository of one (owner/name), a folder with the ckpt.pth of "
-    "the official code, a .pth, .ckpt or .safetensors file, a .pkl file of EDM, a workdir"
+    "the official code, a .pt, .pth, .ckpt or .safetensors file, a .pkl file of EDM, a workdir"
 )
 
 
@@ -24,7 +24,7 @@ def open_checkpoint(where: str) -> CheckpointInfo:
     path = pathlib.Path(where)
     if path.is_dir():
         folder = Folder(path)
-        if diffusers_folder.is_there(folder):
+        if diffusers_folder.is_pipeline(folder):
             return diffusers_folder.open_folder(folder)
         if folder.find(official.CHECKPOINT):
             return official.open_file(path / official.CHECKPOINT)
@@ -34,10 +34,10 @@ def open_checkpoint(where: str) -> CheckpointInfo:
     if path.is_file() and path.suffix == edm.SUFFIX:
         return edm.open_file(path)
     if path.is_file():
-        return safetensors_file.open_file(path) if safetensors_file.is_ours(path) else official.open_file(path)
+        return safetensors_file.open_file(path) if safetensors_file.is_from_ddim_jax(path) else official.open_file(path)
     repository = hub_repository(where)
     if repository is None:
         raise CheckpointError(f"no file or folder {where} exists; supported: {SUPPORTED}")
-    if not diffusers_folder.is_there(repository):
+    if not diffusers_folder.is_pipeline(repository):
         raise CheckpointError(f"{where} has no model_index.json{repository.why_missing()}; supported: {SUPPORTED}")
     return diffusers_folder.open_folder(repository)

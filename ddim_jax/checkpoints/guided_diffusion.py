@@ -1,8 +1,9 @@
-"""Checkpoints of guided-diffusion (ADM; Dhariwal and Nichol 2021) and improved-diffusion (Nichol and Dhariwal 2021).
+"""Checkpoints of guided-diffusion (ADM; Dhariwal and Nichol 2021), improved-diffusion (Nichol and Dhariwal 2021), and
+the EDM networks of consistency_models (Song et al. 2023).
 
 A checkpoint is a bare state dict. Its tensors do not determine the size of the images, the number of attention heads
 and the noise schedule. The published files are recognized by their names. For any other file, `model_flags.txt` in the
-same folder must hold the flags of the training script, as in the READMEs of both projects, for example
+same folder must hold the flags of the training script, as in the READMEs of these projects, for example
 
     --image_size 64 --num_channels 192 --num_res_blocks 3 --num_head_channels 64 --learn_sigma True
 
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ddim_jax.checkpoints.guided_diffusion_flags import SCHEDULES, flags_of, network_fields
+from ddim_jax.checkpoints import edm
+from ddim_jax.checkpoints.guided_diffusion_flags import EDM, SCHEDULES, flags_of, network_fields
 from ddim_jax.checkpoints.info import CheckpointInfo, no_raw_parameters
 from ddim_jax.checkpoints.parameter_names import LEAVES, Layout, Path
 from ddim_jax.checkpoints.tensors import Tensors, read
@@ -36,21 +38,22 @@ def open_file(path: pathlib.Path, state: Tensors) -> CheckpointInfo:
     path: of the file. state: the tensors in it, not read yet.
     """
     flags, where = flags_of(path)
-    model = network_fields(flags, where)
+    model, is_edm = network_fields(flags, where), flags["training_mode"] == EDM
 
     def read_params(like: Any, ema: bool) -> Any:
         no_raw_parameters(str(path), ema)
         heads = (flags["num_heads"], flags["num_head_channels"])
-        split = split_attention(state, *heads, new_order=flags["use_new_attention_order"])
+        split = split_attention(state, *heads, new_order=flags["use_new_attention_order"] or is_edm)
         return read(split._replace(layout=layout_of(model)), like, where)
 
+    name = SCHEDULES[flags["noise_schedule"]]
     return CheckpointInfo(
         str(path),
         read_params,
         name=files.name_from(path.stem),
         model=model,
-        schedule={"name": SCHEDULES[flags["noise_schedule"]], "num_steps": flags["diffusion_steps"], **_betas(flags)},
-        sample=SAMPLE,
+        schedule=edm.SCHEDULE if is_edm else {"name": name, "num_steps": flags["diffusion_steps"], **_betas(flags)},
+        sample=edm.SAMPLE if is_edm else SAMPLE,
     )
 
 
@@ -114,7 +117,7 @@ def layout_of(model: Mapping[str, Any]) -> Layout:
 
 def split_attention(state: Tensors, num_heads: int, head_channels: int, new_order: bool) -> Tensors:
     """Splits the tensor `qkv` (3 C, C, 1) of each attention into `qkv.query`, `qkv.key` and `qkv.value` (C, C). The
-    kernels of the other 1-D convolutions, (C, C, 1), also become matrices (C, C).
+    kernel of `proj_out`, (C, C, 1), also becomes a matrix (C, C). In consistency_models both end with (1, 1).
 
     num_heads: used if head_channels is -1. new_order: whether the rows of `qkv` are ordered by query, key and value,
     and then by head; False: by head, and then by query, key and value.
@@ -122,7 +125,8 @@ def split_attention(state: Tensors, num_heads: int, head_channels: int, new_orde
     parts = ("query", "key", "value")
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in state.shapes.items():
-        shape = shape[:-1] if len(shape) == 3 and shape[-1] == 1 else shape
+        if ".qkv." in name or ".proj_out." in name:
+            shape = shape[:2] if set(shape[2:]) <= {1} else shape
         if ".qkv." in name and shape and shape[0] % 3 == 0:
             shapes |= {name.replace(".qkv.", f".qkv.{part}."): (shape[0] // 3, *shape[1:]) for part in parts}
         else:

@@ -1,4 +1,6 @@
-"""The flags of the training scripts of guided-diffusion and improved-diffusion, and their config.model."""
+"""The flags of the training scripts of guided-diffusion, improved-diffusion and consistency_models, and their
+config.model.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +37,7 @@ DEFAULTS: Mapping[str, Any] = {
     "noise_schedule": "linear",
     "predict_xstart": False,
     "rescale_timesteps": False,
+    "training_mode": "",
 }
 
 # Flags that change neither the network's output nor the noise schedule. They are ignored.
@@ -50,6 +53,9 @@ IGNORED = (
         "fp16_scale_growth",
         "use_ddim",
     ),
+    # of consistency_models
+    *("weight_schedule", "global_batch_size", "sampler", "steps", "generator", "seed", "s_churn", "sigma_min"),
+    "sigma_max",
 )
 
 # image_size -> channel_mult, if the flag channel_mult is empty
@@ -63,12 +69,18 @@ CHANNEL_MULT = {
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine"}
 
+# The networks of EDM in consistency_models (Song et al. 2023), the teachers of its consistency models.
+EDM = "edm"
+EDM_TIME_SCALE = 1000.0  # the network's time is 1000 ln(sigma) / 4
+
 _ADM = (
     "--attention_resolutions 32,16,8 --learn_sigma True --num_channels 256 --num_head_channels 64 --num_res_blocks 2 "
     "--resblock_updown True --use_scale_shift_norm True"
 )
 
 _IMPROVED = "--learn_sigma True --diffusion_steps 4000 --noise_schedule cosine --rescale_timesteps True"
+
+_EDM = "--training_mode edm --attention_resolutions 32,16,8 --num_head_channels 64 --resblock_updown True --dropout 0.1"
 
 # Published files: a regular expression of the name without the suffix -> the flags in the READMEs.
 PUBLISHED = {
@@ -89,6 +101,8 @@ PUBLISHED = {
     r"lsun_uncond_100M_\w+": (
         "--image_size 256 --num_heads 1 --learn_sigma True --use_scale_shift_norm False --attention_resolutions 16"
     ),
+    "edm_imagenet64_ema": f"{_EDM} --image_size 64 --num_channels 192 --num_res_blocks 3 --class_cond True",
+    "edm_(bedroom|cat)256_ema": f"{_EDM} --image_size 256 --num_channels 256 --use_scale_shift_norm False",
 }
 
 
@@ -105,9 +119,7 @@ def flags_of(path: pathlib.Path) -> tuple[dict[str, Any], str]:
     for name, flags in PUBLISHED.items():
         if re.fullmatch(name, path.stem):
             return parse_flags(flags, path.stem), "the published network of that name"
-    names = ", ".join(
-        name.replace(r"\w+", "*").replace("(bedroom|cat|horse)(_nodropout)?", "bedroom") for name in PUBLISHED
-    )
+    names = ", ".join(re.sub(r"\((\w+)[|\w]*\)(\(\w+\)\?)?", r"\1", name.replace(r"\w+", "*")) for name in PUBLISHED)
     raise CheckpointError(
         f"{path} does not determine its network and noise schedule; put {FLAGS} with the flags of its training into "
         f"its folder (only the published files do not need it: {names})"
@@ -168,6 +180,12 @@ def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
         refuse("noise_schedule", ", ".join(SCHEDULES))
     if not 1 <= flags["diffusion_steps"] <= 1_000_000:
         refuse("diffusion_steps", "1..1000000")
+    if flags["training_mode"] not in ("", EDM):
+        refuse("training_mode", f"{EDM}; a consistency model is not a network of the DDIM family, its teacher is")
+    is_edm = flags["training_mode"] == EDM
+    for name, value in {"learn_sigma": False, "predict_xstart": False, "rescale_timesteps": False}.items():
+        if is_edm and flags[name] != value:
+            refuse(name, f"{value} with --training_mode {EDM}")
     divided = flags["num_head_channels"] != -1
     name = "num_head_channels" if divided else "num_heads"
     if flags[name] < 1:
@@ -190,13 +208,19 @@ def network_fields(flags: Mapping[str, Any], where: str) -> dict[str, Any]:
         "downsample_padding": "both",
         "frequency_shift": 0.0,
         "cos_first": True,
-        "time_scale": 1000 / flags["diffusion_steps"] if flags["rescale_timesteps"] else 1.0,
+        "time_scale": _time_scale(flags),
         "learn_sigma": flags["learn_sigma"],
         "num_classes": CLASSES if flags["class_cond"] else 0,
         "label_dropout": 0.0,
         "dropout": flags["dropout"],
-        "prediction": "x0" if flags["predict_xstart"] else "eps",
+        "prediction": "edm" if is_edm else "x0" if flags["predict_xstart"] else "eps",
     }
+
+
+def _time_scale(flags: Mapping[str, Any]) -> float:
+    if flags["training_mode"] == EDM:
+        return EDM_TIME_SCALE
+    return 1000 / flags["diffusion_steps"] if flags["rescale_timesteps"] else 1.0
 
 
 def _numbers(flags: Mapping[str, Any], name: str, kind: type, where: str) -> list[Any]:

@@ -30,7 +30,7 @@ def save(path: pathlib.Path, params: Any, config: Mapping[str, Any], step: int |
         file.write(tensors.to_safetensors(flat, metadata))
 
 
-def is_ours(path: pathlib.Path) -> bool:
+def is_from_ddim_jax(path: pathlib.Path) -> bool:
     """Whether `save` wrote the file. DamagedError if it is a damaged .safetensors file."""
     return path.suffix == ".safetensors" and tensors.open_safetensors(path)[1].get("format") == "ddim_jax"
 

@@ -51,7 +51,7 @@ class Network:
         """
         raise NotImplementedError
 
-    def fact(self, name: str, default: Any) -> Any:
+    def attribute(self, name: str, default: Any) -> Any:
         """An attribute of the module, such as `width`, the largest number of features of a layer, or the default."""
         return default
 
@@ -70,7 +70,7 @@ class Linen(Network):
     def apply(self, params, x, time, labels=None, train=False, rngs=None):
         return self.module.apply({"params": params}, x, time, labels, train=train, rngs=rngs)
 
-    def fact(self, name, default):
+    def attribute(self, name, default):
         return getattr(self.module, name, default)
 
 

@@ -6,7 +6,7 @@ of a resolution; the labels are added to the sinusoids of the time. NCSN++ also 
 a wider resampling filter, and a second path in the encoder. Parameters are float32. `dtype` is the dtype of the
 convolutions; normalization, softmax and the output stay in float32. Images are (B, H, W, C), channels last.
 
-One file because the blocks are used only by the network that names them.
+One file because the blocks are used only by this network.
 """
 
 from __future__ import annotations

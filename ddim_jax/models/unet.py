@@ -1,12 +1,12 @@
 """The U-Net of DDPM (Ho et al. 2020, appendix B), numerically equal to the networks with published weights.
 
 The published networks pad only on the right and at the bottom before a stride-2 convolution, use GroupNorm with epsilon
-1e-6, and embed time by sinusoids with the frequencies `10000^(-i / (half - 1))`, sin before cos. These are the defaults
-of fields, because the networks trained with diffusers use another value of each. Parameters are float32. `dtype` is the
+1e-6, and embed time by sinusoids with the frequencies `10000^(-i / (half - 1))`, sin before cos. Each of these is the
+default of a field, because networks trained with diffusers have other values. Parameters are float32. `dtype` is the
 dtype of the convolutions; normalization, softmax and the output stay in float32. Images are (B, H, W, C), channels
 last.
 
-One file because the blocks are used only by the network that names them.
+One file because the blocks are used only by this network.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ddim_jax.utils import ranges
 _INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 _ZERO = nn.initializers.zeros
 
-# The largest sizes, much larger than those of published networks. A checkpoint file may contain any size: it is refused
-# before an array of that size is created.
+# The limits for the sizes, much larger than those of published networks. A checkpoint file may contain any size: one
+# above the limit raises an error before an array is allocated.
 MOST_LEVELS = 12  # resolutions
 MOST_BLOCKS = 128  # residual blocks of the network
 
@@ -257,9 +257,11 @@ class UNet(nn.Module):
         2021).
     downsample_padding: a name in DOWNSAMPLE_PADDING; not used with resample "block".
     frequency_shift, cos_first: see `sinusoid`.
-    time_channels: the features of the sinusoid, and a fourth of the time embedding; 0 for channels.
-    time_scale: the sinusoid is of time_scale * time; 1000 / T for improved-diffusion.
-    learn_sigma: the output has 2 C channels. The second half, v, is for the variance of `samplers.ddpm_learned` (Nichol
+    time_channels: the number of sinusoidal features; the time embedding has four times as many. 0: as
+        channels.
+    time_scale: the sinusoidal embedding is that of time_scale * time; 1000 / T if improved-diffusion rescales
+        timesteps.
+    learn_sigma: the output has 2 C channels. The second half is for the variance of `samplers.ddpm_learned` (Nichol
         and Dhariwal 2021, Eq. 15); other samplers do not use it.
     num_classes: 0 for none. Otherwise labels are required.
     label_dropout: in training a label is replaced by the class num_classes, "no class", with this probability, so that

@@ -52,7 +52,7 @@ def check_training(
     fixed = sharding.bytes_on_a_device(placement, (shapes, shapes.params))
     images = -(-batch_size // (accumulate * mesh.size))
     # Per pixel: x_0, eps and x_t. Per position: the activations that the skip connections of a U-Net keep.
-    stored_layers = network.fact("num_res_blocks", 0) + 1
+    stored_layers = network.attribute("num_res_blocks", 0) + 1
     batch = images * (3 * 4 * int(np.prod(network.shape, dtype=object)) + stored_layers * first_layer_bytes(network))
     if fixed + batch > limit:
         raise ConfigError(
@@ -74,9 +74,9 @@ def image_bytes(network: Network) -> int:
 
 def first_layer_bytes(network: Network) -> int:
     """The minimal size in bytes of the first layer's output for one image; 0 if it is unknown."""
-    width, patch = network.fact("width_in", 0), network.fact("patch_size", 1)
+    width, patch = network.attribute("width_in", 0), network.attribute("patch_size", 1)
     positions = int(np.prod([side // patch for side in network.shape[:-1]], dtype=object))
-    return positions * width * np.dtype(network.fact("dtype", np.float32)).itemsize
+    return positions * width * np.dtype(network.attribute("dtype", np.float32)).itemsize
 
 
 def available(mesh: Mesh) -> int | None:

@@ -26,7 +26,7 @@ SOLVERS = (
     "UniPCMultistepScheduler",
 )
 # Fields that change only the update step of the class, with a value that is not a default of any class.
-OWN_STEPS = {
+UPDATE_STEP = {
     "variance_type": "fixed_large",
     "skip_prk_steps": True,
     "solver_order": 3,
@@ -157,20 +157,20 @@ def test_another_noise_process_is_refused(name, field):
     refuses_values(field, _class_name=name, **{field: OTHER_NOISE[field]})
 
 
-@pytest.mark.parametrize("field", OWN_STEPS)
+@pytest.mark.parametrize("field", UPDATE_STEP)
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
 def test_a_field_of_the_update_step_is_in_the_note(name, field):
     """It does not raise an error, and it is not ignored silently."""
-    values = {"_class_name": name, field: OWN_STEPS[field]}
+    values = {"_class_name": name, field: UPDATE_STEP[field]}
     holds(read(**values) == read(_class_name=name))
-    note = diffusers_scheduler.own_steps(values, "here")
+    note = diffusers_scheduler.update_step(values, "here")
     holds(field in note and "\n" not in note, note)
 
 
 @pytest.mark.parametrize("name", (*CLIPPING, *SOLVERS))
 def test_defaults_are_not_in_the_note(name):
-    values = {"_class_name": name, **diffusers_scheduler.SCHEDULERS[name].own_steps}
-    holds(diffusers_scheduler.own_steps(values, "here") == "")
+    values = {"_class_name": name, **diffusers_scheduler.SCHEDULERS[name].update_step}
+    holds(diffusers_scheduler.update_step(values, "here") == "")
 
 
 def misspelt(name):
@@ -179,11 +179,11 @@ def misspelt(name):
     yield from {name[:i] + name[i + 1 :], name[:i] + name[i] + name[i:], name[:i] + "q" + name[i + 1 :], name + "s"}
 
 
-@pytest.mark.parametrize("field", [*diffusers_scheduler.NOISE, *OWN_STEPS])
+@pytest.mark.parametrize("field", [*diffusers_scheduler.NOISE, *UPDATE_STEP])
 def test_a_misspelt_field(field):
     """The error suggests the nearest name."""
     for wrong in misspelt(field):
-        value = diffusers_scheduler.NOISE.get(field, OWN_STEPS.get(field))
+        value = diffusers_scheduler.NOISE.get(field, UPDATE_STEP.get(field))
         refuses_values(repr(wrong), repr(field), **{wrong: value})
 
 
@@ -237,7 +237,7 @@ def test_ddim_jax_reads_the_configs_that_it_writes():
         values["model"]["prediction"] = prediction
         written = diffusers_scheduler.scheduler_config(values)
         holds(diffusers_scheduler.noise_fields(written, "here")[1] == prediction)
-        holds(diffusers_scheduler.own_steps(written, "here") == "")
+        holds(diffusers_scheduler.update_step(written, "here") == "")
 
 
 def test_num_train_timesteps_is_the_number_of_betas():
