@@ -35,6 +35,8 @@ PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 OLD_PREDICTIONS = {"original_sample": "x0"}  # a name that EulerDiscreteScheduler has for "sample"
 
+LEARNED = "learned_range"  # the variance_type of `samplers.ddpm_learned`
+
 MOST_BETAS = 1_000_000  # of these schedules
 MAX_BETA = 0.999  # of the schedules that alpha_bar defines
 
@@ -72,6 +74,8 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     for name, (supported, text) in FIXED_NOISE.items():
         if values.get(name, supported) != supported:
             refuse(name, values[name], text)
+    if values.get("variance_type") == "learned":  # the variance itself, and not a fraction between two variances
+        refuse("variance_type", "learned", f"fixed_small, fixed_large and others, {LEARNED}")
     noise = ABSENT | settings(values, scheduler.noise, where)
     predictions = PREDICTIONS | OLD_PREDICTIONS
     for name, table in (("prediction_type", predictions), ("timestep_spacing", TAUS)):
@@ -118,7 +122,7 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
 
 def learns_variance(values: Mapping[str, Any]) -> bool:
     """Whether the network also predicts the variance. values: a scheduler_config.json that `noise_fields` accepts."""
-    return str(values.get("variance_type")).startswith("learned")
+    return values.get("variance_type") == LEARNED
 
 
 def update_step(values: Mapping[str, Any], where: str) -> str:
@@ -183,5 +187,5 @@ def scheduler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "_class_name": "DDPMScheduler" if learned else "DDIMScheduler",
         **{name: values.get(name, default) for name, default in known.items()},
-        **({"variance_type": "learned_range"} if learned else {}),
+        **({"variance_type": LEARNED} if learned else {}),
     }
