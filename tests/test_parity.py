@@ -672,16 +672,23 @@ def test_loops_of_diffusers(settings, x64):
     assert np.abs(integrate(jnp.float32) - exact).max() <= 10 * max(spread, 1e-6)
 
 
-@pytest.mark.parametrize("end", [True, False])
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_the_inverse_loops_of_diffusers(prediction, spacing, end, x64):
-    """The network is evaluated at the next timestep, and its output is used at the level of x. At alpha_bar = 1 neither
-    can compute eps from x_0.
-    """
-    if prediction == "sample" and end:
-        pytest.skip("eps cannot be computed from x_0 at alpha_bar = 1: diffusers divides by 0")
-    settings = dict(prediction_type=prediction, timestep_spacing=spacing, clip_sample=False, set_alpha_to_one=end)
+# From an x_0-prediction eps cannot be computed at alpha_bar = 1, where diffusers divides by 0. From an eps-prediction
+# x_0 cannot be computed at alpha_bar = 0.
+INVERSE_LOOPS = [
+    dict(prediction_type=prediction, timestep_spacing=spacing, rescale_betas_zero_snr=zero, set_alpha_to_one=end)
+    for prediction in ("epsilon", "sample", "v_prediction")
+    for spacing in ("leading", "trailing")
+    for zero in (False, True)
+    for end in (True, False)
+    if (prediction, end) != ("sample", True) and (prediction, zero) != ("epsilon", True)
+]
+
+
+@pytest.mark.parametrize("settings", INVERSE_LOOPS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_the_inverse_loops_of_diffusers(settings, x64):
+    """The network is evaluated at the next timestep, and its output is used at the level of x."""
+    settings = dict(clip_sample=False) | settings
+    end = settings["set_alpha_to_one"]
     scheduler, noise_schedule, process, denoise = loop(settings, diffusers.DDIMInverseScheduler)
     x = np.random.default_rng(1).normal(size=(2, 4, 4, 3))
     x_t = to_torch(x)
@@ -716,7 +723,7 @@ def test_every_field_of_every_scheduler_is_known_with_its_default(name):
 @pytest.mark.parametrize("num_train_steps", [1000, 250])
 def test_tau_is_diffusers_s_list_of_timesteps(spacing, num_train_steps):
     scheduler = diffusers.DDIMScheduler(num_train_timesteps=num_train_steps, timestep_spacing=spacing)
-    for steps in range(2, num_train_steps + 1):
+    for steps in range(1, num_train_steps + 1):
         scheduler.set_timesteps(steps)
         expected = [0, *(scheduler.timesteps.numpy()[::-1] + 1)]
         if (
