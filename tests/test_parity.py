@@ -3,7 +3,6 @@ same weights and the same noise.
 """
 
 import dataclasses
-import inspect
 import json
 import pickle
 import types
@@ -701,22 +700,6 @@ def test_the_inverse_loops_of_diffusers(settings, x64):
         tau = tau[1:]
     x_T = samplers.invert(denoise, noise_schedule, tau, x, "next", tau[0], process.stride)
     np.testing.assert_allclose(x_T, from_torch(x_t), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", diffusers_scheduler.SCHEDULERS)
-def test_every_field_of_every_scheduler_is_known_with_its_default(name):
-    """Each argument of its constructor is supported, ignored, or refused unless it has the default value."""
-    table = diffusers_scheduler
-    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
-    if "args" in parameters:
-        pytest.skip("needs a further package")
-    defaults = {field: parameter.default for field, parameter in parameters.items() if field not in ("self", "kwargs")}
-    fixed = {field: supported for field, (supported, _) in table.FIXED_NOISE.items() if field in defaults}
-    entry = table.SCHEDULERS[name]
-    assert fixed | entry.noise | entry.own_steps == defaults
-    noise, prediction, sample = table.noise_fields({"_class_name": name}, "test")
-    written = {"_class_name": name, **getattr(diffusers, name)().config}
-    assert (noise, prediction, sample) == table.noise_fields(written, "test")
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])

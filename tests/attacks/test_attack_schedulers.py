@@ -52,9 +52,9 @@ OTHER_NOISE = {
     "use_dynamic_shifting": True,
     "timestep_type": "continuous",
     "timestep_values": [1, 10, 100],
-    "variance_type": "learned_range",
+    "variance_type": "learned",
     "prediction_type": "flow_prediction",
-    "beta_schedule": "laplace",
+    "beta_schedule": "jsd",
     "timestep_spacing": "logarithmic",
 }
 
