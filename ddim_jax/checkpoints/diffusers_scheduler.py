@@ -74,8 +74,8 @@ def noise_fields(values: Mapping[str, Any], where: str) -> tuple[dict[str, Any],
     for name, (supported, text) in FIXED_NOISE.items():
         if values.get(name, supported) != supported:
             refuse(name, values[name], text)
-    if values.get("variance_type") == "learned":  # the variance itself, and not a fraction between two variances
-        refuse("variance_type", "learned", f"fixed_small, fixed_large and others, {LEARNED}")
+    if values.get("variance_type") == "learned":  # the network outputs the variance, not a fraction
+        refuse("variance_type", "learned", f"{LEARNED}, or a fixed variance")
     noise = ABSENT | settings(values, scheduler.noise, where)
     predictions = PREDICTIONS | OLD_PREDICTIONS
     for name, table in (("prediction_type", predictions), ("timestep_spacing", TAUS)):

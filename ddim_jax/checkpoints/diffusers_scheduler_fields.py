@@ -36,10 +36,10 @@ FIXED_NOISE = {
     "use_flow_sigmas": (False, "False (the noise of flow matching is not that of DDPM)"),
     "use_dynamic_shifting": (False, "False (the noise of flow matching is not that of DDPM)"),
     "timestep_type": ("discrete", "'discrete' (timesteps are integers)"),
-    "timestep_values": (None, "None (the timesteps are 0..num_train_timesteps - 1)"),  # diffusers 0.1 to 0.4
+    "timestep_values": (None, "None (the timesteps are 0..num_train_timesteps - 1)"),  # diffusers 0.1 to 0.3
 }
 
-# Fields without effect on the supported schedulers: the array library, before diffusers 0.5; fields of LCMScheduler.
+# Fields without effect on the supported schedulers: the array library, before diffusers 0.4; fields of LCMScheduler.
 HARMLESS = ("tensor_format", "original_inference_steps", "timestep_scaling")
 
 PREDICT_EPSILON = "predict_epsilon"  # the predecessor of prediction_type, before diffusers 0.9
@@ -164,6 +164,8 @@ _CONSISTENCY = "the network is a consistency model"
 _FLOW = "the network is of flow matching"
 _VE = "the noise is variance-exploding"
 _SHIFTED = "its snr_shift_scale changes the noise"
+_CONTINUOUS = "its timesteps are in (0, 1]"
+_DISCRETE = "the data is discrete"
 REFUSED = {
     "EDMEulerScheduler": _EDM,
     "EDMDPMSolverMultistepScheduler": _EDM,
@@ -171,17 +173,32 @@ REFUSED = {
     "CMStochasticIterativeScheduler": _CONSISTENCY,
     "ConsistencyDecoderScheduler": _CONSISTENCY,
     "LCMScheduler": _CONSISTENCY,
+    "SCMScheduler": _CONSISTENCY,
     "TCDScheduler": _CONSISTENCY,
+    "FlowMapEulerDiscreteScheduler": _FLOW,
     "FlowMatchEulerDiscreteScheduler": _FLOW,
     "FlowMatchHeunDiscreteScheduler": _FLOW,
     "FlowMatchLCMScheduler": _FLOW,
+    "HeliosDMDScheduler": _FLOW,
+    "HeliosScheduler": _FLOW,
+    "LTXEulerAncestralRFScheduler": _FLOW,
+    "MiniMaxH3Scheduler": _FLOW,
+    "PiflowScheduler": _FLOW,
+    "RFD4ProteinaScheduler": _FLOW,
     "ScoreSdeVeScheduler": _VE,
     "KarrasVeScheduler": _VE,
-    "ScoreSdeVpScheduler": "its timesteps are in (0, 1]",
+    "ScoreSdeVpScheduler": _CONTINUOUS,
+    "DDPMWuerstchenScheduler": _CONTINUOUS,
     "CogVideoXDDIMScheduler": _SHIFTED,
     "CogVideoXDPMScheduler": _SHIFTED,
     "IPNDMScheduler": "its noise has alpha_bar = cos^2",
-    "VQDiffusionScheduler": "the images are discrete",
+    "RePaintScheduler": "its steps are those of inpainting",
+    "UnCLIPScheduler": "the network is that of unCLIP",
+    "AmusedScheduler": _DISCRETE,
+    "BlockRefinementScheduler": _DISCRETE,
+    "DiscreteDDIMScheduler": _DISCRETE,
+    "EntropyBoundScheduler": _DISCRETE,
+    "VQDiffusionScheduler": _DISCRETE,
 }
 
 # The values for a class that does not have the field. The spacing of DPMSolverSinglestepScheduler is linspace.

@@ -31,10 +31,10 @@ class Denoiser(Denoise):
     params: the parameters of the network.
     prediction: the quantity that the network outputs, a name in `gaussian.PREDICTIONS`.
     labels: (B,) ints for a class-conditional network, else None.
-    lowest: the noise level of t = 1, `schedule.level(1)`, the lowest one in training. For t < 1 (encoding
-        starts at t = 0), the network is evaluated at t = 1, and eps is computed from its output with this noise level.
-        Required where alpha_bar = 1, as in encoding, for a network that predicts x_0, and for "edm", whose network
-        time ln(sigma) / 4 is infinite there.
+    lowest: the noise level of t = 1, `schedule.level(1)`, the lowest one in training. At a lower one, as at t = 0 where
+        encoding starts, eps is computed from the network's output with this noise level. The network is evaluated at
+        t = 1 where t < 1. Required where alpha_bar = 1, as in encoding, for a network that predicts x_0, and for "edm",
+        whose network time ln(sigma) / 4 is infinite there.
     dropout_key: one key in training, where dropout is active, else None.
 
     If the network outputs twice the channels of x, the second half of the channels, in [-1, 1], parametrizes a learned
@@ -64,7 +64,9 @@ class Denoiser(Denoise):
     def predict(self, x_t: Array, level: Level) -> Prediction:
         trained = level
         if self.lowest is not None:
-            below = level.t < self.lowest.t
+            # Not t < 1: `samplers.invert` can pass the next timestep with the alpha_bar of the current one. In float32,
+            # because lowest and level may be rounded to different dtypes.
+            below = _float32(level.one_minus_alpha_bar) < _float32(self.lowest.one_minus_alpha_bar)
             trained = Level(level.t, *(_where(below, a, b) for a, b in zip(self.lowest[1:], level[1:], strict=True)))
         parametrization = PREDICTIONS[self.prediction]
         x, time = parametrization.inputs(x_t, _network_time(level.t), trained)
@@ -101,6 +103,10 @@ class Denoiser(Denoise):
         self.network, self.prediction = static
         self.params, self.labels, self.lowest, self.dropout_key = children
         return self
+
+
+def _float32(value):
+    return jnp.asarray(value).astype(jnp.float32)
 
 
 def _where(condition, a, b):
