@@ -153,6 +153,16 @@ def test_encoding_with_a_network_of_x_0_needs_the_lowest_level():
         samplers.invert(model, COSINE, [0, 500, 1000], jnp.ones((2, 3)))
 
 
+def test_encoding_at_the_next_timestep_with_a_network_of_x_0(x64):
+    """One step from t = 0, Eq. (13): x_0 is the image, eps follows from the network's output at the lowest level."""
+    model, lowest = exact("x0", COSINE), COSINE.level(1)
+    x, s = np.random.default_rng(0).normal(size=(2, 3)), 500
+    output = model.network.apply({}, x, jnp.full(2, s - 1), None, False, None)
+    eps = gaussian.predict_eps(x, output, lowest)
+    x_s = samplers.invert(model, COSINE, [0, s], x, evaluate_at="next")
+    np.testing.assert_allclose(x_s, gaussian.q_marginal(x, eps, COSINE.level(s)), rtol=1e-12)
+
+
 def test_no_combinator_holds_a_schedule():
     """Their leaves are their own arguments: bounds, a scale, pixels."""
     model = oracle.gaussian(schedule.vp())

@@ -104,7 +104,8 @@ def read(name, **values):
 def test_every_class_of_diffusers_is_supported_or_refused():
     known = [*SCHEDULERS, *REFUSED]
     assert len(set(known)) == len(known)
-    assert {name for name, _ in FIELDS} == set(known)  # and no class is invented
+    # The newest classes are not in the recorded versions.
+    assert set(SCHEDULERS) <= {name for name, _ in FIELDS} <= set(known)
 
 
 def test_every_class_that_diffusers_exports_is_in_the_table():
