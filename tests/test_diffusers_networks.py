@@ -80,14 +80,29 @@ def opened(where):
     return found, config_lib.network(found.model).module, found.read(like, True)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def variant(request, tmp_path_factory):
-    net = randomise(diffusers.UNet2DModel(**VARIANTS[request.param]))
+def published(name, folder):
+    """(diffusers' network with random weights, its folder, `opened` of the folder)."""
+    net = randomise(diffusers.UNet2DModel(**VARIANTS[name]))
     scheduler = diffusers.DDPMScheduler(
         variance_type="learned_range" if net.config.out_channels != net.config.in_channels else "fixed_small"
     )
-    where = publish(tmp_path_factory.mktemp("published") / "net", net, scheduler)
+    where = publish(folder / "net", net, scheduler)
     return net, where, opened(where)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, tmp_path_factory):
+    return published(request.param, tmp_path_factory.mktemp("published"))
+
+
+QUICK = ("ADM", "other groups in the middle", "attention in the decoder")  # the other ones are slow tests
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in VARIANTS]
+)
+def thorough(request, tmp_path_factory):
+    return published(request.param, tmp_path_factory.mktemp("published"))
 
 
 def by_diffusers(net, x, time, labels=None):
@@ -108,9 +123,9 @@ def test_outputs(variant):
     assert difference(jax.jit(module.apply)({"params": params}, x, jnp.asarray(time), labels), expected) < 5e-6
 
 
-def test_outputs_in_float64(variant, x64):
+def test_outputs_in_float64(thorough, x64):
     """With the sinusoids of `sinusoid`: diffusers computes them in float32."""
-    net, _, (found, module, params) = variant
+    net, _, (found, module, params) = thorough
     params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
     x, labels = inputs(found, 2, np.float64)
     model = found.model
@@ -131,9 +146,9 @@ def test_outputs_in_float64(variant, x64):
     assert expected.dtype == np.float64 and difference(output, expected) < 1e-10
 
 
-def test_gradients(variant):
+def test_gradients(thorough):
     """Of a sum of squares, with respect to x."""
-    net, _, (found, module, params) = variant
+    net, _, (found, module, params) = thorough
     x, labels = inputs(found, 2)
     variable = to_torch(x).requires_grad_()
     net(variable, torch.tensor([3, 300]), **torch_labels(labels)).sample.square().sum().backward()
@@ -141,9 +156,9 @@ def test_gradients(variant):
     assert difference(jax.jit(jax.grad(loss))(x), from_torch(variable.grad)) < 1e-4
 
 
-def test_twenty_steps_of_ddim(variant):
+def test_twenty_steps_of_ddim(thorough):
     """Eq. (12) around diffusers' network, with the first half of its output as eps, beside the pipeline."""
-    net, where, (found, _, params) = variant
+    net, where, (found, _, params) = thorough
     values = config_of(where)
     values["model"]["image_size"] = 8
     values["sample"] |= {"steps": 20, "tau": "uniform", "clip_x0": False}

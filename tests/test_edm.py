@@ -287,6 +287,7 @@ def run(command, *flags, cwd):
     )
 
 
+@pytest.mark.slow
 def test_from_a_pickle_to_finetuned_weights(plain, tmp_path):
     """Sampled, converted and trained further by the commands. The licence is named, and nothing of the file runs."""
     path, network = plain
