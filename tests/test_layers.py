@@ -58,9 +58,10 @@ ALLOWED = {
         | {"training", "trajectory"},
         CORE | {"optax"},
     ),
+    "planning": ({"sampling", "samplers", "training"}, CORE | {"libtpu"}),
     "cli": ({"config"}, {"absl", "jax", "ml_collections"}),
 }
-MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare"}
+MAINS = {"train", "sample", "encode", "evaluate", "convert", "prepare", "plan"}
 
 
 def imports(file):

@@ -201,6 +201,23 @@ def compiled_update(
     """The compiled update, and the number of floating-point operations of one update by XLA's cost analysis. The update
     donates the memory of its state. Rematerialised operations count once. shape, dtype: of one example.
     """
+
+    program, flops = traced_update(recipe, mesh, state, key, shape, dtype)
+    return program.lower().compile(), flops
+
+
+def traced_update(
+    recipe: Recipe,
+    mesh: Mesh,
+    state: TrainState,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: Any = np.uint8,
+) -> tuple[jax.stages.Traced, float]:
+    """The traced update of a recipe, and the number of floating-point operations of one update, see `compiled_update`.
+
+    state, key: arrays, or their shapes with shardings. shape, dtype: of one example.
+    """
     along = sharding.along_batch(mesh)
     examples = jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=along)
     labels = None
@@ -217,7 +234,7 @@ def compiled_update(
     counted = program if recipe.counted is None and recipe.accumulate == 1 else trace(plain)
     # Lowered for a TPU, where a convolution is one operation. The CPU formulation of it has fewer operations.
     cost = counted.lower(lowering_platforms=("tpu",)).cost_analysis() or {}
-    return program.lower().compile(), float(cost.get("flops", 0))
+    return program, float(cost.get("flops", 0))
 
 
 def training_batches(recipe: Recipe, source: data.Source, mesh: Mesh, begin: int) -> Iterator[data.Batch]:
