@@ -99,6 +99,10 @@ ENTRY %main (input: f32[8,4]) -> f32[8,4] {
   %input = f32[8,4]{1,0} parameter(0)
   %copy-start = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%input)
   %copy-done = f32[8,4]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[8,4]{1,0:T(8,128)}), f32[2,4]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%input), slice={[0:2]}
+  %slice-done = f32[2,4]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  %out-start = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[]{:S(2)}) copy-start(%input)
+  %out-done = f32[8,4]{1,0} copy-done(%out-start)
   %chip = f32[8,4]{1,0:T(8,128)S(1)} add(%copy-done, %copy-done)
   %half = bf16[8,4]{1,0} convert(%chip)
   %zero = s32[] constant(0)
@@ -111,13 +115,23 @@ ENTRY %main (input: f32[8,4]) -> f32[8,4] {
 
 
 def test_traffic_of_a_program():
-    """By hand; the array has 128 bytes. copy: its end in HBM counts once, its end on the chip and
-    the operation there do not. convert: 64 bytes written. The loop: read and written ten times. all-reduce: read and written.
+    """By hand; the array has 128 bytes. copy: one end in HBM of the first one, two of the second one; the end on the
+    chip and the operation there do not count. slice: a fourth of the array. convert: 64 bytes written. The loop: read
+    and written ten times. all-reduce: read and written.
     """
-    expected = {("copy", ""): 128 + 4, ("convert", ""): 64, ("fusion", "down_block/conv"): 10 * 256}
+    expected = {("copy", ""): 3 * 128, ("slice", ""): 32, ("convert", ""): 64, ("fusion", "down_block/conv"): 10 * 256}
     expected |= {("all-reduce", ""): 256, ("add", ""): 0}
     assert hlo.traffic(PROGRAM) == Counter(expected)
     assert hlo.collectives(PROGRAM) == {"all-reduce": hlo.Collective(1, 128)}
+
+
+def test_the_trips_of_a_loop():
+    """As noted by the compiler; else the bound in the condition, as `lax.scan` has it; else once."""
+    noted = ', backend_config={"known_trip_count":{"n":"10"}}'
+    constant, compare = "%more = pred[] constant(true)", "%n = s32[] constant(7)\n  ROOT %lt = pred[] compare(%j, %n)"
+    assert hlo.traffic(PROGRAM.replace(noted, ""))["fusion", "down_block/conv"] == 256
+    bounded = PROGRAM.replace(noted, "").replace(f"ROOT {constant}", compare)
+    assert hlo.traffic(bounded)["fusion", "down_block/conv"] == 7 * 256
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(r"\b(?:body|condition|to_apply|branch_computations|calls)=\{?%?([\w.%, -]+)\}?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"([0-9]+)"')
+_CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
+_BOUND = re.compile(r"\bs32\[\]\S* constant\(([0-9]+)\)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -96,13 +98,24 @@ def executed(text: str) -> Iterator[tuple[Instruction, dict[str, str], int]]:
         types = {instruction.name: instruction.result for instruction in instructions}
         for instruction in instructions:
             yield instruction, types, times
-            trips = _TRIPS.search(instruction.line) if instruction.opcode == "while" else None
+            trips = trip_count(instruction, found) if instruction.opcode == "while" else 1
             if instruction.opcode in ("while", "conditional", "call", "async-start"):
                 for names in _CALLED.findall(instruction.line):
                     for name in re.findall(r"[\w.-]+", names):
                         if name in found and name not in seen:
                             seen.add(name)
-                            waiting.append((name, times * int(trips[1]) if trips else times))
+                            waiting.append((name, times * trips))
+
+
+def trip_count(loop: Instruction, found: dict[str, list[Instruction]]) -> int:
+    """How often the body of a while loop runs: as the compiler notes it, or the bound with which the condition compares
+    the counter of a `lax.scan`; 1 if it has neither.
+    """
+    if match := _TRIPS.search(loop.line):
+        return int(match[1])
+    condition = found.get(_CONDITION.search(loop.line)[1], []) if _CONDITION.search(loop.line) else []
+    bounds = [_BOUND.search(each.line) for each in condition if each.opcode == "constant"]
+    return int(bounds[0][1]) if len(bounds) == 1 and bounds[0] else 1
 
 
 def traffic(text: str) -> Counter[tuple[str, str]]:
@@ -115,12 +128,26 @@ def traffic(text: str) -> Counter[tuple[str, str]]:
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith("-done"):
             continue
-        if opcode.endswith("-start"):  # its result is (source, destination, context): the ends of the copy
+        if opcode in ("copy-start", "slice-start"):
+            moved = _copied(instruction.result)
+        elif opcode.endswith("-start"):
             moved = size(instruction.result)
         else:
             moved = size(instruction.result) + sum(size(types.get(name, "")) for name in {*instruction.operands})
         total[opcode.removesuffix("-start"), module_of(instruction.line)] += times * moved
     return total
+
+
+def _copied(result: str) -> int:
+    """The bytes in HBM of an asynchronous copy or slice. result: (destination, source, context) in any order. A slice of
+    the source is copied: the smaller array. Its ends in HBM count.
+    """
+    ends = [
+        (math.ceil(BYTES.get(dtype, 0) * math.prod(int(length) for length in shape.split(",") if length)), layout)
+        for dtype, shape, layout in _ARRAY.findall(result)
+        if "S(2)" not in layout
+    ]
+    return min((count for count, _ in ends), default=0) * sum("S(1)" not in layout for _, layout in ends)
 
 
 def module_of(line: str) -> str:

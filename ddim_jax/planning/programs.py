@@ -69,6 +69,11 @@ def mesh_of(slice_: Slice, data: int = -1, fsdp: int = 1) -> Mesh:
     return mesh_of_devices(topology.devices, data, fsdp)
 
 
+def local_mesh() -> Mesh:
+    """A mesh of one device of this machine."""
+    return mesh_of_devices(jax.local_devices()[:1], 1, 1)
+
+
 def mesh_of_devices(devices: Any, data: int, fsdp: int) -> Mesh:
     """A mesh with the axes "data" and "fsdp". ConfigError unless data x fsdp is the number of devices."""
     count = len(devices)
@@ -95,6 +100,7 @@ def update(
 
     shape, dtype: of one example.
     """
+    one = sharding.replicated(local_mesh())
     init = lambda key: train_state.init(recipe.network, recipe.optimizer, key, recipe.objective.init())
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(init, key)
@@ -102,6 +108,9 @@ def update(
     state = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placement)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     traced, flops = loop.traced_update(recipe, mesh, state, key, shape, dtype)
+    if not flops:  # XLA counts operations only for devices that exist
+        on_one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), (state, key))
+        flops = loop.traced_update(recipe, one.mesh, *on_one, shape, dtype)[1]
     return traced.lower(lowering_platforms=(platform(mesh),)), flops
 
 
@@ -135,8 +144,11 @@ def sampler(pipeline: Pipeline, params: Any) -> tuple[jax.stages.Lowered, float]
         return model_of(params, labels)(x, jax.tree.map(lambda leaf: leaf[0], process.transitions.level_t))
 
     params = jax.tree.map(replicated, params)
+    one = sharding.replicated(local_mesh())  # XLA counts operations only for devices that exist
+    on_one = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one)
     # Lowered for a TPU, where a convolution is one operation.
-    cost = jax.jit(call).trace(params, labels, x).lower(lowering_platforms=("tpu",)).cost_analysis() or {}
+    counted = jax.jit(call).trace(*jax.tree.map(on_one, (params, labels, x)))
+    cost = counted.lower(lowering_platforms=("tpu",)).cost_analysis() or {}
     calls = len(process.transitions.t) * getattr(process.sampler, "calls_per_step", 1)
     traced = jax.jit(draw, out_shardings=sharding.along_batch(mesh)).trace(params, labels, x, keys)
     return traced.lower(lowering_platforms=(platform(mesh),)), calls * float(cost.get("flops", 0))
