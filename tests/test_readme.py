@@ -108,6 +108,11 @@ CASES = {
     "pip install -e '.[cuda]'": Case(why="an installation, for a GPU"),
     "pip install -e '.[tpu]'": Case(why="an installation, for a TPU"),
     "python -c 'import jax; print(jax.devices())'": Case(why="not a command of ddim_jax"),
+    "pip install -e '.[plan]'": Case(why="an installation"),
+    "python -m ddim_jax.plan --config configs/cifar10.py --config.model.dtype=bfloat16 --chips v5e-8": Case(
+        why="it takes minutes, and needs libtpu"
+    ),
+    "python -m ddim_jax.plan --config configs/digits.py --chips cpu-2": Case("--what=sample --config.sample.steps=2"),
 }
 
 

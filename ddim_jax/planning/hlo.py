@@ -139,8 +139,8 @@ def traffic(text: str) -> Counter[tuple[str, str]]:
 
 
 def _copied(result: str) -> int:
-    """The bytes in HBM of an asynchronous copy or slice. result: (destination, source, context) in any order. A slice of
-    the source is copied: the smaller array. Its ends in HBM count.
+    """The bytes in HBM of an asynchronous copy or slice. result: (destination, source, context) in any order. Of the
+    source, as much as the smaller array is moved; the ends in HBM count.
     """
     ends = [
         (math.ceil(BYTES.get(dtype, 0) * math.prod(int(length) for length in shape.split(",") if length)), layout)
