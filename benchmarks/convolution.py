@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.training import matrix_product_rate, timed
 from ddim_jax import cli
 from ddim_jax.models import convolution
+from ddim_jax.planning.measure import matrix_product_rate, timed
 from experiments import common
 
 OPTIONS = {

@@ -54,11 +54,11 @@ from tqdm import tqdm
 
 from benchmarks.data import rates
 from benchmarks.diffusers_baseline import DiffusersBaseline
-from benchmarks.training import copy_rate, machines, matrix_product_rate
 from ddim_jax import cli, data, samplers, sampling, trajectory
 from ddim_jax import config as config_lib
 from ddim_jax.config import Config
 from ddim_jax.gaussian import Denoise
+from ddim_jax.planning.measure import copy_rate, machines, matrix_product_rate
 from ddim_jax.registry import lookup
 from ddim_jax.training import loop
 from ddim_jax.trajectory import Transitions

@@ -20,21 +20,19 @@ import platform
 import statistics
 import time
 import types
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax import cli
 from ddim_jax import config as config_lib
 from ddim_jax.data import Batch
+from ddim_jax.planning.measure import REPEATS, machines, matrix_product_rate, timed
 from ddim_jax.training import loop
 from ddim_jax.utils import sharding
 from experiments import common
 
-REPEATS = 7
 OPTIONS = {
     "steps": ("10", "The number of updates in each of the seven timed runs."),
     "out": (None, "Also write the numbers to this JSON file."),
@@ -106,50 +104,6 @@ def measure(config: config_lib.Config, steps: int) -> dict[str, Any]:
         "compile_seconds": compile_seconds,
         "jax": jax.__version__,
     }
-
-
-def machines(devices: int) -> int:
-    """The number of devices with their own compute units. The virtual devices of a CPU share its cores, so it is 1."""
-    return 1 if jax.default_backend() == "cpu" else devices
-
-
-def matrix_product_rate(dtype: Any) -> float:
-    """Operations per second of a product of two square matrices on one device."""
-    size, times = (2048, 1) if jax.default_backend() == "cpu" else (8192, 10)
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype) / size**0.5  # so that its powers stay finite
-    product = jax.jit(lambda a, b: a @ b)
-
-    def run():
-        b = a
-        for _ in range(times):
-            b = product(a, b)
-        return b
-
-    return times * 2 * size**3 / statistics.median(timed(run))
-
-
-def copy_rate() -> float:
-    """Bytes per second, read and written, of an in-place addition of 1 on one device. The array is larger than most
-    caches.
-    """
-    values = [jnp.zeros(2**26 if jax.default_backend() == "cpu" else 2**28, jnp.float32)]
-    add = jax.jit(lambda array: array + 1, donate_argnums=0)
-
-    def run() -> Any:
-        values[0] = add(values[0])
-        return values[0]
-
-    return 2 * values[0].nbytes / statistics.median(timed(run))
-
-
-def timed(run: Callable[[], Any]) -> list[float]:
-    """The times in seconds of REPEATS runs, after one warm-up run."""
-    seconds = []
-    for _ in range(REPEATS + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - begin)
-    return seconds[1:]
 
 
 if __name__ == "__main__":

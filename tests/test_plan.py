@@ -3,20 +3,22 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 from messages import raises
 from processes import ROOT, run
-from tiny import SMOKE, smoke_config
+from tiny import SMOKE, make, pipeline, smoke_config
 
-from ddim_jax import plan
-from ddim_jax.planning import chips, hlo, programs, reports, table
+from ddim_jax import plan, samplers, sampling
+from ddim_jax.planning import changes, chips, hlo, hlo_text, programs, reports, table
 from ddim_jax.utils import sharding
 from ddim_jax.utils.errors import ConfigError
 
@@ -24,22 +26,26 @@ from ddim_jax.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    "name, count, devices, topology",
+    "name, count, devices, hosts, topology",
     [
-        ("v5e-1", 1, 1, "v5e:1x1"),
-        ("v5e-8", 8, 8, "v5e:2x4"),
-        ("v5e-256", 256, 256, "v5e:16x16"),
-        ("v6e-8", 8, 8, "v6e:2x4"),
-        ("v4-8", 4, 4, "v4:2x2x1"),
-        ("v5p-8", 4, 4, "v5:2x2x1"),
-        ("v5p-128", 64, 64, "v5:4x4x4"),
-        ("tpu7x-8", 4, 8, "tpu7x:2x2x1"),
+        ("v5e-1", 1, 1, 1, "v5e:1x1"),
+        ("v5e-8", 8, 8, 1, "v5e:2x4"),
+        ("v5litepod-8", 8, 8, 1, "v5e:2x4"),
+        ("v5e-16", 16, 16, 4, "v5e:4x4"),
+        ("v5e-256", 256, 256, 64, "v5e:16x16"),
+        ("v6e-1", 1, 1, 1, "v6e:1x1"),
+        ("v6e-8", 8, 8, 1, "v6e:2x4"),
+        ("v4-8", 4, 4, 1, "v4:2x2x1"),
+        ("v5p-8", 4, 4, 1, "v5:2x2x1"),
+        ("v5p-32", 16, 16, 4, "v5:2x2x4"),
+        ("v5p-128", 64, 64, 16, "v5:4x4x4"),
+        ("tpu7x-8", 4, 8, 1, "tpu7x:2x2x1"),
     ],
 )
-def test_slices(name, count, devices, topology):
+def test_slices(name, count, devices, hosts, topology):
     """As the documentation of Cloud TPU names them."""
     slice_ = chips.slice_of(name)
-    assert (slice_.chips, slice_.devices, slice_.topology) == (count, devices, topology)
+    assert (slice_.chips, slice_.devices, slice_.hosts, slice_.topology) == (count, devices, hosts, topology)
 
 
 def test_every_name_is_a_slice_of_its_size():
@@ -48,12 +54,22 @@ def test_every_name_is_a_slice_of_its_size():
         slice_ = chips.slice_of(name)
         assert slice_.chips * slice_.chip.cores_in_name == int(name.rpartition("-")[2])
         assert math.prod(slice_.shape) == slice_.chips and max(slice_.shape) <= 2 * max(min(slice_.shape), 2)
+        assert all(side % bound == 0 for side, bound in zip(slice_.shape, slice_.host_bounds, strict=False))
+
+
+def test_later_chips_have_higher_rates():
+    """A wrong digit in the table would show in the operations per byte, too."""
+    rates = {name: (chip.flops, chip.bandwidth, chip.memory) for name, chip in chips.CHIPS.items()}
+    for earlier, later in (("v4", "v5p"), ("v5e", "v6e"), ("v5p", "tpu7x"), ("v6e", "tpu7x")):
+        assert all(a < b for a, b in zip(rates[earlier], rates[later], strict=True))
+    assert all(150 < flops / bandwidth < 600 for flops, bandwidth, _ in rates.values())
 
 
 @pytest.mark.parametrize(
     "name, words",
     [
         ("v5-8", ("v5-8", "v5p-8")),
+        ("v5e-2", ("v5e-2", "v5e-1", "v5e-4")),
         ("v5e-3", ("v5e-3", "v5e-4")),
         ("v5e-512", ("v5e-512", "v5e-256")),
         ("v5p-7", ("v5p-7", "v5p-8")),
@@ -134,6 +150,93 @@ def test_the_trips_of_a_loop():
     assert hlo.traffic(bounded)["fusion", "down_block/conv"] == 7 * 256
 
 
+FUSIONS = """\
+HloModule fusions
+
+%sliced (p0: f32[100,4], p1: s32[]) -> f32[4] {
+  %p0 = f32[100,4]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %part = f32[1,4]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,4}
+  ROOT %row = f32[4]{0} bitcast(%part)
+}
+
+%updated (q0: f32[100,4], q1: f32[4], q2: s32[]) -> (f32[100,4], f32[4]) {
+  %q0 = f32[100,4]{1,0} parameter(0)
+  %q1 = f32[4]{0} parameter(1)
+  %q2 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %update = f32[1,4]{1,0} bitcast(%q1)
+  %put = f32[100,4]{1,0} dynamic-update-slice(%q0, %update, %q2, %none)
+  ROOT %both = (f32[100,4]{1,0}, f32[4]{0}) tuple(%put, %q1)
+}
+
+%begins (r0: f32[2,4]) -> (f32[2,4], f32[8,4]) {
+  %r0 = f32[2,4]{1,0} parameter(0)
+  %gather.1 = f32[8,4]{1,0} all-gather(%r0), channel_id=7, replica_groups={}, dimensions={0}
+  ROOT %passed.1 = (f32[2,4]{1,0}, f32[8,4]{1,0}) tuple(%r0, %gather.1)
+}
+
+%ends (s0: f32[2,4]) -> (f32[2,4], f32[8,4]) {
+  %s0 = f32[2,4]{1,0} parameter(0)
+  %gather.2 = f32[8,4]{1,0} all-gather(%s0), channel_id=7, replica_groups={}, dimensions={0}
+  ROOT %passed.2 = (f32[2,4]{1,0}, f32[8,4]{1,0}) tuple(%s0, %gather.2)
+}
+
+%all-reduce-scatter.1 (t0: f32[8,4]) -> f32[2,4] {
+  ROOT %t0 = f32[8,4]{1,0} parameter(0)
+}
+
+ENTRY %main (a: f32[100,4], i: s32[], b: f32[2,4], c: f32[8,4]) -> f32[4] {
+  %a = f32[100,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[2,4]{1,0} parameter(2)
+  %c = f32[8,4]{1,0} parameter(3)
+  %read = f32[4]{0} fusion(%a, %i), kind=kLoop, calls=%sliced, metadata={op_name="jit(f)/jvp(DiT)/block_3/jit(silu)/mul"}
+  %write = (f32[100,4]{1,0}, f32[4]{0}) fusion(%a, %read, %i), kind=kLoop, calls=%updated
+  %first = (f32[2,4]{1,0}, f32[8,4]{1,0}) fusion(%b), kind=kCustom, calls=%begins
+  %second = (f32[2,4]{1,0}, f32[8,4]{1,0}) fusion(%b), kind=kCustom, calls=%ends
+  %scattered = f32[2,4]{1,0} fusion(%c), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (f32[2,4]{1,0}, f32[2,4]{1,0}, u32[], u32[]) collective-permute-start(%b), channel_id=9
+  %done = f32[2,4]{1,0} collective-permute-done(%start)
+  ROOT %out = f32[4]{0} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,4}
+}
+"""  # noqa: E501
+
+
+def test_traffic_of_parts():
+    """A row of 16 bytes of an array of 1600: the first fusion reads a row and the index and writes the row; the second
+    one reads the row and the index and writes the row in place; the slice of the last line reads and writes a row.
+    """
+    traffic = hlo.traffic(FUSIONS)
+    assert traffic["fusion", "block/silu"] == 16 + 4 + 16
+    assert traffic["dynamic-slice", ""] == 2 * 16
+    assert traffic["fusion", ""] == 16 + 4 + 16
+    assert traffic["reduce-scatter", ""] == traffic["all-gather", ""] == 128 + 32
+
+
+def test_collectives_that_overlap_with_computation_count_once():
+    """One all-gather is in two fusions. The reduce-scatter of a TPU is a fusion. An asynchronous permutation has its
+    operand and its result in one type.
+    """
+    expected = {"all-gather": (1, 128), "reduce-scatter": (1, 32), "collective-permute": (1, 32)}
+    assert hlo.collectives(FUSIONS) == {kind: hlo.Collective(*each) for kind, each in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "op_name, expected",
+    [
+        ("jit(update)/jvp(UNet)/down_0_block_1/conv_0/conv_general_dilated", "down_block/conv"),
+        ("jit(update)/transpose(jvp(UNet))/up_1_block_0/jit(silu)/mul", "up_block/silu"),
+        ("jit(_scan)/while/body/UNet/middle_attention/bhqk,bkhc->bqhc/dot_general", "middle_attention"),
+        ("jit(update)/mul", ""),
+        ("args[0]", ""),
+    ],
+)
+def test_module_of_an_operation(op_name, expected):
+    assert hlo.module(op_name) == expected
+
+
 @pytest.mark.parametrize(
     "type_, in_hbm, on_chip",
     [
@@ -146,7 +249,7 @@ def test_the_trips_of_a_loop():
     ],
 )
 def test_size_of_a_type(type_, in_hbm, on_chip):
-    assert (hlo.size(type_), hlo.size(type_, on_chip=True)) == (in_hbm, on_chip)
+    assert (hlo_text.size(type_), hlo_text.size(type_, on_chip=True)) == (in_hbm, on_chip)
 
 
 def test_collectives_of_a_compiled_program():
@@ -166,12 +269,13 @@ def test_collectives_of_a_compiled_program():
 
 
 def row(**more):
-    report = programs.Report(100, 50, 10, 80, {"fusion": 600}, {"": 600}, {"all-reduce": hlo.Collective(1, 8)})
+    collectives = {"all-reduce": hlo.Collective(1, 8)}
+    report = reports.Report(100, 45, 10, 80, 5, {"fusion": 600}, {"other": 600}, collectives)
     return table.Row("train", report._replace(**more), 1e12, 64, 1000)
 
 
 def test_a_row():
-    """fits: arguments + temporaries + outputs. The bound is the larger one."""
+    """fits: arguments, temporaries, outputs and code. The bound is the larger one, unless caches hold the traffic."""
     rates = table.Rates(160, 4e12, 1000.0)
     assert table.fits(row(), rates) is True and table.fits(row(), rates._replace(memory=159)) is False
     assert table.fits(row(), rates._replace(memory=None)) is None and table.fits(row(needed=1), rates) is False
@@ -180,26 +284,57 @@ def test_a_row():
     assert values["most_images_per_second"] == pytest.approx(64 / 0.6)
     assert values["least_hours_of_the_recipe"] == pytest.approx(600 / 3600)
     assert json.loads(json.dumps(values)) == values
+    cached = table.as_json(row(), rates._replace(caches=True))
+    assert cached["bound_seconds"] == 0.25 and cached["traffic_seconds"] == 0.6
+    too_large = table.as_json(row(needed=10**9), rates)
+    assert too_large["fits"] is False and too_large["memory_bytes"] == 10**9 and too_large["bound_seconds"] is None
     unknown = table.as_json(row(), table.Rates(None, None, None))
     assert unknown["most_images_per_second"] is None and unknown["fits"] is None
-    assert len({line.count("|") for line in table.lines([row(), row()], rates)}) == 1
+    assert len({line.count("|") for line in table.lines([row(), row(needed=1)], rates)}) == 1
 
 
 def test_reports_are_cached_by_the_program(tmp_path, monkeypatch):
     monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path))
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
     lower = lambda factor: jax.jit(lambda x: factor * x).trace(jnp.ones(4)).lower()
-    first, _ = reports.of(lower(2), mesh)
-    monkeypatch.setattr(programs, "report", lambda lowered: pytest.fail("compiled again"))
-    assert reports.of(lower(2), mesh)[0] == first
+    program = lambda factor: programs.Program(lower(factor), mesh, 4.0, 16, 1)
+    first, _ = reports.of(program(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(reports, "compile_program", lambda program: (reports.Report(-1), None))
+        assert reports.of(program(2))[0] == first
+        assert reports.of(program(2), cached=False)[0].arguments == -1
     (file,) = (tmp_path / "plans").iterdir()
-    monkeypatch.undo()
-    monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path))
     for content in (b"", b"{}", b"[1]", file.read_bytes()[:-5]):
         file.write_bytes(content)
-        assert reports.of(lower(2), mesh)[0] == first
-    reports.of(lower(3), mesh)
-    assert len(list((tmp_path / "plans").iterdir())) == 2
+        assert reports.of(program(2))[0] == first
+    reports.of(program(3))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--another")
+    reports.of(program(3))
+    assert len(list((tmp_path / "plans").iterdir())) == 3
+
+
+def test_the_message_of_a_compiler_without_memory():
+    """As libtpu 0.0.52 writes it."""
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.15G of "
+        "15.75G hbm. Exceeded hbm capacity by 7.40G."
+    )
+    assert reports.needed_memory(message) == int(23.15 * 2**30)
+    assert reports.needed_memory("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+
+
+def test_the_sampler_is_the_program_of_sampling():
+    """The lowered program, with every kind of argument, equals what `integrate` runs."""
+    config, process = make(eta=0.5)
+    mesh = programs.one_device()
+    built = pipeline(config, mesh, process)
+    lowered = programs.sampler(built).lowered
+    index = jnp.arange(programs.batch_of(built))
+    keys, x = sampling.start(built, sharding.split_batch(mesh, np.asarray(index)))
+    arguments = samplers.checked(process.sampler, sampling.conditioned(built), process.transitions, x, keys)
+    expected = samplers._scan.lower(*arguments, keep=False)
+    stripped = lambda program: re.sub(r" ?\{sdy.sharding = #sdy.sharding<[^>]*>\}|sdy.mesh.*", "", program.as_text())
+    assert stripped(lowered) == stripped(expected)
 
 
 # --- changes ---
@@ -207,30 +342,31 @@ def test_reports_are_cached_by_the_program(tmp_path, monkeypatch):
 
 def test_changes_need_less_memory_in_order():
     config = smoke_config()
-    found = dict(plan.alternatives(config, "train", 4))
-    assert list(found)[:2] == ["--config.train.accumulate=2", "--config.train.accumulate=4"]
-    assert any("remat" in text for text in found) and any("fsdp=4" in text for text in found)
-    for text, changed in found.items():
+    found = [*changes.changes(config, "train", 4)]
+    texts = [change.options for change in found]
+    assert texts[:2] == ["--config.train.accumulate=2", "--config.train.accumulate=4"]
+    assert any("remat" in text for text in texts) and any("fsdp=4" in text for text in texts)
+    for text, changed, images in found:
         assert ("fsdp" in text) == (changed.mesh.fsdp == 4) and ("remat" in text) == changed.model.remat
-        assert changed.train.batch_size == config.train.batch_size
-        assert changed.train.batch_size % (4 * changed.train.accumulate) == 0
-    sizes = [changed.sample.batch_size for _, changed in plan.alternatives(config, "sample", 4)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == config.sample.batch_size // 2
+        assert changed.train.batch_size == config.train.batch_size == images * changed.train.accumulate
+        assert images % 4 == 0
+    sizes = [change.config.sample.batch_size for change in changes.changes(config, "sample", 4)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 4 and all(size % 4 == 0 for size in sizes)
 
 
 def test_the_first_change_that_fits(monkeypatch):
     config, tried = smoke_config(), []
 
-    def measured(changed, mesh, execute):
+    def measured(changed, target, cached):
         tried.append(changed.train.accumulate)
         return row(temporaries=1600 // changed.train.accumulate)
 
-    monkeypatch.setattr(plan, "train_row", measured)
+    monkeypatch.setitem(plan.ROWS, "train", measured)
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
-    text = plan.change_that_fits(config, row(), lambda config: mesh, table.Rates(600, None, None))
+    target = plan.Target(lambda data, fsdp: mesh, table.Rates(600, None, None))
+    text = plan.change_that_fits(config, row(), target)
     assert "--config.train.accumulate=4" in text and tried == [2, 4]
-    text = plan.change_that_fits(config, row(), lambda config: mesh, table.Rates(1, None, None))
-    assert "none" in text
+    assert "none" in plan.change_that_fits(config, row(), target._replace(rates=table.Rates(1, None, None)))
 
 
 # --- the command ---
@@ -254,7 +390,7 @@ def test_the_command(tmp_path):
         (("--chips", "v5x-8"), ("--chips", "v5x-8")),
         (("--chips", "cpu-0"), ("--chips", "cpu-0")),
         (("--chips", "cpu-2", "--what", "evaluate"), ("--what", "evaluate", "train", "sample")),
-        (("--chips", "cpu-3", "--what", "train"), ("config.train.batch_size", "3")),
+        (("--chips", "cpu-3", "--what", "train"), ("config.train.batch_size", "3", "15", "18")),
         (("--chips", "cpu-2", "--config.mesh.fsdp=3"), ("config.mesh", "3", "2")),
         (("--chips", "cpu-2", "--out", "README.md"), ("--out", "README.md")),
     ],
@@ -270,7 +406,7 @@ def test_without_libtpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with raises(ConfigError, "libtpu", "plan"):
-        programs.check_libtpu()
+        programs.prepare_libtpu(chips.slice_of("v5e-8"))
 
 
 @pytest.mark.slow

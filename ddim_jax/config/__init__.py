@@ -1,6 +1,7 @@
 """The fields of a config (`schema`), the objects built from it (`build`), and saved configs (`compatibility`)."""
 
 from ddim_jax.config.build import (
+    check_batch,
     denoiser,
     ema_decay,
     image_shape,
@@ -64,6 +65,7 @@ __all__ = [
     "SampleConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "check_batch",
     "check_resumed",
     "check_sampled",
     "check_trusted",

@@ -143,12 +143,21 @@ def training_data(config: Config, mesh: Mesh) -> data.Source:
             f"config.model.num_classes: is {config.model.num_classes}, data set {config.data.name!r} "
             f"has {source.num_classes}"
         )
-    if config.train.batch_size // config.train.accumulate % mesh.size:
-        parts = f" x {config.train.accumulate} accumulation steps" if config.train.accumulate > 1 else ""
-        raise ConfigError(
-            f"config.train.batch_size: must be a multiple of {mesh.size} devices{parts}, got {config.train.batch_size}"
-        )
+    check_batch(config.train, mesh)
     return source
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """ConfigError unless the devices of the mesh divide the images of one accumulation step."""
+    unit = mesh.size * config.accumulate
+    if config.batch_size % unit:
+        parts = f" x {config.accumulate} accumulation steps" if config.accumulate > 1 else ""
+        below = config.batch_size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ConfigError(
+            f"config.train.batch_size: must be a multiple of {mesh.size} devices{parts}, such as {nearest}, "
+            f"got {config.batch_size}"
+        )
 
 
 def _call_factory(factory: Any, config: Any) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -74,17 +75,18 @@ def should_stop(step: int, requested: bool) -> bool:
     return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else requested
 
 
-def data_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+def data_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices of all processes, with the axes "data" and "fsdp". The batch is sharded along both, the
     parameters along "fsdp".
 
-    data: the size of its axis, -1 for the number of devices divided by fsdp. ValueError unless data x fsdp is the
-    number of devices.
+    data: the size of its axis, -1 for the number of devices divided by fsdp. devices: None for those of JAX.
+    ValueError unless data x fsdp is the number of devices.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp or data not in (-1, devices // fsdp):
-        raise ValueError(f"data x fsdp must be the number of devices, {devices}, got {data} x {fsdp}")
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    count = jax.device_count() if devices is None else len(devices)
+    if fsdp < 1 or count % fsdp or data not in (-1, count // fsdp):
+        raise ValueError(f"data x fsdp must be the number of devices, {count}, got {data} x {fsdp}")
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
