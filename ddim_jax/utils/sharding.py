@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddim_jax.utils import files
@@ -85,8 +85,9 @@ def data_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     count = jax.device_count() if devices is None else len(devices)
     if fsdp < 1 or count % fsdp or data not in (-1, count // fsdp):
         raise ValueError(f"data x fsdp must be the number of devices, {count}, got {data} x {fsdp}")
-    axis_types = (AxisType.Auto,) * 2
-    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=axis_types, devices=devices)
+    # jax.make_mesh refuses axes that divide a physical axis of the chips: 2 x 8 on a TPU slice of 4x4.
+    arranged = mesh_utils.create_device_mesh((count // fsdp, fsdp), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
