@@ -313,14 +313,24 @@ def test_reports_are_cached_by_the_program(tmp_path, monkeypatch):
     assert len(list((tmp_path / "plans").iterdir())) == 3
 
 
-def test_the_message_of_a_compiler_without_memory():
-    """As libtpu 0.0.52 writes it."""
-    message = (
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.15G of "
-        "15.75G hbm. Exceeded hbm capacity by 7.40G."
-    )
-    assert reports.needed_memory(message) == int(23.15 * 2**30)
-    assert reports.needed_memory("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem") is None
+@pytest.mark.parametrize(
+    "message, gib",
+    [
+        # libtpu 0.0.52
+        (
+            "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(146.56G) exceeds available HBM (15.75G). HLO module: jit__scan.",
+            146.56,
+        ),
+        # earlier versions, as in the documentation of XLA
+        ("Ran out of memory in memory space hbm. Used 23.15G of 15.75G hbm. Exceeded hbm capacity by 7.40G.", 23.15),
+        ("Ran out of memory in memory space vmem. Used 17.0M of 16.0M vmem.", None),
+    ],
+)
+def test_the_message_of_the_compiler_for_a_program_that_does_not_fit(message, gib):
+    needed = reports.needed_memory(f"RESOURCE_EXHAUSTED: {message}")
+    assert needed == (None if gib is None else int(gib * 2**30))
+    assert reports.needed_memory(message) is None
 
 
 def test_the_sampler_is_the_program_of_sampling():

@@ -104,7 +104,7 @@ def compile_program(program: Program) -> tuple[Report, jax.stages.Compiled | Non
         needed = needed_memory(str(error))
         if needed is None:
             raise
-        return Report(program.argument_bytes, needed=needed), None
+        return Report(program.argument_bytes, needed=needed), None  # the message may leave out the arguments
     memory, text = compiled.memory_analysis(), compiled.as_text()
     by_operation, by_module = Counter(), Counter()
     for (opcode, module), count in hlo.traffic(text).items():
@@ -124,13 +124,17 @@ def compile_program(program: Program) -> tuple[Report, jax.stages.Compiled | Non
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_NEEDED = (  # the messages of several versions of libtpu, with the memory that a program needs
+    re.compile(r"total memory required for HLO temporaries \(([0-9.]+)([KMGT]?)\) exceeds available HBM"),
+    re.compile(r"Used ([0-9.]+)([KMGT]?) of [0-9.]+[KMGT]? hbm"),
+)
 
 
 def needed_memory(error: str) -> int | None:
-    """The bytes that a program needs, from the compiler's message that it does not fit, such as "Used 23.15G of 15.75G
-    hbm". None if this is not such a message.
+    """The bytes that a program needs, from the compiler's message that it does not fit into HBM. None if this is not
+    such a message.
     """
-    used = re.search(r"Used ([0-9.]+)([KMGT]?)i?B? of [0-9.]+[KMGT]?i?B? hbm", error)
+    used = next((match for pattern in _NEEDED if (match := pattern.search(error))), None)
     if used is None or "RESOURCE_EXHAUSTED" not in error:
         return None
     return int(float(used[1]) * _UNITS[used[2]])
