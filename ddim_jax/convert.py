@@ -3,10 +3,13 @@
     python -m ddim_jax.convert --from WORKDIR --to FOLDER                        # a DDIMPipeline of diffusers
     python -m ddim_jax.convert --from WORKDIR --to FILE.safetensors              # one file of ddim_jax, with its config
     python -m ddim_jax.convert --from PATH_OR_HUB_ID --to WORKDIR --format orbax # a run, to sample or to resume
+    python -m ddim_jax.convert --from WORKDIR --to FILE.stablehlo --sample steps=20 # a sampler, without this package
 
 --from takes the same values as --config.pretrained: a workdir, a diffusers folder or hub id, a ckpt.pth of the official
 code, a file of guided-diffusion, or a .safetensors file. The output records how the network was trained and how it is
-sampled. It contains paths, modules and account names of the config only if --paths is given.
+sampled. It contains paths, modules and account names of the config only if --paths is given. A .stablehlo file is a
+sampler of a fixed batch size with its weights, which runs with JAX alone, on a CPU, a GPU or a TPU (needs
+`pip install "ddim-jax[export]"`); FILE.md beside it says how.
 """
 
 from __future__ import annotations
@@ -18,25 +21,27 @@ if __name__ == "__main__":
 
 import pathlib
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from ddim_jax import checkpoints, cli, registry
+from ddim_jax import checkpoints, cli, registry, stablehlo
 from ddim_jax import config as config_lib
 from ddim_jax.checkpoints import diffusers_export, model_card
 from ddim_jax.checkpoints.run import Checkpoints
-from ddim_jax.config import weights
+from ddim_jax.config import ModelConfig, SampleConfig, ScheduleConfig, weights
 from ddim_jax.training.train_state import TrainState
 from ddim_jax.utils import files, sharding
 from ddim_jax.utils.errors import ConfigError, error_context
 
 OPTIONS = {
     "from": (None, "A workdir, or a published checkpoint: a path or a hub id."),
-    "to": (None, "The output folder, or the output file that ends in .safetensors."),
-    "format": (None, "diffusers, safetensors or orbax. Default: safetensors if --to ends so, else diffusers."),
+    "to": (None, "The output folder, or the output file that ends in .safetensors or .stablehlo."),
+    "format": (None, "diffusers, safetensors, stablehlo or orbax. Default: as --to ends, else diffusers."),
+    "sample": ([], "For a .stablehlo file: a field of config.sample, such as steps=20; may be repeated."),
     "ema": (True, "Convert the EMA parameters, if the checkpoint holds both. --noema: the raw parameters."),
     "image_size": (
         None,
@@ -56,11 +61,14 @@ def main(options: types.SimpleNamespace) -> None:
     if not source or not target:
         raise ConfigError("--from WORKDIR_OR_CHECKPOINT and --to FOLDER_OR_FILE are both required")
     to = pathlib.Path(target)
-    kind = options.format or ("safetensors" if to.suffix == ".safetensors" else "diffusers")
+    kind = options.format or (to.suffix[1:] if to.suffix[1:] in FILES else "diffusers")
     with error_context("--format"):
         write = registry.lookup(WRITERS, kind)
-    if kind == "safetensors" and to.suffix != ".safetensors":
-        raise ConfigError(f"--to must end in .safetensors for --format safetensors, got {to}")
+    if kind in FILES and to.suffix != f".{kind}":
+        raise ConfigError(f"--to must end in .{kind} for --format {kind}, got {to}")
+    fields = vars(options).get("sample") or []
+    if fields and kind != "stablehlo":
+        raise ConfigError(f"--sample: only for a .stablehlo file, got --format {kind}")
     checkpoint = weights.read_info(source, image_size(vars(options).get("image_size")))
     allowed = (vars(options).get("code") or "").split(",")
     if needed := [name for name in config_lib.code_of(checkpoint).values() if name not in allowed]:
@@ -72,11 +80,34 @@ def main(options: types.SimpleNamespace) -> None:
             f"--format: must be orbax or safetensors for the network {checkpoint.model.name!r}, got {kind!r}"
         )
     check_free(to, kind, options.overwrite)
-    params = checkpoint.read(weights.params_like(checkpoint.model, sharding.data_mesh()), options.ema)
     config = weights.as_config(checkpoint)
-    write(to, params, config if vars(options).get("paths") else config_lib.public(config), checkpoint.step)
+    if kind == "stablehlo":  # the program has no fields of the config
+        config = with_settings(config, fields, allowed)
+    elif not vars(options).get("paths"):
+        config = config_lib.public(config)
+    params = checkpoint.read(weights.params_like(checkpoint.model, mesh_of(kind)), options.ema)
+    write(to, params, config, checkpoint.step)
     weights.show_note(checkpoint)
     print(f"wrote {checkpoint.source} to {to} ({kind}), {params_count(params):,} parameters")
+
+
+def mesh_of(kind: str) -> Mesh:
+    """The devices for the parameters: a program is exported for one."""
+    return sharding.data_mesh(devices=jax.local_devices()[:1] if kind == "stablehlo" else None)
+
+
+def with_settings(config: Config, fields: list[str], allowed: Collection[str]) -> dict[str, Any]:
+    """The config with a complete config.sample. fields: texts FIELD=VALUE. allowed: the code of a checkpoint that
+    may run. ConfigError if a field is invalid.
+    """
+    values = {**config, "sample": stablehlo.settings(config["sample"])}
+    given = dict(text.partition("=")[::2] for text in fields)
+    for name, value in values["sample"].items():
+        if isinstance(value, str) and registry.is_code(value) and name not in given and value not in allowed:
+            raise ConfigError(f"config.sample.{name} of the checkpoint is code, {value}; to run it, add --code={value}")
+    for name, value in given.items():
+        values = config_lib.with_text(values, f"sample.{name}", value)
+    return values
 
 
 def image_size(text: str | None) -> int | None:
@@ -88,18 +119,18 @@ def image_size(text: str | None) -> int | None:
 
 def check_free(to: pathlib.Path, kind: str, overwrite: bool) -> None:
     """ConfigError if `to` exists and must not be replaced, or if it cannot be written. --overwrite replaces a
-    .safetensors file or a diffusers folder that this command wrote, if the folder holds no other files. It never
-    replaces a run.
+    file or a diffusers folder that this command wrote, if the folder holds no other files. It never replaces a run.
     """
     exists = to.exists()
-    if exists and not (to.is_file() if kind == "safetensors" else to.is_dir()):
+    if exists and not (to.is_file() if kind in FILES else to.is_dir()):
         raise ConfigError(f"{to} is a {'folder' if to.is_dir() else 'file'}; give another --to")
-    occupied = exists and (kind == "safetensors" or not all(map(files.is_temporary, to.iterdir())))
+    occupied = exists and (kind in FILES or not all(map(files.is_temporary, to.iterdir())))
+    occupied |= kind == "stablehlo" and to.with_suffix(".md").exists()
     if occupied and kind == "orbax":
         raise ConfigError(f"{to} already exists: a run is never overwritten; give another --to")
     if occupied and not overwrite:
         raise ConfigError(f"{to} already exists; give another --to, or --overwrite to replace it")
-    if occupied and kind == "safetensors" and not checkpoints.is_from_ddim_jax(to):
+    if occupied and kind in FILES and not FILES[kind](to):
         raise ConfigError(f"--overwrite: {to} was not written by this command; give another --to")
     if occupied and kind == "diffusers" and (other := not_written(to)):
         raise ConfigError(f"--overwrite: {to} was not written by this command alone ({other}); give another --to")
@@ -114,6 +145,12 @@ def not_written(folder: pathlib.Path) -> str | None:
 
 
 Config = Mapping[str, Any]
+
+
+def has_readme(to: pathlib.Path) -> bool:
+    """Whether a .stablehlo file has the text that this command writes beside it."""
+    path = to.with_suffix(".md")
+    return path.is_file() and stablehlo.CALL in path.read_text(errors="replace")
 
 
 def write_safetensors(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
@@ -131,11 +168,37 @@ def write_orbax(to: pathlib.Path, params: Any, config: Config, step: int | None)
         run.wait()
 
 
+def write_stablehlo(to: pathlib.Path, params: Any, config: Config, step: int | None) -> None:
+    """Writes the sampler of config.sample, and a text beside it."""
+    sections = {"model": ModelConfig, "schedule": ScheduleConfig, "sample": SampleConfig}
+    parsed = {name: config_lib.section(kind, config[name], f"config.{name}") for name, kind in sections.items()}
+    pipeline = config_lib.pipeline(types.SimpleNamespace(**parsed), params, mesh_of("stablehlo"))
+    try:
+        program = stablehlo.serialized(pipeline)
+    except ModuleNotFoundError as error:
+        if error.name != "flatbuffers":
+            raise
+        raise ConfigError("--to: a .stablehlo file needs flatbuffers: pip install 'ddim-jax[export]'") from error
+    for path, content in (
+        (to, program),
+        (to.with_suffix(".md"), stablehlo.readme(config["name"], to.name, pipeline).encode()),
+    ):
+        with files.replacing(path) as file:
+            file.write(content)
+
+
 def params_count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-WRITERS = {"safetensors": write_safetensors, "diffusers": write_diffusers, "orbax": write_orbax}
+WRITERS = {
+    "safetensors": write_safetensors,
+    "diffusers": write_diffusers,
+    "orbax": write_orbax,
+    "stablehlo": write_stablehlo,
+}
+# The formats of one file -> whether this command wrote a file.
+FILES = {"safetensors": checkpoints.is_from_ddim_jax, "stablehlo": has_readme}
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def _check_consecutive(name: str, min_steps: int, transitions: Transitions) -> N
     if (s > t).any() or (s[:-1] != t[1:]).any():
         raise ValueError(f"transitions must descend for {name}, and each must begin where the previous one ended")
     check_signal(transitions, name)
-    sigma_bar, _ = sigma_bars(Transition(*(np.asarray(leaf, np.float32) for leaf in transitions)))
+    with jax.ensure_compile_time_eval():  # the caller may be traced
+        sigma_bar, _ = sigma_bars(Transition(*(np.asarray(leaf, np.float32) for leaf in transitions)))
     for at in (sigma_bar, np.asarray(transitions.lambda_t, np.float32)) if min_steps > 1 else ():
         if len(equal := np.flatnonzero(np.diff(at) == 0)):
             pair = f"{t[equal[0]]} and {t[equal[0] + 1]}"

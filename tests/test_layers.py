@@ -44,6 +44,7 @@ ALLOWED = {
         | {"trajectory"},
         CORE,
     ),
+    "stablehlo": ({"data", "samplers", "sampling"}, CORE),
     "encoding": ({"data", "sampling"}, CORE),
     "training": (
         {"checkpoints", "checks", "data", "discrete", "gaussian", "losses", "models", "schedule"},
