@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import jax
@@ -420,20 +421,52 @@ def test_without_libtpu(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_tpu_topology(tmp_path):
-    """Four chips of v5e: the gradients are reduced, nothing is gathered in data-parallel training, and the state is
-    donated. One process at a time: libtpu holds a lock.
+def test_every_slice_is_a_topology_of_libtpu():
+    """With its devices, its hosts, and meshes whose axes divide an axis of the chips. In a process of its own, because
+    it sets environment variables.
     """
     pytest.importorskip("libtpu", reason="pip install -e '.[plan]'")
-    command = [sys.executable, "-m", "ddim_jax.plan", *SMOKE, "--chips", "v5e-4"]
+    code = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+from ddim_jax.planning import chips, programs
+for name in chips.names():
+    slice_ = chips.slice_of(name)
+    for fsdp in (1, 2, 4, 8, 16):
+        if slice_.devices % fsdp == 0:
+            mesh = programs.mesh_of_slice(slice_, -1, fsdp)
+    hosts = {device.process_index for device in mesh.devices.flat}
+    assert (mesh.size, len(hosts)) == (slice_.devices, slice_.hosts), (name, mesh.size, hosts)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_a_tpu_topology(tmp_path):
+    """Four chips of v5e: the gradients are reduced, nothing is gathered in data-parallel training, and the state is
+    donated. With fsdp, parameters are gathered, and a device has less of them.
+    """
+    pytest.importorskip("libtpu", reason="pip install -e '.[plan]'")
     environment = {**os.environ, "DDIM_JAX_CACHE": str(tmp_path)}
-    done = subprocess.run([*command, f"--out={tmp_path / 'a.json'}"], cwd=ROOT, env=environment, text=True)
-    assert done.returncode == 0
-    train, sample = json.loads((tmp_path / "a.json").read_text())["programs"]
+
+    def planned(name, *options):
+        command = [sys.executable, "-m", "ddim_jax.plan", *SMOKE, "--chips=v5e-4", f"--out={tmp_path / name}"]
+        done = subprocess.run([*command, *options], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+        assert all("compil" in line for line in done.stderr.splitlines()), done.stderr  # nothing of libtpu
+        return json.loads((tmp_path / name).read_text())["programs"]
+
+    train, sample = planned("a.json")
     assert set(train["collectives"]) == {"all-reduce"} and train["collectives"]["all-reduce"]["count"] <= 3
     assert train["donated_bytes"] > 0.99 * train["argument_bytes"] and train["fits"] and sample["fits"]
-    assert sample["collectives"] == {}
-    fsdp = [*command, "--what=train", "--config.mesh.fsdp=4", f"--out={tmp_path / 'b.json'}"]
-    assert subprocess.run(fsdp, cwd=ROOT, env=environment, text=True).returncode == 0
-    (sharded,) = json.loads((tmp_path / "b.json").read_text())["programs"]
-    assert "all-gather" in sharded["collectives"] and sharded["argument_bytes"] < train["argument_bytes"]
+    assert sample["collectives"] == {} and train["bound_seconds"] > 0 and train["measured_seconds"] is None
+    begin = time.monotonic()
+    assert planned("b.json") == [train, sample]  # from the cache
+    assert time.monotonic() - begin < 60
+    (sharded,) = planned("c.json", "--what=train", "--config.mesh.fsdp=4", "--config.model.channels=64")
+    (whole,) = planned("d.json", "--what=train", "--config.model.channels=64")
+    assert "all-gather" in sharded["collectives"] and sharded["argument_bytes"] < 0.5 * whole["argument_bytes"]
+    (bad,) = planned("e.json", "--what=sample", "--config.sample.batch_size=4000000")
+    assert not bad["fits"] and bad["memory_bytes"] > bad["device_memory_bytes"]
+    change = json.loads((tmp_path / "e.json").read_text())["changes"]["sample"]
+    assert change.startswith("--config.sample.batch_size=") and "fits" in change

@@ -1,6 +1,7 @@
 """The commands of the README in their order, with few steps and images, and common next commands."""
 
 import importlib
+import importlib.util
 import pathlib
 import re
 import shlex
@@ -44,6 +45,8 @@ class Case(NamedTuple):
     words: Mapping[str, str] = {}  # replacements of words of the command
 
 
+HAS_FLATBUFFERS = importlib.util.find_spec("flatbuffers") is not None
+EXPORTED = Case() if HAS_FLATBUFFERS else Case(error=("flatbuffers", "export"))
 SAMPLES = {"DIR_OR_NPZ": "samples/digits/*"}
 CASES = {
     "python3 -m venv .venv": Case(why="an installation"),
@@ -87,6 +90,9 @@ CASES = {
     "python -m ddim_jax.convert --from runs/digits --to digits-diffusers": Case(),
     "python -m ddim_jax.convert --from runs/digits --to digits.safetensors": Case(),
     "python -m ddim_jax.convert --from google/ddpm-cifar10-32 --to runs/cifar10 --format orbax": Case(error=OFFLINE),
+    "pip install -e '.[export]'": Case(why="an installation"),
+    "python -m ddim_jax.convert --from runs/digits --to digits.stablehlo --sample steps=20 "
+    "--sample batch_size=16": EXPORTED,
     **{
         f"python -m ddim_jax.prepare --data {name} --from FOLDER": Case(error=("FOLDER",))
         for name in ("cifar10", "celeba64", "lsun_church256", "lsun_bedroom256")

@@ -66,6 +66,7 @@ def prepare_libtpu(slice_: Slice) -> None:
         if "TPU_LIBRARY_PATH" not in os.environ:
             raise ConfigError("--chips: TPUs need the compiler of libtpu: pip install 'ddim-jax[plan]'") from None
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it waits for the metadata server of a cloud
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # else one process at a time: its lock is for a TPU
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", slice_.name.replace("v5e", "v5litepod"))  # else it prints a warning
 

@@ -109,7 +109,7 @@ def compile_program(program: Program) -> tuple[Report, jax.stages.Compiled | Non
     by_operation, by_module = Counter(), Counter()
     for (opcode, module), count in hlo.traffic(text).items():
         by_operation[opcode] += count
-        by_module[module or "other"] += count
+        by_module[module or "outside of the network"] += count
     report = Report(
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
