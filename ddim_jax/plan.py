@@ -18,12 +18,8 @@ if __name__ == "__main__":
     interrupts.install()
 
 import json
-import os
 import pathlib
-import re
 import types
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 
@@ -34,7 +30,8 @@ from ddim_jax.models.network import param_shapes
 from ddim_jax.planning import chips, measure, programs, reports, table
 from ddim_jax.planning.changes import changes
 from ddim_jax.planning.progress import progress
-from ddim_jax.planning.table import Rates, Row
+from ddim_jax.planning.table import Row
+from ddim_jax.planning.target import Target, target_of
 from ddim_jax.utils import files
 from ddim_jax.utils.errors import ConfigError
 
@@ -43,15 +40,6 @@ OPTIONS = {
     "what": ("train,sample", "The programs, comma-separated: train, sample."),
     "out": (None, "A JSON file for the numbers. It must not exist."),
 }
-
-
-class Target(NamedTuple):
-    """The devices of a plan."""
-
-    mesh_of: Callable[..., jax.sharding.Mesh]  # (data, fsdp) -> their mesh
-    rates: Rates
-    hosts: int = 1
-    executes: bool = False  # whether programs are also executed
 
 
 def main(options: types.SimpleNamespace) -> None:
@@ -63,7 +51,7 @@ def main(options: types.SimpleNamespace) -> None:
         if pathlib.Path(options.out).exists():
             raise ConfigError(f"--out: {options.out} exists")
         cli.writable_folder(pathlib.Path(options.out).parent)
-    target = target_of(options.chips, config)
+    target = target_of(options.chips, getattr(config.model, "dtype", "float32"))
     cached = options.compilation_cache
     rows = [ROWS[name](config, target, cached) for name in what]
     shape = dict(target.mesh_of(config.mesh.data, config.mesh.fsdp).shape)
@@ -91,41 +79,14 @@ def programs_of(text: str) -> list[str]:
     return names
 
 
-def target_of(name: str, config: Config) -> Target:
-    """The devices of --chips. ConfigError for an unknown name."""
-    if name == "gpu":
-        if jax.default_backend() != "gpu":
-            raise ConfigError(f"--chips gpu: this machine has no GPU that JAX can use, but {jax.default_backend()}")
-    elif match := re.fullmatch(r"cpu-([1-9][0-9]?)", name):
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", int(match[1]))
-        if jax.local_device_count() != int(match[1]):
-            raise ConfigError(f"--chips {name}: JAX has {jax.local_device_count()} devices, as XLA_FLAGS sets")
-    else:
-        return tpu(chips.slice_of(name))
-    mesh_of = lambda data, fsdp: programs.mesh_of(jax.local_devices(), data, fsdp)
-    return Target(mesh_of, measure.local_rates(getattr(config.model, "dtype", "float32")), executes=True)
-
-
-def tpu(slice_: chips.Slice) -> Target:
-    """The devices of a TPU slice, which need not exist."""
-    programs.prepare_libtpu(slice_)
-    if not os.environ.get("JAX_PLATFORMS"):
-        jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU of this machine
-    chip, count = slice_.chip, slice_.chip.devices
-    rates = Rates(chip.memory // count, chip.flops / count, chip.bandwidth / count)
-    return Target(lambda data, fsdp: programs.mesh_of_slice(slice_, data, fsdp), rates, slice_.hosts)
-
-
 def train_row(config: Config, target: Target, cached: bool = True) -> Row:
     """The update of config.train."""
     mesh, train = target.mesh_of(config.mesh.data, config.mesh.fsdp), config.train
     config_lib.check_batch(train, mesh)
-    recipe, shape = config_lib.recipe(config), config_lib.image_shape(config.model)
     with progress("the update"):
-        program = programs.update(recipe, mesh, shape)
+        program = programs.update(config_lib.recipe(config), mesh, config_lib.image_shape(config.model))
         report, compiled = reports.of(program, target.executes, cached)
-    seconds = measure.update(recipe, mesh, compiled, shape) if compiled else None
+    seconds = measure.update(program, compiled) if compiled else None
     return Row("train", report, program.flops / mesh.size, train.batch_size, train.num_steps, seconds)
 
 
@@ -136,7 +97,7 @@ def sample_row(config: Config, target: Target, cached: bool = True) -> Row:
     with progress("the sampler"):
         program = programs.sampler(pipeline)
         report, compiled = reports.of(program, target.executes, cached)
-    seconds = measure.sampler(pipeline, compiled) if compiled else None
+    seconds = measure.sampler(program, pipeline.process, compiled) if compiled else None
     return Row("sample", report, program.flops / mesh.size, program.images, 0, seconds)
 
 

@@ -19,7 +19,7 @@ from processes import ROOT, run
 from tiny import SMOKE, make, pipeline, smoke_config
 
 from ddim_jax import plan, samplers, sampling
-from ddim_jax.planning import changes, chips, hlo, hlo_text, programs, reports, table
+from ddim_jax.planning import changes, chips, hlo, hlo_text, programs, reports, table, target
 from ddim_jax.utils import sharding
 from ddim_jax.utils.errors import ConfigError
 
@@ -99,7 +99,7 @@ HloModule example, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
   ROOT %twice = f32[8,4]{1,0} add(%p, %p)
 }
 
-%body (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+%wide.region_0.17_spmd.clone (state: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %state = (s32[], f32[8,4]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%state), index=0
   %x = f32[8,4]{1,0} get-tuple-element(%state), index=1
@@ -107,7 +107,7 @@ HloModule example, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
   ROOT %result = (s32[], f32[8,4]{1,0}) tuple(%i, %y)
 }
 
-%condition (state.1: (s32[], f32[8,4])) -> pred[] {
+%region_1.18 (state.1: (s32[], f32[8,4])) -> pred[] {
   %state.1 = (s32[], f32[8,4]{1,0}) parameter(0)
   ROOT %more = pred[] constant(true)
 }
@@ -124,7 +124,7 @@ ENTRY %main (input: f32[8,4]) -> f32[8,4] {
   %half = bf16[8,4]{1,0} convert(%chip)
   %zero = s32[] constant(0)
   %first = (s32[], f32[8,4]{1,0}) tuple(%zero, %input)
-  %loop = (s32[], f32[8,4]{1,0}) while(%first), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %loop = (s32[], f32[8,4]{1,0}) while(%first), condition=%region_1.18, body=%wide.region_0.17_spmd.clone, backend_config={"known_trip_count":{"n":"10"}}
   %last = f32[8,4]{1,0} get-tuple-element(%loop), index=1
   ROOT %all = f32[8,4]{1,0} all-reduce(%last), replica_groups={}, to_apply=%add
 }
@@ -298,7 +298,7 @@ def test_reports_are_cached_by_the_program(tmp_path, monkeypatch):
     monkeypatch.setenv("DDIM_JAX_CACHE", str(tmp_path))
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
     lower = lambda factor: jax.jit(lambda x: factor * x).trace(jnp.ones(4)).lower()
-    program = lambda factor: programs.Program(lower(factor), mesh, 4.0, 16, 1)
+    program = lambda factor: programs.Program(lower(factor), mesh, 4.0, (), 1)
     first, _ = reports.of(program(2))
     with monkeypatch.context() as patch:
         patch.setattr(reports, "compile_program", lambda program: (reports.Report(-1), None))
@@ -374,10 +374,10 @@ def test_the_first_change_that_fits(monkeypatch):
 
     monkeypatch.setitem(plan.ROWS, "train", measured)
     mesh = jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1])
-    target = plan.Target(lambda data, fsdp: mesh, table.Rates(600, None, None))
-    text = plan.change_that_fits(config, row(), target)
+    devices = target.Target(lambda data, fsdp: mesh, table.Rates(600, None, None))
+    text = plan.change_that_fits(config, row(), devices)
     assert "--config.train.accumulate=4" in text and tried == [2, 4]
-    assert "none" in plan.change_that_fits(config, row(), target._replace(rates=table.Rates(1, None, None)))
+    assert "none" in plan.change_that_fits(config, row(), devices._replace(rates=table.Rates(1, None, None)))
 
 
 # --- the command ---
@@ -391,6 +391,7 @@ def test_the_command(tmp_path):
     (program,) = json.loads(out.read_text())["programs"]
     assert program["program"] == "sample" and program["measured_seconds"] > 0 and program["fits"] is True
     assert program["collectives"] == {} and program["flops"] > 0
+    assert program["hbm_bytes"] > 3 * program["argument_bytes"]  # of every step
     assert "| measured |" in done.stdout and "compiling" in done.stderr
 
 

@@ -77,11 +77,6 @@ class Slice(NamedTuple):
         return self.chips // math.prod(self.host_bounds)
 
 
-def is_tpu(name: str) -> bool:
-    """Whether a value of --chips names a TPU, or is unknown."""
-    return name != "gpu" and not name.startswith("cpu")
-
-
 def slice_of(name: str) -> Slice:
     """The slice of a name such as "v5e-8", "v5p-8" or "v6e-256". The number counts chips for v5e and v6e, and
     TensorCores, two per chip, for v4, v5p and tpu7x, as in the names of Cloud TPU. ConfigError for any other name.

@@ -26,7 +26,10 @@ SLICES = ("dynamic-slice", "slice", "gather")  # they read a part of the first o
 FOLLOW = 4  # operations after a copy, until the one whose module it belongs to
 NOT_MODULES = ("while", "body", "cond", "scan", "closed_call")
 
-_CALLED = re.compile(r"\b(?:body|condition|to_apply|branch_computations|calls)=\{?%?([\w.%, -]+)\}?")
+_CALLED = re.compile(
+    r"\b(?:body|condition|to_apply|branch_computations|true_computation|false_computation|calls)="
+    r"(\{[^{}]*\}|%?[\w.-]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"([0-9]+)"')
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _BOUND = re.compile(r"\bs32\[\]\S* constant\(([0-9]+)\)")

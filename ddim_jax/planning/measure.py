@@ -11,12 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddim_jax import sampling
-from ddim_jax.planning import programs
+from ddim_jax.planning.programs import Program
 from ddim_jax.planning.table import Rates
-from ddim_jax.sampling import Pipeline
-from ddim_jax.training import loop
-from ddim_jax.training.recipe import Recipe
+from ddim_jax.samplers import SamplingProcess
 from ddim_jax.utils import sharding
 
 REPEATS = 7
@@ -87,37 +84,39 @@ def timed(run: Callable[[], Any]) -> list[float]:
     return seconds[1:]
 
 
-def update(recipe: Recipe, mesh: jax.sharding.Mesh, compiled: jax.stages.Compiled, shape: tuple[int, ...]) -> float:
-    """The median time of an update in seconds, on random images."""
-    state, key = loop.first_state(recipe, mesh)
-    key = jax.device_put(key, sharding.replicated(mesh))
-    rng = np.random.default_rng(0)
-    images = sharding.split_batch(mesh, rng.integers(0, 256, (recipe.batch_size, *shape), np.uint8))
-    labels = None
-    if recipe.network.num_classes:
-        labels = sharding.split_batch(mesh, rng.integers(0, recipe.network.num_classes, recipe.batch_size, np.int32))
+def update(program: Program, compiled: jax.stages.Compiled) -> float:
+    """The median time of an update in seconds, on random values."""
+    state, *others = filled(program.arguments)
 
     def step() -> Any:
         nonlocal state
-        state, metrics = compiled(state, images, labels, key)
+        state, metrics = compiled(state, *others)
         return metrics
 
     return statistics.median(timed(step))
 
 
-def sampler(pipeline: Pipeline, compiled: jax.stages.Compiled) -> float:
-    """The median time of a batch in seconds, with random parameters. The parameters of the pipeline may be shapes."""
-    mesh, process = pipeline.mesh, pipeline.process
-    params = jax.jit(pipeline.denoiser.network.init, out_shardings=sharding.replicated(mesh))(jax.random.key(0))
-    index = np.arange(programs.batch_of(pipeline))
-    labels = sampling.labels_of(pipeline, index)
-    labels = None if labels is None else sharding.split_batch(mesh, labels)
-    keys, x = sampling.start(pipeline, sharding.split_batch(mesh, index))
-    arguments = (
-        jax.tree.map(lambda leaf: leaf, process.sampler),
-        jax.device_put(programs.conditioned(pipeline)(params, labels), compiled.input_shardings[0][1]),
-        sharding.put_replicated(mesh, jax.tree.map(jnp.asarray, process.transitions)),
-        x,
-        keys if process.sampler.stochastic else None,
-    )
-    return statistics.median(timed(lambda: compiled(*arguments)))
+def sampler(program: Program, process: SamplingProcess, compiled: jax.stages.Compiled) -> float:
+    """The median time of a batch in seconds, with random parameters."""
+    sampler, denoise, _, *others = filled(program.arguments)
+    transitions = sharding.put_replicated(program.mesh, jax.tree.map(jnp.asarray, process.transitions))
+    return statistics.median(timed(lambda: compiled(sampler, denoise, transitions, *others)))
+
+
+def filled(arguments: Any) -> Any:
+    """Arrays for the shapes of a tree: small positive numbers, pixels, and zeros."""
+    rng = np.random.default_rng(0)
+
+    def array(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            keys = jax.random.split(jax.random.key(0), leaf.size).reshape(leaf.shape)
+            return jax.device_put(keys, leaf.sharding)
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            values = rng.uniform(0, 0.02, leaf.shape).astype(leaf.dtype)
+        else:
+            values = rng.integers(0, 256 if leaf.dtype == np.uint8 else 1, leaf.shape).astype(leaf.dtype)
+        return jax.device_put(values, leaf.sharding)
+
+    return jax.tree.map(array, arguments)

@@ -24,8 +24,14 @@ class Program(NamedTuple):
     lowered: jax.stages.Lowered
     mesh: Mesh
     flops: float  # of the model over all devices; operations that are computed twice to save memory count once
-    argument_bytes: int  # on one device
+    arguments: tuple  # shapes with shardings; the sampler is a pytree of numbers
     images: int  # over all devices
+
+    @property
+    def argument_bytes(self) -> int:
+        """On one device, without the padding of tiles."""
+        leaves = [leaf for leaf in jax.tree.leaves(self.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+        return sharding.bytes_on_a_device([leaf.sharding for leaf in leaves], leaves)
 
 
 def mesh_of_slice(slice_: Slice, data: int = -1, fsdp: int = 1) -> Mesh:
@@ -79,13 +85,15 @@ def update(recipe: Recipe, mesh: Mesh, shape: tuple[int, ...], dtype: Any = np.u
     shapes = jax.eval_shape(init, key)
     state = jax.tree.map(_with_sharding, shapes, sharding.fully_sharded(mesh, shapes))
     key = _with_sharding(key, sharding.replicated(mesh))
+    images = jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=sharding.along_batch(mesh))
+    classes = recipe.network.num_classes
+    labels = jax.ShapeDtypeStruct(images.shape[:1], np.int32, sharding=images.sharding) if classes else None
     traced, flops = loop.traced_update(recipe, mesh, state, key, shape, dtype)
     if not flops:  # XLA counts operations only for devices that exist
         on_one = jax.tree.map(lambda leaf: _with_sharding(leaf, one), (state, key))
         flops = loop.traced_update(recipe, one.mesh, *on_one, shape, dtype)[1]
     lowered = traced.lower(lowering_platforms=(platform(mesh),))
-    images = jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=sharding.along_batch(mesh))
-    return Program(lowered, mesh, flops, bytes_on_a_device((state, images)), recipe.batch_size)
+    return Program(lowered, mesh, flops, (state, images, labels, key), recipe.batch_size)
 
 
 def batch_of(pipeline: Pipeline) -> int:
@@ -103,11 +111,11 @@ def sampler(pipeline: Pipeline) -> Program:
     denoise = jax.eval_shape(conditioned(pipeline), pipeline.denoiser.params, labels)
     is_labels = lambda leaf: leaf.shape == (count,) and leaf.dtype == np.int32  # the other leaves are floats
     placed = lambda leaf: _with_sharding(leaf, along if is_labels(leaf) else replicated)
-    arguments = (process.sampler, jax.tree.map(placed, denoise), _shapes(process.transitions, replicated), x)
+    transitions = _shapes(process.transitions, replicated)
     keys = keys if process.sampler.stochastic else None
-    lowered = samplers._scan.trace(*arguments, keys, keep=False).lower(lowering_platforms=(platform(mesh),))
-    flops = calls_of(process) * call_flops(denoise, process, x)
-    return Program(lowered, mesh, flops, bytes_on_a_device((arguments[1:], keys)), count)
+    arguments = (process.sampler, jax.tree.map(placed, denoise), transitions, x, keys)
+    lowered = samplers._scan.trace(*arguments, keep=False).lower(lowering_platforms=(platform(mesh),))
+    return Program(lowered, mesh, calls_of(process) * call_flops(denoise, process, x), arguments, count)
 
 
 def conditioned(pipeline: Pipeline) -> Any:
@@ -139,11 +147,6 @@ def call_flops(denoise: Any, process: samplers.SamplingProcess, x: jax.ShapeDtyp
 def one_device() -> Mesh:
     """A mesh of one device of this machine."""
     return sharding.data_mesh(devices=jax.local_devices()[:1])
-
-
-def bytes_on_a_device(tree: Any) -> int:
-    """The bytes of a tree of shapes with shardings on one device."""
-    return sharding.bytes_on_a_device(jax.tree.map(lambda leaf: leaf.sharding, tree), tree)
 
 
 def platform(mesh: Mesh) -> str:
