@@ -178,9 +178,9 @@ def test_twenty_steps_of_ddim(thorough):
     assert difference(drawn, x_t) < 1e-4
 
 
-def test_the_folder_is_written_back(variant, tmp_path):
+def test_the_folder_is_written_back(thorough, tmp_path):
     """The same tensors and settings; diffusers reads the folder without a warning about a tensor."""
-    net, _, (found, module, params) = variant
+    net, _, (found, module, params) = thorough
     config = weights.as_config(found)
     config["sample"] = config["sample"] | {"tau": "leading", "clip_x0": False}
     diffusers_export.save(tmp_path / "back", params, config, model_card.markdown(config, None, 1))

@@ -41,10 +41,11 @@ SIGMAS = (0.002, 0.3, 5.0, 80.0)
 QUICK = ("DDPM++", "NCSN++ with classes", "ADM")  # they have every kind of layer; the other ones are slow tests
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in edm_model.KINDS],
-)
+def kinds(quick):
+    return [pytest.param(kind, marks=() if kind in quick else pytest.mark.slow) for kind in edm_model.KINDS]
+
+
+@pytest.fixture(scope="module", params=kinds(QUICK))
 def pair(request, tmp_path_factory):
     """(a .pkl file with random weights, the PyTorch network)."""
     network = edm_model.network_of(request.param)
@@ -94,22 +95,20 @@ def as_labels(labels):
 # --- the network and its preconditioning ---
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_outputs(pair, sigma):
+def test_outputs(pair):
     """D(x, sigma) is the predicted x_0, and (x - D) / sigma the predicted eps (Karras et al. 2022, Eq. 3 and 7)."""
     path, network = pair
     _, ours, params = read(path)
     noise, labels = inputs(network, 3)
-    x = sigma * noise + 0.5 * noise[:, ::-1]
-    expected = denoised(network, x, sigma, labels)
-    level = level_of(sigma, np.float32)
-    denoise = Denoiser(ours, params, "edm", as_labels(labels))
-    x_0, eps = jax.jit(denoise)(x * np.sqrt(level.alpha_bar), level)
-    assert expected.std() > 0.1
-    np.testing.assert_allclose(x_0, expected, atol=5e-6 * abs(expected).max())
-    if sigma >= 0.3:  # below, the difference of x and D has few digits in PyTorch
-        scale = abs(x).max() / sigma
-        np.testing.assert_allclose(eps, (x - expected) / sigma, atol=5e-6 * scale)
+    denoise = jax.jit(Denoiser(ours, params, "edm", as_labels(labels)))
+    for sigma in SIGMAS:
+        x, level = sigma * noise + 0.5 * noise[:, ::-1], level_of(sigma, np.float32)
+        expected = denoised(network, x, sigma, labels)
+        x_0, eps = denoise(x * np.sqrt(level.alpha_bar), level)
+        assert expected.std() > 0.1
+        np.testing.assert_allclose(x_0, expected, atol=5e-6 * abs(expected).max())
+        if sigma >= 0.3:  # below, the difference of x and D has few digits in PyTorch
+            np.testing.assert_allclose(eps, (x - expected) / sigma, atol=5e-6 * abs(x).max() / sigma)
 
 
 def doubled(path, network):
@@ -119,20 +118,21 @@ def doubled(path, network):
     return ours.module.clone(dtype=jnp.float64), jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
-def test_outputs_in_float64(pair, sigma, x64):
+@pytest.mark.parametrize("pair", kinds(QUICK[:2]), indirect=True)
+def test_outputs_in_float64(pair, x64):
     path, network = pair
     ours, params = doubled(path, network)
     noise, labels = inputs(network, 2, np.float64)
-    x, level = sigma * noise + 0.5 * noise[:, ::-1], level_of(sigma)
-    try:
-        expected = denoised(network.double(), x, sigma, labels)
-    finally:
-        network.float()
-    denoise = Denoiser(ours, params, "edm", as_labels(labels))
-    x_0, eps = denoise(x * np.sqrt(level.alpha_bar), level)
-    np.testing.assert_allclose(x_0, expected, atol=1e-10 * abs(expected).max())
-    np.testing.assert_allclose(eps, (x - expected) / sigma, atol=1e-10 * abs(x).max() / sigma)
+    denoise = jax.jit(Denoiser(ours, params, "edm", as_labels(labels)))
+    for sigma in SIGMAS:
+        x, level = sigma * noise + 0.5 * noise[:, ::-1], level_of(sigma)
+        try:
+            expected = denoised(network.double(), x, sigma, labels)
+        finally:
+            network.float()
+        x_0, eps = denoise(x * np.sqrt(level.alpha_bar), level)
+        np.testing.assert_allclose(x_0, expected, atol=1e-10 * abs(expected).max())
+        np.testing.assert_allclose(eps, (x - expected) / sigma, atol=1e-10 * abs(x).max() / sigma)
 
 
 def test_gradients(pair):
