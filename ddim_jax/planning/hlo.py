@@ -23,7 +23,7 @@ FREE |= {"while", "conditional", "call", "async-start", "async-update", "async-d
 
 CALLS = ("while", "conditional", "call", "async-start")
 SLICES = ("dynamic-slice", "slice", "gather")  # they read a part of the first operand
-FOLLOW = 4  # operations after a copy, until the one whose module it belongs to
+FOLLOW = 12  # operations after a copy, until the one whose module it belongs to
 NOT_MODULES = ("while", "body", "cond", "scan", "closed_call")
 
 _CALLED = re.compile(

@@ -19,7 +19,7 @@ from ddim_jax.planning.programs import Program
 from ddim_jax.utils import files
 from ddim_jax.utils.download import cache_folder
 
-VERSION = 3  # of the counts: a new one makes the cached reports unused
+VERSION = 4  # of the counts: a new one makes the cached reports unused
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # environment variables that change the compiled program
 
 
