@@ -63,7 +63,7 @@ def measure(config, steps, params, noise_schedule):
     transitions = jax.tree.map(jax.numpy.asarray, process.transitions)
     times = []
     for _ in range(REPEATS):
-        lowered = samplers._scan.lower(
+        lowered = samplers.scan_steps.lower(
             process.sampler, denoiser, transitions, x, keys if process.sampler.stochastic else None, keep=False
         )
         begin = time.perf_counter()

@@ -9,7 +9,7 @@ One file because all functions are formulas of the same pair, x_0 and eps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -243,15 +243,18 @@ class Parametrization(NamedTuple):
 
     inputs: Callable[[Array, Array, Level], tuple[Array, Array]]  # (x_t, network time t - 1, level) -> (x, time)
     prediction: Callable[[Array, Array, Level], Prediction]  # (x_t, network output, level) -> Prediction
+    undefined: Mapping[int, str] = {}  # alpha_bar, 0 or 1, at which x_0 or eps is undefined -> the reason
 
 
 _unchanged = lambda x_t, time, level: (x_t, time)
 
 PREDICTIONS = {
-    "eps": Parametrization(_unchanged, from_eps_output),
-    "x0": Parametrization(_unchanged, from_x0_output),
+    "eps": Parametrization(_unchanged, from_eps_output, {0: "x_0 cannot be computed from eps"}),
+    "x0": Parametrization(_unchanged, from_x0_output, {1: "eps cannot be computed from x_0"}),
     "v": Parametrization(_unchanged, from_v_output),
-    "edm": Parametrization(_edm_inputs, from_edm_output),
+    "edm": Parametrization(
+        _edm_inputs, from_edm_output, {0: "sigma of EDM is infinite", 1: "ln(sigma) of EDM is infinite"}
+    ),
 }
 
 

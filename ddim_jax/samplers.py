@@ -304,7 +304,7 @@ def initial_noise(keys: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Arr
 
 
 def _run(sampler, model, transitions, x, key, keep):
-    return _scan(*checked(sampler, model, transitions, x, key), keep=keep)
+    return scan_steps(*checked(sampler, model, transitions, x, key), keep=keep)
 
 
 def checked(
@@ -359,7 +359,13 @@ def recording(denoise: Denoise) -> tuple[Denoise, list[Prediction]]:
 
 
 @jax.jit(static_argnames="keep")
-def _scan(sampler, denoise, transitions, x, keys, *, keep):
+def scan_steps(
+    sampler: Sampler, denoise: Denoise, transitions: Transitions, x: Array, keys: Array | None, *, keep: bool
+) -> tuple[tuple[Array, Any], Any]:
+    """The compiled loop over the steps, a `lax.scan`: ((the last x_s, the last state of the sampler), outputs).
+
+    The arguments are the results of `checked`. keep: whether outputs are (x_s, predicted x_0) of all steps, else None.
+    """
     dtype = precision(x.dtype)
     transitions = rounded(transitions, dtype)
 

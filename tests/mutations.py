@@ -101,9 +101,14 @@ def flat(params):
     return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
+WAYS = ["flip", "cut", "insert", "lost", "double", "zero"]  # of a file without checksums
+
+
 def altered(data, content, ways, most):
     """A bytearray with one to `most` changes. Hypothesis draws the kind and the place of each."""
     for _ in range(data.draw(st.integers(1, most))):
+        if not content:
+            break
         at = data.draw(st.integers(0, len(content) - 1))
         match data.draw(st.sampled_from(ways)):
             case "cut":
@@ -116,6 +121,8 @@ def altered(data, content, ways, most):
                 content[at : at + 20] = bytes(len(content[at : at + 20]))
             case "double":
                 content = content + content[at:]
+            case "lost":
+                del content[at : at + data.draw(st.integers(1, 10))]
             case "insert":
                 content[at:at] = data.draw(st.binary(max_size=8))
     return content

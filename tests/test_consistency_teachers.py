@@ -16,7 +16,8 @@ diffusers = pytest.importorskip("diffusers", reason="parity with diffusers: pip 
 import adm_model  # noqa: E402
 from conftest import meshes  # noqa: E402
 from messages import raises  # noqa: E402
-from test_edm import algorithm_1, config_of, karras, level_of  # noqa: E402
+from test_edm import algorithm_1, karras, level_of  # noqa: E402
+from tiny import sampling_config  # noqa: E402
 
 from ddim_jax import config as config_lib  # noqa: E402
 from ddim_jax import samplers  # noqa: E402
@@ -95,7 +96,7 @@ def test_the_sampler(teacher, x64):
     """Algorithm 1 of EDM, 10 steps, in float64, beside a loop in NumPy over the PyTorch network."""
     path, network, labels = teacher
     found, ours, params = read(path)
-    config = config_of(found, steps=10, sampler="heun")
+    config = sampling_config(found, steps=10, sampler="heun")
     noise_schedule = config_lib.noise_schedule(config.schedule)
     process = config_lib.process(config.sample, noise_schedule)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)

@@ -22,9 +22,10 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e
 import edm_model  # noqa: E402
 from conftest import meshes  # noqa: E402
 from messages import raises  # noqa: E402
+from mutations import WAYS, altered  # noqa: E402
 from processes import ROOT  # noqa: E402
+from tiny import sampling_config  # noqa: E402
 
-from configs import default  # noqa: E402
 from ddim_jax import config as config_lib  # noqa: E402
 from ddim_jax import gaussian, losses, samplers, sampling, schedule  # noqa: E402
 from ddim_jax.checkpoints import diffusers_export, edm, torch_file  # noqa: E402
@@ -164,13 +165,6 @@ def test_the_resampling_is_that_of_its_definition(x64):
 # --- sampling ---
 
 
-def config_of(found, **sample):
-    values = default.get_config().to_dict()
-    values |= {"name": "edm", "model": dataclasses.asdict(found.model), "schedule": dataclasses.asdict(found.schedule)}
-    values["sample"] |= {**found.sample, "num_images": 2, "batch_size": 2, **sample}
-    return config_lib.typed(values)
-
-
 def sigma_of(process):
     """sigma at each timestep of tau, from T down to 0, in float64."""
     ab, one_minus = np.asarray(process.transitions.alpha_bar_t), np.asarray(process.transitions.one_minus_alpha_bar_t)
@@ -205,7 +199,7 @@ def ddim(denoise, sigmas, x):
 def test_the_karras_levels_of_a_checkpoint(plain):
     """tau "karras" over the schedule of a checkpoint has the levels of the paper."""
     found, _, params = read(plain[0])
-    config = config_of(found, steps=18, sampler="heun")
+    config = sampling_config(found, steps=18, sampler="heun")
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     np.testing.assert_allclose(sigma_of(process), karras(18), rtol=2e-6)
 
@@ -218,7 +212,7 @@ def test_the_sampler_of_edm(kind, sampler, reference, tmp_path, x64):
     path = edm_model.save(tmp_path / "net.pkl", network)
     ours, params = doubled(path, network)
     found = weights.read_info(str(path))
-    config = config_of(found, steps=18, sampler=sampler)
+    config = sampling_config(found, steps=18, sampler=sampler)
     process = config_lib.process(config.sample, config_lib.noise_schedule(config.schedule))
     noise, labels = inputs(network, 2, np.float64)
     levels = process.transitions
@@ -234,7 +228,7 @@ def test_the_pipeline_of_a_checkpoint(pair):
     """20 steps of DDIM in float32 through the config, beside the PyTorch network: within 1e-4."""
     path, network = pair
     found, _, params = read(path)
-    config = config_of(found, steps=20)
+    config = sampling_config(found, steps=20)
     pipeline = config_lib.pipeline(config, params, meshes()[0])
     labels = sampling.labels_of(pipeline, np.arange(2))
     _, x = sampling.start(pipeline, np.arange(2))
@@ -249,7 +243,7 @@ def test_the_pipeline_of_a_checkpoint(pair):
 def test_encoding_is_decoded(plain):
     """From x_0 to the latent and back, at 100 steps; the clean image has sigma = 0, where ln(sigma) is infinite."""
     found, _, params = read(plain[0])
-    config = config_of(found, steps=100, sampler="ddim")
+    config = sampling_config(found, steps=100, sampler="ddim")
     pipeline = config_lib.pipeline(config, params, meshes()[0])
     x_0 = 0.5 * np.tanh(np.random.default_rng(3).normal(size=(2, 8, 8, 3))).astype(np.float32)
     latent = sampling.encode(pipeline, x_0, None)
@@ -487,20 +481,7 @@ def test_more_storages_than_a_network_has(tmp_path, monkeypatch):
 @given(data=st.data())
 def test_a_damaged_file(plain, data, tmp_path_factory):
     """Refused in one line, or read as a network of the same shapes; a pickle has no checksums."""
-    content = bytearray(plain[0].read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        kind = data.draw(st.sampled_from(["flip", "cut", "insert", "remove", "repeat"]))
-        if kind == "flip":
-            content[place] ^= 1 << data.draw(st.integers(0, 7))
-        elif kind == "cut":
-            del content[max(place, 1) :]
-        elif kind == "insert":
-            content[place:place] = data.draw(st.binary(min_size=1, max_size=20))
-        elif kind == "remove" and len(content) > 20:
-            del content[place : place + data.draw(st.integers(1, 10))]
-        elif kind == "repeat":
-            content[place:place] = content[place : place + 30]
+    content = altered(data, bytearray(plain[0].read_bytes()), WAYS, 4)
     path = tmp_path_factory.mktemp("damaged") / "net.pkl"
     path.write_bytes(content)
     try:

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch: pip install -e
 import adm_model  # noqa: E402
 from conftest import meshes  # noqa: E402
 from messages import raises  # noqa: E402
+from tiny import sampling_config  # noqa: E402
 
-from configs import default  # noqa: E402
 from ddim_jax import config as config_lib  # noqa: E402
 from ddim_jax import sampling, schedule, trajectory  # noqa: E402
 from ddim_jax.checkpoints import diffusers_export  # noqa: E402
@@ -123,18 +123,11 @@ def test_gradients(pair):
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), expected, atol=1e-4 * abs(expected).max())
 
 
-def config_of(found, **sample):
-    values = default.get_config().to_dict()
-    values |= {"name": "adm", "model": dataclasses.asdict(found.model), "schedule": dataclasses.asdict(found.schedule)}
-    values["sample"] |= {**found.sample, "num_images": 2, "batch_size": 2, **sample}
-    return config_lib.typed(values)
-
-
 def test_the_variance_of_a_published_network(pair):
     """The denoiser predicts it, as the second half of the output. A sampler that needs it refuses other networks."""
     path, network, flags = pair
     found, _, params = read(path)
-    config = config_of(found, steps=3, sampler="ddpm_learned")
+    config = sampling_config(found, steps=3, sampler="ddpm_learned")
     if not flags["learn_sigma"]:
         with raises(ConfigError, "config.sample.sampler", "ddpm_learned", "config.model.learn_sigma"):
             config_lib.pipeline(config, params, meshes()[0])
@@ -155,7 +148,7 @@ def test_twenty_steps_of_ddim(pair):
     """Eq. (12) by hand around the PyTorch network, with x_0 clipped as its authors do, beside the pipeline."""
     path, network, flags = pair
     found, _, params = read(path)
-    config = config_of(found, steps=20)
+    config = sampling_config(found, steps=20)
     pipeline = config_lib.pipeline(config, params, meshes()[0])
     labels = sampling.labels_of(pipeline, np.arange(2))
     _, x = sampling.start(pipeline, np.arange(2))

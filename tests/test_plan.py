@@ -229,7 +229,7 @@ def test_collectives_that_overlap_with_computation_count_once():
     [
         ("jit(update)/jvp(UNet)/down_0_block_1/conv_0/conv_general_dilated", "down_block/conv"),
         ("jit(update)/transpose(jvp(UNet))/up_1_block_0/jit(silu)/mul", "up_block/silu"),
-        ("jit(_scan)/while/body/UNet/middle_attention/bhqk,bkhc->bqhc/dot_general", "middle_attention"),
+        ("jit(scan_steps)/while/body/UNet/middle_attention/bhqk,bkhc->bqhc/dot_general", "middle_attention"),
         ("jit(update)/mul", ""),
         ("args[0]", ""),
     ],
@@ -320,7 +320,7 @@ def test_reports_are_cached_by_the_program(tmp_path, monkeypatch):
         # libtpu 0.0.52
         (
             "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries "
-            "(146.56G) exceeds available HBM (15.75G). HLO module: jit__scan.",
+            "(146.56G) exceeds available HBM (15.75G). HLO module: jit_scan_steps.",
             146.56,
         ),
         # earlier versions, as in the documentation of XLA
@@ -343,7 +343,7 @@ def test_the_sampler_is_the_program_of_sampling():
     index = jnp.arange(programs.batch_of(built))
     keys, x = sampling.start(built, sharding.split_batch(mesh, np.asarray(index)))
     arguments = samplers.checked(process.sampler, sampling.conditioned(built), process.transitions, x, keys)
-    expected = samplers._scan.lower(*arguments, keep=False)
+    expected = samplers.scan_steps.lower(*arguments, keep=False)
     stripped = lambda program: re.sub(r" ?\{sdy.sharding = #sdy.sharding<[^>]*>\}|sdy.mesh.*", "", program.as_text())
     assert stripped(lowered) == stripped(expected)
 

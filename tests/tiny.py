@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import smoke
+from configs import default, smoke
 from ddim_jax import config as config_lib
 from ddim_jax import gaussian
 from ddim_jax.models import network as network_lib
@@ -62,6 +62,14 @@ def random_params(network, seed=0, scale=1.0):
         return jnp.asarray(scale * rng.normal(size=leaf.shape) / np.sqrt(fan_in), jnp.float32) + (leaf.ndim == 1)
 
     return jax.tree.map(draw, network_lib.param_shapes(network))
+
+
+def sampling_config(found, **sample):
+    """A config for two images of a checkpoint, with these fields of config.sample."""
+    values = default.get_config().to_dict()
+    values |= {"name": "test", "model": dataclasses.asdict(found.model), "schedule": dataclasses.asdict(found.schedule)}
+    values["sample"] |= {**found.sample, "num_images": 2, "batch_size": 2, **sample}
+    return config_lib.typed(values)
 
 
 def params_of(config):

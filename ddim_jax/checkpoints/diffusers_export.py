@@ -19,7 +19,7 @@ from ddim_jax.checkpoints.diffusers_network import (
     RESAMPLE,
     SCALE_SHIFT,
 )
-from ddim_jax.checkpoints.diffusers_scheduler import scheduler_config
+from ddim_jax.checkpoints.diffusers_scheduler import PREDICTIONS, scheduler_config
 from ddim_jax.checkpoints.diffusers_weights import WEIGHTS
 from ddim_jax.models.unet import NO_NORM
 from ddim_jax.utils import files
@@ -29,6 +29,7 @@ CARD = "README.md"
 
 # Fields of config.model that configs of earlier versions do not have, and their defaults.
 DEFAULTS = {
+    "name": "unet",
     "attention_resolutions_down": (),
     "attention_resolutions_up": (),
     "middle_groups": 0,
@@ -54,11 +55,10 @@ def unet_config(model: Mapping[str, Any]) -> dict[str, Any]:
     CheckpointError, naming the field, for a network that `UNet2DModel` cannot represent.
     """
     model = {**DEFAULTS, **model}
+    _only(model, "name", "unet")
+    if model["prediction"] not in PREDICTIONS.values():
+        _refuse(model, "prediction", ", ".join(PREDICTIONS.values()))
     mult, channels, levels = model["channel_mult"], model["channels"], len(model["channel_mult"])
-    if model.get("name", "unet") != "unet":
-        _refuse(model, "name", "unet")
-    if model["prediction"] == "edm":
-        _refuse(model, "prediction", "eps, x0 or v")
     _only(model, "patch_size", 1)
     _only(model, "time_scale", 1)
     if mult[0] != 1:

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from ddim_jax.checkpoints.diffusers_settings import settings, unsupported
-from ddim_jax.models.unet import MOST_LEVELS, NO_NORM, multipliers
+from ddim_jax.models.sizes import MOST_LEVELS
+from ddim_jax.models.unet import NO_NORM, multipliers
 
 # Fields of UNet2DModel that must have one of these values. The first one is the default of a missing field.
 FIXED = {

@@ -85,7 +85,7 @@ def markdown(config: Mapping[str, Any], step: int | None, count: int) -> str:
         count=count,
         size=model["image_size"],
         channels=model["image_channels"],
-        prediction={"eps": "the noise", "x0": "the image", "v": "v", "edm": "F of EDM"}[model["prediction"]],
+        prediction={"eps": "the noise", "x0": "the image", "v": "v"}[model["prediction"]],
         updates=f" after {step:,} updates" if step else "",
         pipeline="DDPMPipeline" if learned else "DDIMPipeline",
         arguments=str(config["schedule"]["num_steps"]) if learned else f"50, eta=0.0{clipped}",

@@ -46,10 +46,12 @@ def parse(values: Mapping[str, Any]) -> Config:
         raise ConfigError(
             f"config.sample.eta: must be 0, because the sampler {sample.sampler!r} has no eta; got {sample.eta}"
         )
-    if config.schedule.zero_terminal_snr and model.prediction in ("eps", "edm"):
+    undefined = registry.PREDICTIONS[model.prediction].undefined
+    if config.schedule.zero_terminal_snr and 0 in undefined:
+        defined = " or ".join(name for name, each in registry.PREDICTIONS.items() if 0 not in each.undefined)
         raise ConfigError(
-            "config.schedule.zero_terminal_snr: requires config.model.prediction x0 or v, because at T eps does not "
-            "determine x_0, and sigma of EDM is infinite"
+            f"config.schedule.zero_terminal_snr: requires config.model.prediction {defined}, because at T, where "
+            f"alpha_bar = 0, {undefined[0]}; got {model.prediction}"
         )
     if sample.keep_eps and not sample.clip_x0:
         raise ConfigError("config.sample.keep_eps: has no effect without config.sample.clip_x0=True; got True")

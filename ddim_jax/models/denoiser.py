@@ -33,8 +33,8 @@ class Denoiser(Denoise):
     labels: (B,) ints for a class-conditional network, else None.
     lowest: the noise level of t = 1, `schedule.level(1)`, the lowest one in training. At a lower one, as at t = 0 where
         encoding starts, eps is computed from the network's output with this noise level. The network is evaluated at
-        t = 1 where t < 1. Required where alpha_bar = 1, as in encoding, for a network that predicts x_0, and for "edm",
-        whose network time ln(sigma) / 4 is infinite there.
+        t = 1 where t < 1. Required where alpha_bar = 1, as in encoding, for the predictions "x0" and "edm", which are
+        undefined there.
     dropout_key: one key in training, where dropout is active, else None.
 
     If the network outputs twice the channels of x, the second half of the channels, in [-1, 1], parametrizes a learned
@@ -84,15 +84,12 @@ class Denoiser(Denoise):
     def check(self, alpha_bar: Array) -> None:
         if checks.traced(alpha_bar):
             return
-        alpha_bar = np.asarray(alpha_bar)
-        if self.prediction == "eps" and (alpha_bar == 0).any():
-            raise ValueError("prediction must be x0 or v where alpha_bar = 0: there x_0 cannot be computed from eps")
-        if self.prediction == "edm" and (alpha_bar == 0).any():
-            raise ValueError("prediction must be x0 or v where alpha_bar = 0: there sigma of EDM is infinite")
-        if self.prediction == "x0" and self.lowest is None and (alpha_bar == 1).any():
-            raise ValueError("lowest must be given where alpha_bar = 1: there eps cannot be computed from x_0")
-        if self.prediction == "edm" and self.lowest is None and (alpha_bar == 1).any():
-            raise ValueError("lowest must be given where alpha_bar = 1: there ln(sigma) of EDM is infinite")
+        alpha_bar, undefined = np.asarray(alpha_bar), PREDICTIONS[self.prediction].undefined
+        if 0 in undefined and (alpha_bar == 0).any():
+            defined = " or ".join(name for name, each in PREDICTIONS.items() if 0 not in each.undefined)
+            raise ValueError(f"prediction must be {defined} where alpha_bar = 0: there {undefined[0]}")
+        if 1 in undefined and self.lowest is None and (alpha_bar == 1).any():
+            raise ValueError(f"lowest must be given where alpha_bar = 1: there {undefined[1]}")
 
     def tree_flatten(self):
         return (self.params, self.labels, self.lowest, self.dropout_key), (self.network, self.prediction)

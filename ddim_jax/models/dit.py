@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ddim_jax import checks
+from ddim_jax.models.sizes import check_label_dropout
 from ddim_jax.models.unet import (
     DTYPES,
     Dropout,
@@ -159,8 +160,7 @@ class DiT(nn.Module):
             raise ValueError(
                 f"mlp_ratio must give at least 1 feature, got {self.mlp_ratio} times hidden_size {self.hidden_size}"
             )
-        if self.label_dropout and not self.num_classes:
-            raise ValueError(f"label_dropout needs num_classes above 0, got {self.label_dropout}")
+        check_label_dropout(self)
 
     @nn.compact
     def __call__(self, x: Array, time: Array, labels: Array | None = None, train: bool = False) -> Array:

@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddim_jax.models.convolution import Conv3x3
+from ddim_jax.models.sizes import MOST_BLOCKS, MOST_LEVELS, check_blocks, check_label_dropout, check_resolutions
 from ddim_jax.models.unet import (
     DTYPES,
-    MOST_BLOCKS,
-    MOST_LEVELS,
     Attention,
     Dropout,
     GroupNorm,
@@ -212,24 +211,8 @@ class SongUNet(nn.Module):
 
     def check(self) -> None:
         """Raises a ValueError that names the field if the sizes are inconsistent."""
-        blocks = len(self.channel_mult) * (2 * self.num_res_blocks + 2)
-        if blocks > MOST_BLOCKS:
-            raise ValueError(
-                f"num_res_blocks {self.num_res_blocks} and channel_mult {self.channel_mult} give {blocks} residual "
-                f"blocks, expected at most {MOST_BLOCKS}"
-            )
-        levels = len(self.channel_mult)
-        if self.image_size % 2 ** (levels - 1) or self.image_size < 2 ** (levels - 1):
-            raise ValueError(
-                f"image_size must be a multiple of {2 ** (levels - 1)} for channel_mult {self.channel_mult}, got "
-                f"{self.image_size}"
-            )
-        resolutions = [self.image_size >> level for level in range(levels)]
-        for resolution in self.attention_resolutions:
-            if resolution not in resolutions:
-                raise ValueError(
-                    f"attention_resolutions must be among the network's resolutions {resolutions}, got {resolution}"
-                )
+        check_blocks(self, 2 * self.num_res_blocks + 2)
+        check_resolutions(self, ("attention_resolutions",))
         if self.channels % 4:
             raise ValueError(f"channels must be a multiple of 4, got {self.channels}")
         widths = [self.channels] + [self.channels * mult for mult in self.channel_mult]
@@ -243,8 +226,7 @@ class SongUNet(nn.Module):
             raise ValueError(
                 f"resample_filter must be symmetric with an even number of weights, got {self.resample_filter}"
             )
-        if self.label_dropout and not self.num_classes:
-            raise ValueError(f"label_dropout needs num_classes above 0, got {self.label_dropout}")
+        check_label_dropout(self)
 
     @nn.compact
     def __call__(self, x: Array, time: Array, labels: Array | None = None, train: bool = False) -> Array:

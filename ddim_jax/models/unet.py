@@ -21,6 +21,7 @@ import numpy as np
 
 from ddim_jax import checks
 from ddim_jax.models.convolution import Conv3x3
+from ddim_jax.models.sizes import MOST_BLOCKS, MOST_LEVELS, check_blocks, check_label_dropout, check_resolutions
 from ddim_jax.schedule import Array
 from ddim_jax.utils import ranges
 
@@ -28,11 +29,6 @@ from ddim_jax.utils import ranges
 # starts at 0.
 _INIT = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 _ZERO = nn.initializers.zeros
-
-# The limits for the sizes, much larger than those of published networks. A checkpoint file may contain any size: one
-# above the limit raises an error before an array is allocated.
-MOST_LEVELS = 12  # resolutions
-MOST_BLOCKS = 128  # residual blocks of the network
 
 NO_NORM = -1  # the groups of an attention without GroupNorm
 
@@ -316,26 +312,9 @@ class UNet(nn.Module):
 
     def check(self) -> None:
         """Raises a ValueError that names the field if the sizes are inconsistent."""
-        blocks = len(self.channel_mult) * (2 * self.num_res_blocks + 1)
-        if blocks > MOST_BLOCKS:
-            raise ValueError(
-                f"num_res_blocks {self.num_res_blocks} and channel_mult {self.channel_mult} give {blocks} residual "
-                f"blocks, expected at most {MOST_BLOCKS}"
-            )
-        downsamplings = len(self.channel_mult) - 1
-        multiple = self.patch_size * 2**downsamplings
-        if self.image_size % multiple or self.image_size < multiple:
-            patches = f" of patches of {self.patch_size}" if self.patch_size > 1 else ""
-            raise ValueError(
-                f"image_size must be a multiple of {multiple} for {downsamplings} downsamplings{patches} "
-                f"(channel_mult {self.channel_mult}), got {self.image_size}"
-            )
-        resolutions = [self.image_size // self.patch_size >> level for level in range(downsamplings + 1)]
         attention = ("attention_resolutions", "attention_resolutions_down", "attention_resolutions_up")
-        for name in attention:
-            for resolution in getattr(self, name):
-                if resolution not in resolutions:
-                    raise ValueError(f"{name} must be among the network's resolutions {resolutions}, got {resolution}")
+        check_blocks(self, 2 * self.num_res_blocks + 1)
+        resolutions = check_resolutions(self, attention, self.patch_size)
         widths = self.widths
         for width, mult in zip(widths, self.channel_mult, strict=True):
             if abs(width - self.channels * mult) > 1e-6 * width:
@@ -370,8 +349,7 @@ class UNet(nn.Module):
                 f"frequency_shift must be below half of channels {self.channels}, or of time_channels, got "
                 f"{self.frequency_shift}"
             )
-        if self.label_dropout and not self.num_classes:
-            raise ValueError(f"label_dropout needs num_classes above 0, got {self.label_dropout}")
+        check_label_dropout(self)
 
     @nn.compact
     def __call__(self, x: Array, time: Array, labels: Array | None = None, train: bool = False) -> Array:

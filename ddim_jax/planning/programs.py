@@ -114,7 +114,7 @@ def sampler(pipeline: Pipeline) -> Program:
     transitions = _shapes(process.transitions, replicated)
     keys = keys if process.sampler.stochastic else None
     arguments = (process.sampler, jax.tree.map(placed, denoise), transitions, x, keys)
-    lowered = samplers._scan.trace(*arguments, keep=False).lower(lowering_platforms=(platform(mesh),))
+    lowered = samplers.scan_steps.trace(*arguments, keep=False).lower(lowering_platforms=(platform(mesh),))
     return Program(lowered, mesh, calls_of(process) * call_flops(denoise, process, x), arguments, count)
 
 

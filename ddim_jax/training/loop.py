@@ -201,7 +201,6 @@ def compiled_update(
     """The compiled update, and the number of floating-point operations of one update by XLA's cost analysis. The update
     donates the memory of its state. Rematerialised operations count once. shape, dtype: of one example.
     """
-
     program, flops = traced_update(recipe, mesh, state, key, shape, dtype)
     return program.lower().compile(), flops
 

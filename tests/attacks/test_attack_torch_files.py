@@ -13,6 +13,7 @@ import pytest
 from attacking import holds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import WAYS, altered
 from processes import ROOT
 
 from ddim_jax.checkpoints import pickles, torch_file
@@ -68,20 +69,7 @@ def test_files_of_the_torch_that_is_installed(tmp_path):
 @given(data=st.data())
 def test_a_damaged_file(name, data, tmp_path_factory):
     """Refused in one line, or read; from a zip archive, whose CRCs tell, never with another value."""
-    content = bytearray((DATA / name).read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(content) - 1))
-        kind = data.draw(st.sampled_from(["flip", "cut", "insert", "remove", "repeat"]))
-        if kind == "flip":
-            content[place] ^= 1 << data.draw(st.integers(0, 7))
-        elif kind == "cut" and len(content) > 1:
-            del content[max(place, 1) :]
-        elif kind == "insert":
-            content[place:place] = data.draw(st.binary(min_size=1, max_size=20))
-        elif kind == "remove" and len(content) > 20:
-            del content[place : place + data.draw(st.integers(1, 10))]
-        elif kind == "repeat":
-            content[place:place] = content[place : place + 30]
+    content = altered(data, bytearray((DATA / name).read_bytes()), WAYS, 4)
     path = tmp_path_factory.mktemp("damaged") / "x.pth"
     path.write_bytes(content)
     found = loaded(path)
